@@ -336,7 +336,7 @@ impl Bench<'_> {
             .enable_all()
             .build()?;
         let outcome = runtime.block_on(async {
-            run::settle_connection(&mut run.plan).await;
+            run::settle_connection(&mut run.plan, &run.gateway).await;
             run::run(&run, &resources, clips, |_| {}).await
         });
         let sfu = embedded.map(Embedded::stop);

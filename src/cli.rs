@@ -12,7 +12,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::error::ErrorKind;
@@ -30,7 +30,8 @@ use crate::report::{Destinations, Judging, Threshold};
 pub use crate::run::{Credentials, RunSpec};
 use crate::server_metrics::PageUrl;
 use crate::sfu::SendMode;
-use crate::signal::{GivenToken, Seats};
+use crate::signal::trust::TrustSpec;
+use crate::signal::{Gateway, GivenHeader, GivenToken, Seats, TokenPlace};
 use crate::units::{Bitrate, NoDuration, read_duration};
 use coordinate::CoordinateArgs;
 use hosts::HostsArgs;
@@ -315,9 +316,13 @@ struct SfuArgs {
     /// [env: LIVEKIT_API_KEY; default: devkey, on loopback only]
     #[arg(long, value_name = "KEY")]
     api_key: Option<String>,
-    /// 32 characters or more [env: LIVEKIT_API_SECRET]
-    #[arg(long, value_name = "SECRET")]
+    /// 32 characters or more. Others on this host see what stands on a command line: rather
+    /// --api-secret-file [env: LIVEKIT_API_SECRET]
+    #[arg(long, value_name = "SECRET", conflicts_with = "api_secret_file")]
     api_secret: Option<String>,
+    /// A file with nothing but the secret in it
+    #[arg(long, value_name = "FILE")]
+    api_secret_file: Option<PathBuf>,
     /// Ids and first sequence numbers come from this number, secrets never do; on loopback only
     /// [default: drawn]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(0..=SEED_MAX))]
@@ -355,13 +360,31 @@ struct TargetArgs {
     /// [env: LIVEKIT_API_KEY]
     #[arg(long, value_name = "KEY")]
     api_key: Option<String>,
+    /// Others on this host see what stands on a command line: rather --api-secret-file
     /// [env: LIVEKIT_API_SECRET]
-    #[arg(long, value_name = "SECRET")]
+    #[arg(long, value_name = "SECRET", conflicts_with = "api_secret_file")]
     api_secret: Option<String>,
+    /// A file with nothing but the API secret in it
+    #[arg(long, value_name = "FILE")]
+    api_secret_file: Option<PathBuf>,
     /// A token for one participant, instead of an API key; repeatable. @FILE: one a line. Others
     /// on this host see what stands on a command line
     #[arg(long, value_name = "TOKEN")]
     token: Vec<String>,
+    /// Trust the certificates in this file (PEM), too, also as the server's own; repeatable
+    #[arg(long, value_name = "FILE", conflicts_with = "insecure")]
+    ca_cert: Vec<PathBuf>,
+    /// Trust whoever answers: no certificate is checked
+    #[arg(long)]
+    insecure: bool,
+    /// A header for each request to the server, for a gateway in front of it; repeatable. Others on
+    /// this host see what stands on a command line
+    #[arg(long, value_name = "NAME:VALUE")]
+    header: Vec<String>,
+    /// Where the access token travels: in the Authorization header, or in the query where a gateway
+    /// keeps that header for itself [default: header]
+    #[arg(long, value_name = "WHERE")]
+    token_in: Option<TokenInArg>,
     /// How the embedded SFU sends: a call a packet, as real ones do, or segmented by the kernel
     /// [default: plain]
     #[arg(long, value_name = "HOW")]
@@ -553,6 +576,12 @@ enum SendArg {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TokenInArg {
+    Query,
+    Header,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum ConnectionArg {
     Auto,
     Single,
@@ -650,6 +679,7 @@ impl RunArgs {
         )?;
         self.output.must_have_subscribers(&people)?;
         let server_metrics = self.output.server_metrics(&target)?;
+        let (gateway, trust) = (self.target.gateway()?, self.target.trust());
         let scenario = self.scenario(people, is_tour, fresh & 0xFFFF_FFFF)?;
         self.judging.must_fit(scenario.times().hold)?;
         let plan = Plan::new(scenario, target, (fresh >> 32) as u32);
@@ -657,6 +687,8 @@ impl RunArgs {
             plan,
             credentials: None,
             tokens: None,
+            gateway,
+            trust,
             judging: Judging {
                 max_loss_pct: self.judging.max_loss,
                 target_rtt: self.judging.target_rtt_ms,
@@ -858,12 +890,17 @@ impl SfuArgs {
     ) -> Result<Option<Credentials>, RefusedFlag> {
         /// What HS256 is worth its name with; many JWT libraries refuse less.
         const SECRET_CHARACTERS_MIN: usize = 32;
-        let given = |value: &Option<String>, flag, name| match value {
-            Some(value) => Some((value.clone(), flag)),
-            None => set(env, name).map(|value| (value, name)),
+        let given = |value: Option<String>, flag, name| match value {
+            Some(value) => Some((trimmed(value), flag)),
+            None => set(env, name).map(|value| (trimmed(value), name)),
         };
-        let key = given(&self.api_key, "--api-key", "LIVEKIT_API_KEY");
-        let secret = given(&self.api_secret, "--api-secret", "LIVEKIT_API_SECRET");
+        let key = given(self.api_key.clone(), "--api-key", "LIVEKIT_API_KEY");
+        let secret = secret_given(
+            &self.api_secret,
+            self.api_secret_file.as_deref(),
+            "--api-secret-file",
+        )?;
+        let secret = given(secret, "--api-secret", "LIVEKIT_API_SECRET");
         let lonely = |there: &str, flag: &str, name: &str| {
             format!(
                 "an API key and its secret belong together, and only {there} is given: add {flag} or set {name}, or leave both out"
@@ -927,7 +964,12 @@ impl TargetArgs {
         for (flag, given) in [
             ("--api-key", self.api_key.is_some()),
             ("--api-secret", self.api_secret.is_some()),
+            ("--api-secret-file", self.api_secret_file.is_some()),
             ("--token", !self.token.is_empty()),
+            ("--ca-cert", !self.ca_cert.is_empty()),
+            ("--insecure", self.insecure),
+            ("--header", !self.header.is_empty()),
+            ("--token-in", self.token_in.is_some()),
         ] {
             if given {
                 return Err(format!(
@@ -968,23 +1010,90 @@ impl TargetArgs {
         Ok(tokens)
     }
 
+    /// Whether a flag names a key or a secret.
+    fn names_credentials(&self) -> bool {
+        self.api_key.is_some() || self.api_secret.is_some() || self.api_secret_file.is_some()
+    }
+
+    /// What a gateway in front of the server wants to see.
+    fn gateway(&self) -> Result<Gateway, RefusedFlag> {
+        let mut headers = Vec::new();
+        for text in &self.header {
+            let header: GivenHeader = text.parse().map_err(|why| format!("--header {why}"))?;
+            headers.push(header);
+        }
+        let token_in = match self.token_in {
+            Some(TokenInArg::Query) => TokenPlace::Query,
+            Some(TokenInArg::Header) | None => TokenPlace::Header,
+        };
+        if token_in == TokenPlace::Header && headers.iter().any(GivenHeader::is_authorization) {
+            return Err(
+                "--header Authorization takes the place of the access token: add --token-in query"
+                    .into(),
+            );
+        }
+        Ok(Gateway { headers, token_in })
+    }
+
+    fn trust(&self) -> TrustSpec {
+        TrustSpec {
+            ca_files: self.ca_cert.clone(),
+            insecure: self.insecure,
+        }
+    }
+
     fn credentials(
         &self,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Credentials, RefusedFlag> {
-        let or_env = |flag: &Option<String>, name| {
-            flag.clone()
+        let or_env = |flag: Option<String>, name| {
+            flag.map(trimmed)
                 .filter(|value| !value.is_empty())
-                .or_else(|| set(env, name))
+                .or_else(|| set(env, name).map(trimmed))
+                .filter(|value| !value.is_empty())
         };
+        let api_secret = secret_given(
+            &self.api_secret,
+            self.api_secret_file.as_deref(),
+            "--api-secret-file",
+        )?;
         let missing =
             |flag, name| format!("the server wants credentials: give {flag} or set {name}");
         Ok(Credentials {
-            api_key: or_env(&self.api_key, "LIVEKIT_API_KEY")
+            api_key: or_env(self.api_key.clone(), "LIVEKIT_API_KEY")
                 .ok_or_else(|| missing("--api-key", "LIVEKIT_API_KEY"))?,
-            api_secret: or_env(&self.api_secret, "LIVEKIT_API_SECRET")
-                .ok_or_else(|| missing("--api-secret", "LIVEKIT_API_SECRET"))?,
+            api_secret: or_env(api_secret, "LIVEKIT_API_SECRET")
+                .ok_or_else(|| missing("--api-secret-file", "LIVEKIT_API_SECRET"))?,
         })
+    }
+}
+
+/// Files and variables that hold a secret often end with a newline, which is no part of it.
+fn trimmed(text: String) -> String {
+    text.trim().to_owned()
+}
+
+/// A secret from a flag, or from the file that another flag names. No error repeats it.
+fn secret_given(
+    flag: &Option<String>,
+    file: Option<&Path>,
+    name: &str,
+) -> Result<Option<String>, RefusedFlag> {
+    let Some(path) = file else {
+        return Ok(flag.clone());
+    };
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| format!("{name} {} cannot be read: {error}", path.display()))?;
+    match trimmed(text) {
+        empty if empty.is_empty() => {
+            Err(format!("{name} {} is empty: it is to hold a secret", path.display()).into())
+        }
+        secret if secret.contains(char::is_whitespace) => Err(format!(
+            "{name} {} holds more than one word: it is to hold a secret and nothing else",
+            path.display()
+        )
+        .into()),
+        secret => Ok(Some(secret)),
     }
 }
 

@@ -10,7 +10,7 @@ use throng::calibrate::cache::{self, HostId};
 use throng::calibrate::{self, Calibration};
 use throng::cli::{self, CliCommand, UsageError};
 use throng::coordinator::{self, Merged, document};
-use throng::plan::{Plan, Resources};
+use throng::plan::Resources;
 use throng::preflight::{self, Findings, Host};
 use throng::prober::Prober;
 use throng::recording;
@@ -19,7 +19,7 @@ use throng::report::text;
 use throng::report::{self, Outcome, Sinks, Style, Verdict, emit, judge};
 use throng::run::{self, Clips, Embedded, Interrupts};
 use throng::sfu::server::{self, ServerConfig, SfuServer};
-use throng::signal::Secret;
+use throng::signal::{Secret, trust};
 
 fn main() -> ExitCode {
     match throng() {
@@ -143,13 +143,14 @@ fn load_test(mut run: cli::RunSpec, host: &Host) -> Result<u8> {
         return dry_run(&run, &resources, &findings);
     }
     none_of(&findings.refusals)?;
+    trust::settle(&run.trust)?;
     let sinks = Sinks::open(&run.destinations)
         .or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
     let clips = generate(&run, &resources)?;
     // Not before it is clear that there can be a run: until then nothing is started or connected
     // to.
     let embedded = Embedded::start_for(&mut run, &resources)?;
-    settle_connection(&mut run.plan)?;
+    settle_connection(&mut run)?;
     if !run.quiet {
         say(&text::first_line(&run.plan).trim_end());
     }
@@ -174,11 +175,11 @@ fn last_calibration(host: &Host) -> Option<Calibration> {
 }
 
 /// What `--connection auto` comes to.
-fn settle_connection(plan: &mut Plan) -> Result<()> {
+fn settle_connection(run: &mut cli::RunSpec) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(run::settle_connection(plan));
+    runtime.block_on(run::settle_connection(&mut run.plan, &run.gateway));
     Ok(())
 }
 
@@ -247,6 +248,7 @@ fn lead(asked: &cli::Coordinate, host: &Host) -> Result<u8> {
         return lead_nobody(asked, host);
     }
     let quiet = asked.run.quiet;
+    trust::settle(&asked.run.trust)?;
     let sinks = Sinks::open(&asked.run.destinations)
         .or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
     let finished = coordinator::lead::lead(asked, &mut |line| say(&line), &mut |line| {
@@ -303,6 +305,7 @@ fn take_part(probe: cli::Probe, host: &Host) -> Result<u8> {
         run: own,
         shape_given,
     } = probe;
+    trust::settle(&own.trust)?;
     let sinks = Sinks::open(&own.destinations)
         .or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
     let quiet = own.quiet;
@@ -331,7 +334,7 @@ fn play(prober: &mut Prober, run: &mut cli::RunSpec, host: &Host) -> Result<Outc
     let findings = preflight::check(&run.plan, host, &resources);
     none_of(&findings.refusals)?;
     let clips = generate(run, &resources)?;
-    settle_connection(&mut run.plan)?;
+    settle_connection(run)?;
     if !run.quiet {
         say(&prober.describe());
         say(&text::first_line(&run.plan).trim_end());

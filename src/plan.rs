@@ -1024,14 +1024,19 @@ impl ServerUrl {
 
     /// True for this very host by name or address. Names are not resolved.
     pub fn is_loopback(&self) -> bool {
-        let host = self.host();
-        let by_name = host.eq_ignore_ascii_case("localhost")
-            || host.to_ascii_lowercase().ends_with(".localhost");
-        by_name
-            || host
-                .parse::<IpAddr>()
-                .is_ok_and(|address| address.to_canonical().is_loopback())
+        is_loopback_host(self.host())
     }
+}
+
+/// Whether this is this very host by name or address, IPv6 with or without its brackets.
+pub fn is_loopback_host(host: &str) -> bool {
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let by_name =
+        host.eq_ignore_ascii_case("localhost") || host.to_ascii_lowercase().ends_with(".localhost");
+    by_name
+        || host
+            .parse::<IpAddr>()
+            .is_ok_and(|address| address.to_canonical().is_loopback())
 }
 
 impl fmt::Display for ServerUrl {

@@ -171,11 +171,11 @@ impl RunArgs {
         &mut self,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Option<Secret>, RefusedFlag> {
-        let flag = self
-            .hosts
-            .coordinator_token
-            .take()
-            .map(|token| (token, "--coordinator-token"));
+        let flag = self.hosts.token()?;
+        let flag = flag.map(|token| (token, "--coordinator-token"));
+        // They are a prober's where nobody leads.
+        self.hosts.coordinator_token = None;
+        self.hosts.coordinator_token_file = None;
         if !self.coordinate.no_auth && !self.coordinate.coordinator_host.is_empty() {
             return Err(
                 "--coordinator-host is for --no-auth: who has the token may use any name".into(),
@@ -201,7 +201,7 @@ impl RunArgs {
         server_is_named: bool,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Option<Credentials>, RefusedFlag> {
-        let given = self.target.api_key.is_some() || self.target.api_secret.is_some();
+        let given = self.target.names_credentials();
         match (server_is_named, self.target.credentials(env)) {
             (true, Ok(credentials)) => Ok(Some(credentials)),
             (true, Err(why)) if given => Err(why),

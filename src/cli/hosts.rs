@@ -1,8 +1,10 @@
 //! Flags of a run that several hosts share.
 
+use std::path::PathBuf;
+
 use clap::Args;
 
-use super::{Membership, Probe, RefusedFlag, RunArgs, set};
+use super::{Membership, Probe, RefusedFlag, RunArgs, secret_given, set};
 use crate::coordinator::protocol::{TOKEN_VARIABLE, URL_VARIABLE};
 use crate::host;
 use crate::plan::scenario::must_be_a_name;
@@ -28,9 +30,13 @@ pub(super) struct HostsArgs {
     /// This host counts as so many of weight 1 [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=WEIGHT_MAX as i64))]
     pub(super) weight: Option<u32>,
-    /// What lets probers in [env: COORDINATOR_TOKEN]
-    #[arg(long, value_name = "TOKEN")]
+    /// What lets probers in. Others on this host see what stands on a command line: rather
+    /// --coordinator-token-file [env: COORDINATOR_TOKEN]
+    #[arg(long, value_name = "TOKEN", conflicts_with = "coordinator_token_file")]
     pub(super) coordinator_token: Option<String>,
+    /// A file with nothing but that token in it
+    #[arg(long, value_name = "FILE")]
+    pub(super) coordinator_token_file: Option<PathBuf>,
 }
 
 fn role(text: &str) -> Result<HostRole, RefusedFlag> {
@@ -55,6 +61,10 @@ impl HostsArgs {
             ("--role", self.role.is_some()),
             ("--weight", self.weight.is_some()),
             ("--coordinator-token", self.coordinator_token.is_some()),
+            (
+                "--coordinator-token-file",
+                self.coordinator_token_file.is_some(),
+            ),
         ];
         match given.into_iter().find(|(_, given)| *given) {
             Some((flag, _)) => Err(format!(
@@ -63,6 +73,15 @@ impl HostsArgs {
             .into()),
             None => Ok(()),
         }
+    }
+
+    /// What lets probers in, as flags say it.
+    pub(super) fn token(&self) -> Result<Option<String>, RefusedFlag> {
+        secret_given(
+            &self.coordinator_token,
+            self.coordinator_token_file.as_deref(),
+            "--coordinator-token-file",
+        )
     }
 
     fn config(
@@ -85,10 +104,7 @@ impl HostsArgs {
         if let Some((vantage, name)) = &vantage {
             must_be_a_name(vantage).map_err(|fault| format!("{name} {fault}"))?;
         }
-        let token = self
-            .coordinator_token
-            .clone()
-            .or_else(|| set(env, TOKEN_VARIABLE));
+        let token = self.token()?.or_else(|| set(env, TOKEN_VARIABLE));
         Ok(Membership {
             coordinator,
             token: token.map(|token| Secret::new(token.trim())),
@@ -116,9 +132,10 @@ impl RunArgs {
             .target
             .server(env)?
             .unwrap_or(Target::embedded(SendMode::Plain));
-        let credentials = match (&self.target.api_key, &self.target.api_secret) {
-            (None, None) => self.target.credentials(env).ok(),
-            _ => Some(self.target.credentials(env)?),
+        let has_flags = self.target.names_credentials();
+        let credentials = match self.target.credentials(env) {
+            Err(why) if has_flags => return Err(why),
+            given => given.ok(),
         };
         let shape_given = self.shape.is_given();
         // What voicegw's coordinator leaves to its probers: one speaks, and all hear everybody.

@@ -467,6 +467,7 @@ mod tests {
             target: &TargetInfo {
                 kind: TargetKind::LiveKit,
                 server_version: None,
+                addresses: Vec::new(),
             },
             started: Duration::from_micros(canned::START_US),
             finished: Duration::from_micros(canned.now_us),

@@ -443,6 +443,7 @@ fn exhibit(asked: &Coordinate, head: &Head) -> Exhibit {
         target: TargetInfo {
             kind: TargetKind::LiveKit,
             server_version: None,
+            addresses: Vec::new(),
         },
         started: Duration::from_micros(head.created_us),
     }
@@ -741,7 +742,7 @@ impl<'a> Watcher<'a> {
         };
         let made = async {
             let plan = self.plan(scenario).await?;
-            let endpoint = Endpoint::from(plan.target.url.clone()).resolve().await?;
+            let endpoint = self.endpoint(&plan).resolve().await?;
             Rooms::create(&plan, &endpoint, &api_key, interrupts).await
         };
         match made.await {
@@ -765,6 +766,10 @@ impl<'a> Watcher<'a> {
                     .await
             }
         }
+    }
+
+    fn endpoint(&self, plan: &Plan) -> Endpoint {
+        Endpoint::from(plan.target.url.clone()).through(&self.asked.run.gateway)
     }
 
     /// The plan of all hosts.
@@ -798,7 +803,7 @@ impl<'a> Watcher<'a> {
         let rooms = match self.rooms.take() {
             Some(rooms) => rooms,
             None if made.is_empty() => return,
-            None => Rooms::left_by(Endpoint::from(plan.target.url.clone()), api_key, made),
+            None => Rooms::left_by(self.endpoint(&plan), api_key, made),
         };
         self.notes.extend(rooms.delete(&plan).await);
     }

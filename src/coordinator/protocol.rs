@@ -41,6 +41,7 @@ use crate::measure::wire::RecordWire;
 use crate::plan::scenario::Scenario;
 use crate::plan::{HostRole, PARTICIPANTS_MAX, Placement, ServerUrl, VANTAGES_MAX, WEIGHT_MAX};
 use crate::report::{Judging, Threshold, Verdict};
+use crate::words;
 
 /// Version of the protocol that this program speaks.
 pub const VERSION: u32 = 2;
@@ -92,9 +93,32 @@ impl MalformedMessage {
 
 /// Reads a message, and refuses what no prober or coordinator of this version says.
 pub fn read<M: ProtocolMessage>(body: &[u8]) -> Result<M, MalformedMessage> {
-    let message: M = serde_json::from_slice(body).map_err(MalformedMessage::new)?;
+    let mut message: M = serde_json::from_slice(body).map_err(MalformedMessage::new)?;
     message.check()?;
+    if may_move_a_cursor(body) {
+        // Texts are shown to people. Read again, because only values can be gone through.
+        let mut value = serde_json::from_slice(body).map_err(MalformedMessage::new)?;
+        put_on_lines(&mut value);
+        message = serde_json::from_value(value).map_err(MalformedMessage::new)?;
+        message.check()?;
+    }
     Ok(message)
+}
+
+/// Whether there is more in a message than plain ASCII: JSON writes control characters with a
+/// backslash.
+fn may_move_a_cursor(body: &[u8]) -> bool {
+    body.iter().any(|byte| *byte == b'\\' || !byte.is_ascii())
+}
+
+/// Each text on one line, without what moves a terminal's cursor.
+fn put_on_lines(value: &mut serde_json::Value) {
+    match value {
+        serde_json::Value::String(text) => *text = words::one_line(text),
+        serde_json::Value::Array(values) => values.iter_mut().for_each(put_on_lines),
+        serde_json::Value::Object(fields) => fields.values_mut().for_each(put_on_lines),
+        _ => {}
+    }
 }
 
 /// The answer to what was refused.
@@ -1045,6 +1069,15 @@ fn stage_index(name: &str, stage: Option<u32>) -> Result<(), MalformedMessage> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn texts_of_the_other_side_stay_on_their_line() {
+        let body = br#"{"error": "no\u001b[2J\r\nRESULT: PASS\n\u202e"}"#;
+        let refusal: RefusalMessage = read(body).unwrap();
+        assert_eq!(refusal.error, "no [2J  RESULT: PASS");
+        let plain: RefusalMessage = read(br#"{"error": "no"}"#).unwrap();
+        assert_eq!(plain.error, "no");
+    }
 
     #[test]
     fn a_job_with_a_figure_that_is_none_is_refused() {

@@ -475,6 +475,7 @@ mod tests {
             target: &TargetInfo {
                 kind: TargetKind::LiveKit,
                 server_version: None,
+                addresses: Vec::new(),
             },
             started: Duration::ZERO,
             finished: Duration::ZERO,

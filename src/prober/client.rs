@@ -3,12 +3,17 @@
 use std::fmt;
 use std::time::Duration;
 
-use reqwest::{Method, header};
+use http::header;
+use reqwest::Method;
 use serde::Serialize;
 
 use crate::coordinator::protocol::{self, ProtocolMessage, TOKEN_VARIABLE};
 use crate::plan::ServerUrl;
-use crate::signal::{Secret, causes, http_client};
+use crate::signal::Secret;
+use crate::signal::answer::{AnswerFault, AskedAt, AskedFor, HttpAnswer};
+use crate::signal::fetch::{FetchFault, Fetched, Fetcher};
+use crate::signal::link::{LinkFault, LinkStage};
+use crate::signal::route::ProxyFault;
 use crate::words;
 
 /// An answer that takes longer is none: a coordinator answers from memory, after a write to its
@@ -23,7 +28,7 @@ const REFUSAL_CHARS_MAX: usize = 400;
 /// A coordinator. Cheap to clone; connections are pooled.
 #[derive(Clone)]
 pub struct CoordinatorClient {
-    http: reqwest::Client,
+    fetcher: Fetcher,
     url: ServerUrl,
     token: Option<Secret>,
 }
@@ -47,7 +52,7 @@ impl CoordinatorClient {
     /// `token` is what lets us in; `None` with a coordinator that asks for none.
     pub fn new(url: ServerUrl, token: Option<Secret>) -> CoordinatorClient {
         CoordinatorClient {
-            http: http_client(REQUEST_TIMEOUT),
+            fetcher: Fetcher::new(&url.http(), &url.http(), &[], REQUEST_TIMEOUT),
             url,
             token,
         }
@@ -73,9 +78,8 @@ impl CoordinatorClient {
         path: &str,
         body: Option<Vec<u8>>,
     ) -> Result<A, NoAnswer> {
-        let mut request = self
-            .http
-            .request(method, format!("{}{path}", self.url.http()));
+        let url = format!("{}{path}", self.url.http());
+        let mut request = self.fetcher.request(method, &url);
         if let Some(token) = &self.token {
             request = request.header(header::AUTHORIZATION, bearer(token)?);
         }
@@ -84,52 +88,47 @@ impl CoordinatorClient {
                 .header(header::CONTENT_TYPE, "application/json")
                 .body(body);
         }
-        let mut response = request.send().await.map_err(|error| self.away(&error))?;
-        let status = response.status().as_u16();
-        let mut answer = Vec::new();
-        while let Some(part) = response.chunk().await.map_err(|error| self.away(&error))? {
-            if answer.len() + part.len() > ANSWER_BYTES_MAX {
-                return Err(NoAnswer::Away(format!(
-                    "{} answers with more than {ANSWER_BYTES_MAX} bytes: is it a coordinator?",
-                    self.url.http()
-                )));
-            }
-            answer.extend_from_slice(&part);
-        }
-        match status {
-            200..300 => protocol::read(&answer).map_err(|error| self.not_understood(&error)),
-            _ => Err(self.refusal(status, &answer)),
+        let fetched = self.fetcher.send(request, ANSWER_BYTES_MAX).await;
+        let fetched = fetched.map_err(|fault| self.away(fault))?;
+        match fetched.status {
+            200..300 => protocol::read(&fetched.body).map_err(|error| self.not_understood(&error)),
+            _ => Err(self.refusal(&fetched, &url, path)),
         }
     }
 
-    fn away(&self, error: &reqwest::Error) -> NoAnswer {
-        let root = causes(error).last();
-        let cause = root.map_or_else(|| error.to_string(), ToString::to_string);
-        let hint = match root.and_then(|root| root.downcast_ref::<rustls::Error>()) {
-            Some(rustls::Error::InvalidCertificate(_)) => {
-                ": check its certificate and the name in it, or point SSL_CERT_FILE at its authority"
+    fn away(&self, fault: FetchFault) -> NoAnswer {
+        let url = self.url.http();
+        let text = match &fault {
+            FetchFault::TooLong { bytes_max, .. } => {
+                format!("{url} answers with more than {bytes_max} bytes: is it a coordinator?")
             }
-            Some(rustls::Error::InvalidMessage(_)) => {
-                ": where it does not speak TLS, write http://"
-            }
-            // What a TLS alert looks like to one who expects HTTP.
-            None if !self.url.is_secure() && cause.contains("invalid HTTP version") => {
-                ": where it speaks TLS, write https://"
-            }
-            _ => "",
-        };
-        NoAnswer::Away(if error.is_timeout() {
-            format!(
-                "the coordinator at {} did not answer within {} s",
-                self.url.http(),
+            FetchFault::Link(LinkFault::Slow {
+                stage: LinkStage::Answer,
+                ..
+            }) => format!(
+                "the coordinator at {url} did not answer within {} s",
                 REQUEST_TIMEOUT.as_secs()
-            )
-        } else {
-            format!(
-                "the coordinator at {} cannot be reached ({cause}){hint}",
-                self.url.http()
-            )
-        })
+            ),
+            // What a TLS alert looks like to one who expects HTTP.
+            FetchFault::Link(LinkFault::NotHttp {
+                began,
+                secure: false,
+                ..
+            }) => format!(
+                "the coordinator at {url} cannot be reached ({began}): where it speaks TLS, write https://"
+            ),
+            FetchFault::Link(LinkFault::TlsMismatch { .. }) => format!(
+                "the coordinator at {url} cannot be reached: where it does not speak TLS, write http://"
+            ),
+            other => format!("the coordinator at {url} cannot be reached: {other}"),
+        };
+        match fault {
+            // It would be the same again.
+            FetchFault::Trust(_) | FetchFault::Proxy(ProxyFault::Unspoken { .. }) => {
+                NoAnswer::Refused(text)
+            }
+            _ => NoAnswer::Away(text),
+        }
     }
 
     fn not_understood(&self, error: &protocol::MalformedMessage) -> NoAnswer {
@@ -140,7 +139,28 @@ impl CoordinatorClient {
         ))
     }
 
-    fn refusal(&self, status: u16, body: &[u8]) -> NoAnswer {
+    fn refusal(&self, fetched: &Fetched, url: &str, path: &str) -> NoAnswer {
+        let (status, body) = (fetched.status, fetched.body.as_slice());
+        let fault = AnswerFault::of(
+            &HttpAnswer {
+                status,
+                headers: &fetched.headers,
+                body,
+            },
+            &AskedAt {
+                what: AskedFor::Coordinator,
+                url,
+                path,
+                secret: self.token.as_ref(),
+            },
+        );
+        match fault {
+            AnswerFault::Own { .. } | AnswerFault::WebPage { .. } => {}
+            AnswerFault::Limited { .. } | AnswerFault::BackendAway { .. } => {
+                return NoAnswer::Away(format!("the coordinator cannot answer now: {fault}"));
+            }
+            other => return NoAnswer::Refused(other.to_string()),
+        }
         let refusal = protocol::read::<protocol::RefusalMessage>(body);
         let is_coordinator = refusal.is_ok();
         let said = match refusal {

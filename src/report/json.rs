@@ -19,6 +19,7 @@ use super::{
 use crate::knee::{CONFIDENCE, KneeAnswer, KneeLimit};
 use crate::measure::{Bandwidth, Engine, Histogram, Kind, Media, Session, is_measured, serial};
 use crate::plan::{AudioSpec, ConnectionMode, Plan, Subscribers, VideoSpec};
+use crate::signal::AddressUse;
 
 pub const SCHEMA: &str = "throng-report/1";
 
@@ -244,6 +245,25 @@ struct TargetView<'a> {
     /// `None`: each host finds out by itself.
     connection: Option<&'static str>,
     connection_reason: Option<&'a str>,
+    addresses: Vec<AddressView<'a>>,
+}
+
+/// One of the server's addresses.
+#[derive(serde::Serialize)]
+struct AddressView<'a> {
+    address: String,
+    connections: u32,
+    fault: Option<&'a str>,
+}
+
+impl<'a> AddressView<'a> {
+    fn new(used: &'a AddressUse) -> AddressView<'a> {
+        AddressView {
+            address: used.address.to_string(),
+            connections: used.connections,
+            fault: used.fault.as_deref(),
+        }
+    }
 }
 
 impl<'a> TargetView<'a> {
@@ -255,6 +275,12 @@ impl<'a> TargetView<'a> {
             connection: (outcome.plan.connection != ConnectionMode::Auto)
                 .then(|| outcome.plan.connection.name()),
             connection_reason: outcome.plan.connection_reason.as_deref(),
+            addresses: outcome
+                .target
+                .addresses
+                .iter()
+                .map(AddressView::new)
+                .collect(),
         }
     }
 }

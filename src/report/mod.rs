@@ -34,6 +34,7 @@ use crate::plan::Plan;
 use crate::server_metrics::{Account, NodeRow};
 use crate::sfu::SendMode;
 use crate::sfu::server::ServerStatistics;
+use crate::signal::AddressUse;
 
 /// The version that reports carry.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -82,6 +83,9 @@ pub struct TargetInfo {
     pub kind: TargetKind,
     /// As the server said in its Join response.
     pub server_version: Option<String>,
+    /// Where signalling was connected to: the addresses of the server's name, or those of the
+    /// proxy before it.
+    pub addresses: Vec<AddressUse>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -43,6 +43,10 @@ pub(super) struct SessionBook {
     /// Joins that succeeded, and those that failed.
     pub joined: u32,
     pub failed: u32,
+    /// Of those that failed: something in the way was why, and neither the server nor its load.
+    pub kept_out: u32,
+    /// Joins that were told to come back later, by what they were told.
+    pub held_back: BTreeMap<String, u64>,
     /// Who is in.
     pub present: BTreeSet<u32>,
     /// Who was told to leave, and is still here.
@@ -100,10 +104,11 @@ impl Books {
                 self.sessions.present.insert(index);
                 session.joins_ok += 1;
             }
-            Notice::JoinFailed { reason, .. } => {
-                self.sessions.failed += 1;
-                session.joins_failed += 1;
-                self.sessions.note_failure(format!("join: {reason}"));
+            Notice::JoinFailed {
+                reason, kept_out, ..
+            } => self.note_join_failed(&reason, kept_out),
+            Notice::HeldBack { reason } => {
+                *self.sessions.held_back.entry(reason).or_default() += 1;
             }
             Notice::JoinRetried => session.joins_retried += 1,
             Notice::Reconnected {
@@ -151,6 +156,13 @@ impl Books {
         None
     }
 
+    fn note_join_failed(&mut self, reason: &str, kept_out: bool) {
+        self.sessions.failed += 1;
+        self.sessions.kept_out += u32::from(kept_out);
+        self.record.session.joins_failed += 1;
+        self.sessions.note_failure(format!("join: {reason}"));
+    }
+
     fn note_phase(&mut self, phase: JoinPhase, after: Duration) {
         let session = &mut self.record.session;
         let histogram = match phase {
@@ -183,6 +195,29 @@ impl SessionBook {
             .filter_map(|(reason, count)| Some((*count, reason.strip_prefix("disconnected: ")?)));
         gone.max().map_or_else(String::new, |(count, reason)| {
             format!(": {reason} ({})", words::count(count, "participant"))
+        })
+    }
+
+    /// Why nothing of the server was measured, where something in the way kept everybody out.
+    pub fn why_nobody_came(&self) -> Option<String> {
+        if self.joined > 0 || self.failed == 0 || self.kept_out < self.failed {
+            return None;
+        }
+        let most = self.failures.iter().max_by_key(|(_, count)| **count);
+        let why = most.and_then(|(reason, _)| reason.strip_prefix("join: "));
+        Some(format!(
+            "could not run: nobody got as far as the server, and nothing of it was measured: {}",
+            why.unwrap_or_default()
+        ))
+    }
+
+    /// What limits there were to joins.
+    pub fn limit_notes(&self) -> impl Iterator<Item = String> {
+        self.held_back.iter().map(|(why, count)| {
+            format!(
+                "{} told to come back later, and did (each join counts from when it was intended): {why}",
+                if *count == 1 { "1 join was".to_owned() } else { format!("{} joins were", words::number(*count)) }
+            )
         })
     }
 

@@ -12,7 +12,9 @@ use super::RunSpec;
 use super::interrupts::Interrupts;
 use super::rooms::Rooms;
 use crate::plan::Plan;
-use crate::signal::{ApiKey, Endpoint, JoinAccess};
+use crate::report::Outcome;
+use crate::signal::{AddressUse, ApiKey, Endpoint, JoinAccess};
+use crate::words;
 
 /// What a run is played against.
 pub(super) enum Driver {
@@ -25,6 +27,42 @@ pub(super) struct LiveKit {
     access: JoinAccess,
     rooms: Option<Rooms>,
     notes: Vec<String>,
+}
+
+/// How the server was reached: which of its addresses were there, through which proxy, and whether
+/// anybody looked at certificates.
+pub(super) fn tell_way(endpoint: &Endpoint, run: &RunSpec, outcome: &mut Outcome) {
+    let addresses = endpoint.address_uses();
+    let notes = &mut outcome.notes;
+    if let Ok(Some(proxy)) = endpoint.proxy() {
+        notes.push(format!(
+            "signalling and the room service went through the proxy {proxy}; media never does"
+        ));
+    }
+    if run.trust.insecure && endpoint.secure() {
+        notes.push(
+            "certificates were not checked (--insecure): whoever answered in the server's place got the tokens"
+                .into(),
+        );
+    }
+    if addresses.len() > 1 {
+        let used: Vec<String> = addresses.iter().map(of_address).collect();
+        notes.push(format!(
+            "{} has {} addresses: {}",
+            endpoint.host(),
+            addresses.len(),
+            used.join(", ")
+        ));
+    }
+    outcome.target.addresses = addresses;
+}
+
+fn of_address(used: &AddressUse) -> String {
+    let connections = words::count(used.connections.into(), "connection");
+    match &used.fault {
+        Some(why) => format!("{} was not there ({why}; {connections})", used.address),
+        None => format!("{} took {connections}", used.address),
+    }
 }
 
 impl Driver {
@@ -42,6 +80,7 @@ impl Driver {
                 .into(),
         };
         let endpoint = Endpoint::from(run.plan.target.url.clone())
+            .through(&run.gateway)
             .resolve()
             .await?;
         Ok(Driver::LiveKit(LiveKit {

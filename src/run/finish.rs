@@ -47,6 +47,7 @@ impl Test<'_> {
         }
         let engine = self.engine_health(end);
         let target = self.target();
+        let nobody_came = self.books.sessions.why_nobody_came();
         let Books {
             record,
             series,
@@ -55,9 +56,9 @@ impl Test<'_> {
             presence,
             ..
         } = self.books;
-        notes.extend(silence_note(&engine.stalls));
-        notes.extend(unsent_note(&record.session));
-        notes.extend(run.warnings.iter().cloned());
+        let silence = silence_note(&engine.stalls).into_iter();
+        notes.extend(silence.chain(unsent_note(&record.session)));
+        notes.extend(sessions.limit_notes().chain(run.warnings.iter().cloned()));
         let totals = total(record, presence.ever_count(), end);
         if steps.is_empty() {
             steps.push(totals.clone());
@@ -78,7 +79,7 @@ impl Test<'_> {
             sfu: None,
             complaints,
             server,
-            partial: self.stages.partial,
+            partial: self.stages.partial.or(nobody_came),
             notes,
             failures: sessions.failures.into_iter().collect(),
             participants,
@@ -94,6 +95,7 @@ impl Test<'_> {
                 TargetKind::LiveKit
             },
             server_version: sessions.server_version.clone(),
+            addresses: Vec::new(),
         }
     }
 
@@ -276,6 +278,39 @@ impl Test<'_> {
                 }
             })
             .collect()
+    }
+}
+
+/// The report of a run that came to nothing before anybody joined.
+pub(super) fn not_run(run: &RunSpec, why: String) -> Outcome {
+    let totals = total(Record::default(), 0, Time::ZERO);
+    Outcome {
+        started: unix_now(),
+        finished: unix_now(),
+        plan: run.plan.clone(),
+        judging: run.judging.clone(),
+        target: TargetInfo {
+            kind: TargetKind::LiveKit,
+            server_version: None,
+            addresses: Vec::new(),
+        },
+        steps: vec![totals.clone()],
+        unmeasured: Vec::new(),
+        capacity: None,
+        totals,
+        series: Vec::new(),
+        engine: EngineHealth {
+            valid: true,
+            ..EngineHealth::default()
+        },
+        nearness: None,
+        sfu: None,
+        complaints: Vec::new(),
+        server: None,
+        partial: Some(format!("could not run: {why}")),
+        notes: run.warnings.clone(),
+        failures: Vec::new(),
+        participants: Vec::new(),
     }
 }
 

@@ -41,6 +41,7 @@ use crew::Crew;
 use driver::Driver;
 use lead::{Alone, Lead};
 use observer::Observer;
+use rooms::RoomsNotMade;
 use search::RunSearch;
 use stages::{Around, Stages};
 use tally::Survey;
@@ -53,8 +54,9 @@ use crate::recording::{Recorder, Recording};
 use crate::report::progress::ProgressSnapshot;
 use crate::report::{Judging, Outcome};
 use crate::server_metrics::PageWatch;
+use crate::signal::probe::{self, ServedPath};
 use crate::signal::session::Notice;
-use crate::signal::{Endpoint, JoinAccess, Permissions, probe};
+use crate::signal::{Endpoint, Gateway, JoinAccess, Permissions};
 use crate::transport::peer::Identity;
 use crate::units::Epoch;
 
@@ -108,16 +110,25 @@ pub async fn run_led(
         [] => None,
         pages => Some(PageWatch::start(pages).await?),
     };
-    driver.prepare(&run.plan, &mut interrupts).await?;
+    if let Err(why) = driver.prepare(&run.plan, &mut interrupts).await {
+        // What was made and deleted again is told in a report; all else was not even begun.
+        return match why.downcast::<RoomsNotMade>() {
+            Ok(why) => Ok(finish::not_run(run, why.to_string())),
+            Err(why) => Err(why),
+        };
+    }
     let mut around = Around {
         lead,
         interrupts: &mut interrupts,
         progress,
     };
-    let outcome = test(run, resources, clips, driver.way_in(), server, &mut around).await;
+    let way_in = driver.way_in();
+    let endpoint = way_in.0.clone();
+    let outcome = test(run, resources, clips, way_in, server, &mut around).await;
     let (notes, left_behind) = driver.tidy_up(&run.plan).await;
     outcome.map(|mut outcome| {
         outcome.notes = [notes, outcome.notes, left_behind].concat();
+        driver::tell_way(&endpoint, run, &mut outcome);
         outcome.finished = unix_now();
         outcome
     })
@@ -138,6 +149,7 @@ pub async fn run_as_guest(
     progress: impl FnMut(&ProgressSnapshot),
 ) -> Result<Outcome> {
     let endpoint = Endpoint::from(run.plan.target.url.clone())
+        .through(&run.gateway)
         .resolve()
         .await?;
     let mut around = Around {
@@ -145,7 +157,12 @@ pub async fn run_as_guest(
         interrupts,
         progress,
     };
-    test(run, resources, clips, (endpoint, access), None, &mut around).await
+    let way_in = (endpoint.clone(), access);
+    let outcome = test(run, resources, clips, way_in, None, &mut around).await;
+    outcome.map(|mut outcome| {
+        driver::tell_way(&endpoint, run, &mut outcome);
+        outcome
+    })
 }
 
 async fn test<L: Lead, P: FnMut(&ProgressSnapshot)>(
@@ -174,19 +191,23 @@ async fn test<L: Lead, P: FnMut(&ProgressSnapshot)>(
 
 /// Settles [`ConnectionMode::Auto`] by what the server has. Asked once, so that all participants do
 /// the same.
-pub async fn settle_connection(plan: &mut Plan) {
+pub async fn settle_connection(plan: &mut Plan, gateway: &Gateway) {
     if plan.connection != ConnectionMode::Auto {
         return;
     }
-    let (connection, reason) =
-        match probe::has_single_connection(&Endpoint::from(plan.target.url.clone())).await {
-            Some(true) => (ConnectionMode::Single, "the server has /rtc/v1"),
-            Some(false) => (ConnectionMode::Dual, "the server has no /rtc/v1"),
-            None => (
-                ConnectionMode::Dual,
-                "the server did not say whether it has /rtc/v1",
-            ),
-        };
+    let endpoint = Endpoint::from(plan.target.url.clone()).through(gateway);
+    let presence = match endpoint.resolve().await {
+        Ok(endpoint) => probe::has_single_connection(&endpoint).await,
+        Err(why) => ServedPath::Unknown(why.to_string()),
+    };
+    let (connection, reason) = match presence {
+        ServedPath::There => (ConnectionMode::Single, "the server has /rtc/v1".to_owned()),
+        ServedPath::Missing => (ConnectionMode::Dual, "the server has no /rtc/v1".to_owned()),
+        ServedPath::Unknown(why) => (
+            ConnectionMode::Dual,
+            format!("the server did not say whether it has /rtc/v1: {why}"),
+        ),
+    };
     plan.settle_connection(connection, reason);
 }
 

@@ -12,7 +12,7 @@ use livekit_protocol as proto;
 
 use super::interrupts::Interrupts;
 use crate::plan::Plan;
-use crate::signal::probe;
+use crate::signal::probe::{self, ServedPath};
 use crate::signal::rooms::{RoomError, RoomService};
 use crate::signal::{ApiKey, Endpoint};
 
@@ -32,6 +32,24 @@ struct MadeRoom {
     /// What the server called it. `None` where it has not answered, or somebody else of this run
     /// made it.
     sid: Option<String>,
+}
+
+/// Some rooms were made, and then one was not.
+#[derive(Debug, thiserror::Error)]
+#[error("{made} of {wanted} rooms were made, and the next one was not: {why}. {}", fate(*.made, .left_behind))]
+pub(crate) struct RoomsNotMade {
+    made: usize,
+    wanted: u32,
+    why: RoomError,
+    left_behind: Vec<String>,
+}
+
+fn fate(made: usize, left_behind: &[String]) -> String {
+    if left_behind.is_empty() {
+        format!("The {made} were deleted again")
+    } else {
+        left_behind.join("; ")
+    }
 }
 
 /// A run that cannot use the service still plays.
@@ -66,10 +84,32 @@ impl Rooms {
                 "the room service cannot be used ({why}): rooms are made by joining, and close by themselves when they are empty"
             )),
             Err(error) => {
-                // That failing as well adds nothing to the first error.
-                rooms.delete(plan).await;
-                return Err(error);
+                let made = rooms.made.iter().filter(|room| room.sid.is_some()).count();
+                let left_behind = rooms.delete(plan).await;
+                return Err(match error.downcast::<RoomError>() {
+                    Ok(why) if made > 0 => RoomsNotMade {
+                        made,
+                        wanted: plan.scenario.rooms.count,
+                        why,
+                        left_behind,
+                    }
+                    .into(),
+                    // That deleting failed as well adds nothing to the first error.
+                    Ok(why) => why.into(),
+                    Err(error) => error,
+                });
             }
+        }
+        let held_back = rooms.service.held_back();
+        if held_back > 0 {
+            rooms.notes.push(format!(
+                "the room service was asked again {} because of a limit of the server's (429)",
+                if held_back == 1 {
+                    "once".to_owned()
+                } else {
+                    format!("{held_back} times")
+                }
+            ));
         }
         Ok(rooms)
     }
@@ -98,16 +138,9 @@ impl Rooms {
             .map(|room| plan.room_name(room))
             .collect();
         let asked_at = unix_now();
-        let (existing, told_at) = match self.service.list_rooms_at().await {
+        let (existing, told_at) = match self.list(&wanted).await {
             Ok(told) => told,
-            Err(why) if why.is_hidden() => {
-                // Where there is nothing to join either, this is no server that hides its rooms.
-                if probe::has_signalling(self.service.endpoint()).await == Some(false) {
-                    return Err(why.into());
-                }
-                return Ok(Making::WithoutService(why));
-            }
-            Err(why) => return Err(why.into()),
+            Err(why) => return self.without_service(why).await,
         };
         let (ours, others): (Vec<_>, Vec<_>) = existing
             .iter()
@@ -129,20 +162,61 @@ impl Rooms {
             .into_iter()
             .filter(|name| existing.iter().all(|room| room.name != *name))
         {
-            if let Some(why) = self.make_one(plan, name, before).await? {
-                return Ok(Making::WithoutService(why));
+            if let Err(why) = self.make_one(plan, name, before).await {
+                return self.without_service(why).await;
             }
         }
         Ok(Making::Done)
     }
 
-    /// Returns why the service cannot be used, where that is so.
+    /// The rooms of the server, or those of ours among them where it has too many to tell. Without
+    /// a list, CreateRoom's own answers say which rooms are ours.
+    async fn list(
+        &mut self,
+        wanted: &[String],
+    ) -> Result<(Vec<proto::Room>, Option<Duration>), RoomError> {
+        let why = match self.service.list_rooms_at(&[]).await {
+            Err(why) if why.is_too_long() => {
+                self.notes.push(format!(
+                    "the server carries so many rooms that their list is not read ({why}): its figures are not of this load alone"
+                ));
+                match self.service.list_rooms_at(wanted).await {
+                    Ok(told) => return Ok(told),
+                    Err(why) => why,
+                }
+            }
+            Err(why @ (RoomError::NotGranted { .. } | RoomError::Other { status: 500.., .. })) => {
+                why
+            }
+            done => return done,
+        };
+        self.notes.push(format!(
+            "the server's rooms cannot be listed ({why}): whether it carries others is not known"
+        ));
+        Ok((Vec::new(), None))
+    }
+
+    /// Whether the run goes on where the service cannot be used: joining makes rooms, too.
+    async fn without_service(&mut self, why: RoomError) -> Result<Making> {
+        if !why.is_of_service_alone() {
+            return Err(why.into());
+        }
+        let is_slow = matches!(why, RoomError::FetchFault(_));
+        match probe::has_signalling(self.service.endpoint()).await {
+            ServedPath::There => Ok(Making::WithoutService(why)),
+            // It may take its time for everything.
+            ServedPath::Unknown(_) if is_slow => Ok(Making::WithoutService(why)),
+            // Where there is nothing to join either, this is no server that hides its rooms.
+            ServedPath::Missing | ServedPath::Unknown(_) => Err(why.into()),
+        }
+    }
+
     async fn make_one(
         &mut self,
         plan: &Plan,
         name: String,
         before: Duration,
-    ) -> Result<Option<RoomError>> {
+    ) -> Result<(), RoomError> {
         // Before the call: one that is given up half-way may have made the room. A name that
         // somebody chose may be somebody else's room, though.
         let is_unique = plan.scenario.rooms.name.is_none();
@@ -154,11 +228,12 @@ impl Rooms {
         }
         let room = match self.service.create_room(&name, ROOM_EMPTY_TIMEOUT).await {
             Ok(room) => room,
-            Err(why) if why.is_hidden() => {
-                self.made.retain(|made| made.name != name);
-                return Ok(Some(why));
+            Err(why) => {
+                if why.is_refusal() {
+                    self.made.retain(|made| made.name != name);
+                }
+                return Err(why);
             }
-            Err(why) => return Err(why.into()),
         };
         if is_unique {
             if let Some(made) = self.made.last_mut() {
@@ -172,7 +247,7 @@ impl Rooms {
         } else {
             self.note_foreign(&name);
         }
-        Ok(None)
+        Ok(())
     }
 
     fn note_foreign(&mut self, name: &str) {

@@ -5,7 +5,8 @@ use std::fmt;
 use crate::plan::Plan;
 use crate::report::{Destinations, Judging};
 use crate::server_metrics::PageUrl;
-use crate::signal::Seats;
+use crate::signal::trust::TrustSpec;
+use crate::signal::{Gateway, Seats};
 
 /// A load test.
 #[derive(Debug)]
@@ -15,6 +16,10 @@ pub struct RunSpec {
     pub credentials: Option<Credentials>,
     /// Where participants join with tokens that the user gave.
     pub tokens: Option<Seats>,
+    /// What stands in front of the server wants to see this.
+    pub gateway: Gateway,
+    /// Whose certificates are trusted.
+    pub trust: TrustSpec,
     pub judging: Judging,
     pub destinations: Destinations,
     /// The server's own Prometheus pages, one a node.

@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use super::exposition::{self, Labels, MalformedLine, MetricSample};
+use crate::words;
 
 /// LiveKit brings a track's packets, bytes and requests up to date each 5 s, and when the track
 /// ends.
@@ -158,10 +159,11 @@ impl MetricsPage {
             page.take_counters(&sample)?;
             page.gauges.take(&sample);
             if sample.name.starts_with("livekit_") && page.node_id.is_none() {
+                // It is shown to people.
                 page.node_id = sample
                     .labels
                     .value("node_id")
-                    .map(std::borrow::Cow::into_owned);
+                    .map(|id| words::one_line(&id));
             }
             is_embedded |= sample.name.starts_with("throng_sfu_");
             match sample.name.strip_prefix(LATENCY) {

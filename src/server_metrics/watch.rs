@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use reqwest::header;
+use http::header;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval_at, timeout_at};
@@ -11,7 +11,9 @@ use tokio::time::{MissedTickBehavior, interval_at, timeout_at};
 use super::book::{Cost, NodeBook, NodeRow};
 use super::page::{Counter, MetricsPage, PageError};
 use super::{Account, NamedStretch, NodeReadings, PageUrl, ReadingGap, StretchCost, seconds_since};
-use crate::signal::rooms::{causes, http_client};
+use crate::signal::answer::{AnswerFault, AskedAt, AskedFor, HttpAnswer};
+use crate::signal::fetch::{FetchFault, Fetcher};
+use crate::signal::link::{LinkFault, LinkStage};
 
 const INTERVAL: Duration = Duration::from_secs(1);
 /// A page that takes longer is not read in that second.
@@ -27,12 +29,12 @@ pub struct PageWatch {
     heard: mpsc::Receiver<Heard>,
     tell: mpsc::Sender<Heard>,
     tasks: Vec<JoinHandle<()>>,
-    client: reqwest::Client,
     interval: Duration,
 }
 
 struct WatchedPage {
     url: PageUrl,
+    fetcher: Fetcher,
     book: NodeBook,
 }
 
@@ -47,11 +49,13 @@ struct Heard {
 enum UnreadPage {
     #[error("no answer within {} s", TIMEOUT.as_secs())]
     Timeout,
-    /// Without the address, which may hold a password.
-    #[error("{0}")]
-    Unreachable(String),
+    #[error(transparent)]
+    FetchFault(FetchFault),
+    /// Somebody else answered.
+    #[error(transparent)]
+    Answer(AnswerFault),
     #[error("it answers {0}")]
-    Status(reqwest::StatusCode),
+    Status(http::StatusCode),
     #[error("it has more than {} MiB", PAGE_BYTES_MAX >> 20)]
     TooLong,
     #[error("it is no text")]
@@ -71,19 +75,19 @@ impl PageWatch {
     /// # Errors
     /// Where one cannot be read, or two are the same node's.
     pub async fn start(urls: &[PageUrl]) -> Result<PageWatch, UnwatchablePages> {
-        let client = http_client(TIMEOUT);
         let (tell, heard) = mpsc::channel(READINGS_WAITING);
         let mut watch = PageWatch {
             nodes: Vec::new(),
             heard,
             tell,
             tasks: Vec::new(),
-            client,
             interval: INTERVAL,
         };
-        let readings = join_all(urls.iter().map(|url| read(&watch.client, url))).await;
+        let fetchers: Vec<Fetcher> = urls.iter().map(fetcher).collect();
+        let pages = urls.iter().zip(&fetchers);
+        let readings = join_all(pages.map(|(url, fetcher)| read(fetcher, url))).await;
         let mut refusals = Vec::new();
-        for (url, (at, page)) in urls.iter().zip(readings) {
+        for ((url, fetcher), (at, page)) in urls.iter().zip(fetchers).zip(readings) {
             let mut book = NodeBook::default();
             match page {
                 Ok(page) => book.note(at, page),
@@ -102,6 +106,7 @@ impl PageWatch {
             }
             watch.nodes.push(WatchedPage {
                 url: url.clone(),
+                fetcher,
                 book,
             });
         }
@@ -132,8 +137,8 @@ impl PageWatch {
     /// called in.
     pub fn go_on(&mut self, first: Instant) {
         for (node, watched) in self.nodes.iter().enumerate() {
-            let (client, url, tell, interval) = (
-                self.client.clone(),
+            let (fetcher, url, tell, interval) = (
+                watched.fetcher.clone(),
                 watched.url.clone(),
                 self.tell.clone(),
                 self.interval,
@@ -143,7 +148,7 @@ impl PageWatch {
                 beat.set_missed_tick_behavior(MissedTickBehavior::Skip);
                 loop {
                     beat.tick().await;
-                    let (at, page) = read(&client, &url).await;
+                    let (at, page) = read(&fetcher, &url).await;
                     if tell.send(Heard { node, at, page }).await.is_err() {
                         return;
                     }
@@ -196,40 +201,54 @@ impl Drop for PageWatch {
     }
 }
 
+fn fetcher(url: &PageUrl) -> Fetcher {
+    Fetcher::new(&url.to_string(), url.0.as_str(), &[], TIMEOUT)
+}
+
 /// The page, and when it was true: between question and answer.
-async fn read(
-    client: &reqwest::Client,
-    url: &PageUrl,
-) -> (Instant, Result<MetricsPage, UnreadPage>) {
+async fn read(fetcher: &Fetcher, url: &PageUrl) -> (Instant, Result<MetricsPage, UnreadPage>) {
     let asked = Instant::now();
-    let text = text(client, url).await;
+    let text = text(fetcher, url).await;
     let at = asked + asked.elapsed() / 2;
     (at, text.and_then(|text| Ok(MetricsPage::read(&text)?)))
 }
 
-async fn text(client: &reqwest::Client, url: &PageUrl) -> Result<String, UnreadPage> {
-    let told = |error: reqwest::Error| {
-        if error.is_timeout() {
-            return UnreadPage::Timeout;
-        }
-        let cause = causes(&error).last().map(ToString::to_string);
-        UnreadPage::Unreachable(cause.unwrap_or_else(|| error.without_url().to_string()))
-    };
-    let request = client
-        .get(url.0.clone())
+async fn text(fetcher: &Fetcher, url: &PageUrl) -> Result<String, UnreadPage> {
+    let request = fetcher
+        .request(reqwest::Method::GET, url.0.as_str())
         .header(header::ACCEPT, "text/plain; version=0.0.4");
-    let mut response = request.send().await.map_err(told)?;
-    if response.status() != reqwest::StatusCode::OK {
-        return Err(UnreadPage::Status(response.status()));
+    let fetched = fetcher.send(request, PAGE_BYTES_MAX).await;
+    let fetched = fetched.map_err(|fault| match fault {
+        FetchFault::TooLong { .. } => UnreadPage::TooLong,
+        FetchFault::Link(LinkFault::Slow {
+            stage: LinkStage::Answer,
+            ..
+        }) => UnreadPage::Timeout,
+        other => UnreadPage::FetchFault(other),
+    })?;
+    if fetched.status == 200 {
+        return String::from_utf8(fetched.body).map_err(|_| UnreadPage::NotText);
     }
-    let mut body = Vec::new();
-    while let Some(part) = response.chunk().await.map_err(told)? {
-        if body.len() + part.len() > PAGE_BYTES_MAX {
-            return Err(UnreadPage::TooLong);
+    // Whatever stands behind the host may hold a password.
+    let fault = AnswerFault::of(
+        &HttpAnswer {
+            status: fetched.status,
+            headers: &fetched.headers,
+            body: &fetched.body,
+        },
+        &AskedAt {
+            what: AskedFor::MetricsPage,
+            url: &url.to_string(),
+            path: "",
+            secret: None,
+        },
+    );
+    Err(match fault {
+        AnswerFault::Own { status, .. } | AnswerFault::WebPage { status, .. } => {
+            UnreadPage::Status(http::StatusCode::from_u16(status).unwrap_or_default())
         }
-        body.extend_from_slice(&part);
-    }
-    String::from_utf8(body).map_err(|_| UnreadPage::NotText)
+        other => UnreadPage::Answer(other),
+    })
 }
 
 fn account(nodes: &[WatchedPage], start: Instant, stretches: &[NamedStretch]) -> Account {

@@ -13,7 +13,6 @@
 
 use std::future::poll_fn;
 use std::io::{self, Write as _};
-use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
@@ -25,19 +24,22 @@ use futures_util::{SinkExt, StreamExt};
 use livekit_protocol::{self as proto, signal_request::Message as Request};
 use prost::Message as _;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
-use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
-use tokio_tungstenite::tungstenite::http::{self, HeaderValue, header};
-use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::protocol::frame::Frame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
+use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 
-use super::{Endpoint, Secret, tls_config};
+use super::answer::AnswerFault;
+use super::dial::{DialDeadline, Dialled, TcpOrTls};
+use super::gateway::UnsendableToken;
+use super::link::{LinkFault, plain};
+use super::route::ProxyFault;
+use super::trust::UnusableTrust;
+use super::{Endpoint, Secret};
 use crate::transport::sdp::SECTIONS_MAX;
+use crate::words;
 
 /// Largest response that is read. A Join lists every participant at up to ~1.5 KB and an offer
 /// takes ~1.8 KB a track, so 3,000 participants stay below 6 MB.
@@ -56,8 +58,6 @@ pub const FRAGMENT_BYTES: usize = 8 << 10;
 /// A join request is part of the request line: proxies take 8 KiB, and an offer of 150 sections has
 /// 65.
 const PLAIN_JOIN_REQUEST_BYTES_MAX: usize = 3 << 10;
-/// Text of a server that is kept in an error.
-const ERROR_TEXT_BYTES_MAX: usize = 300;
 
 /// How a join went, phase by phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -235,44 +235,37 @@ fn zipped(bytes: &[u8]) -> io::Result<Vec<u8>> {
 /// repeats a token.
 #[derive(Debug, thiserror::Error)]
 pub enum SignalError {
-    #[error("{endpoint} refused the connection: is the server running, and is this its port?")]
-    Refused { endpoint: String },
-    #[error(
-        "{endpoint} cannot be reached ({cause}): check the address, the route and the firewall"
-    )]
-    Unreachable { endpoint: String, cause: String },
-    #[error(
-        "the host name '{host}' cannot be resolved ({cause}): check its spelling and this host's DNS"
-    )]
-    Resolve { host: String, cause: String },
-    /// `https` to a plain port, or `http` to a TLS port.
-    #[error("{endpoint} {}", if *server_speaks_tls { "speaks TLS: use wss:// or https://" } else { "does not speak TLS: use ws:// or http://" })]
-    TlsMismatch {
-        endpoint: String,
-        server_speaks_tls: bool,
-    },
-    #[error(
-        "TLS with {endpoint} failed ({cause}): check the certificate and its name, or point SSL_CERT_FILE at its authority"
-    )]
-    Tls { endpoint: String, cause: String },
+    /// There is no answer to speak of.
+    #[error(transparent)]
+    Link(#[from] LinkFault),
+    /// Somebody else answered.
+    #[error(transparent)]
+    Answer(AnswerFault),
+    #[error(transparent)]
+    Proxy(#[from] ProxyFault),
+    #[error(transparent)]
+    Trust(#[from] UnusableTrust),
     #[error(
         "the server refused the token (401: {text}): check API key and secret, and both clocks"
     )]
     Unauthorized { text: String },
+    /// The token grants it: the server has not seen it.
     #[error(
-        "{path} is not there (404: {text}): does the room exist, and is this a LiveKit server?"
+        "the server saw no token that lets us join (401: {text}): where something in front of it takes the Authorization header away, add --token-in query"
     )]
-    NotFound { path: &'static str, text: String },
+    TokenUnseen { text: String },
+    #[error("{path} is not there (404: {text}): {}", if text.contains("requested room") { "does the room exist?" } else { "is this a LiveKit server, and its address?" })]
+    NotFound { path: String, text: String },
     #[error("the server failed ({status}: {text}): see its log")]
     Server { status: u16, text: String },
     #[error(
         "the server answered {status} ({text}) instead of opening a WebSocket: is this a LiveKit server?"
     )]
     Http { status: u16, text: String },
-    #[error(
-        "no signalling connection after {after:?}: the server or the network is overloaded; join more slowly or wait longer"
-    )]
-    Timeout { after: Duration },
+    #[error("nothing gave a room token within {} s", after.as_secs())]
+    NoTokenInTime { after: Duration },
+    #[error("the server did not answer a resume within {} s", after.as_secs())]
+    NotResumed { after: Duration },
     /// The connection ended without a `Leave` and without a close frame.
     #[error("the signalling connection was lost ({cause})")]
     Lost { cause: String },
@@ -286,81 +279,88 @@ pub enum SignalError {
     Protocol { cause: String },
 }
 
+impl SignalError {
+    /// What an answer other than status 101 means where a participant wants in.
+    pub(super) fn of_answer(fault: AnswerFault, endpoint: &Endpoint, path: &str) -> SignalError {
+        let AnswerFault::Own { status, text } = fault else {
+            return match fault {
+                AnswerFault::SpeaksTls { .. } => LinkFault::TlsMismatch {
+                    endpoint: endpoint.to_string(),
+                    server_speaks_tls: true,
+                }
+                .into(),
+                other => SignalError::Answer(other),
+            };
+        };
+        match status {
+            401 | 403 if says_nothing_was_seen(&text) => SignalError::TokenUnseen { text },
+            401 | 403 => SignalError::Unauthorized { text },
+            404 => SignalError::NotFound {
+                path: path.to_owned(),
+                text,
+            },
+            500.. => SignalError::Server { status, text },
+            _ => SignalError::Http { status, text },
+        }
+    }
+
+    /// How long the server asks to be left alone, where it has its limit; `None` inside: it does
+    /// not say.
+    pub fn limit(&self) -> Option<Option<Duration>> {
+        match self {
+            SignalError::Answer(fault) => fault.limit(),
+            _ => None,
+        }
+    }
+}
+
+/// LiveKit without a token, or with something else in its place.
+pub(super) fn says_nothing_was_seen(text: &str) -> bool {
+    text.contains("permissions denied") || text.contains("Must start with Bearer")
+}
+
+impl From<UnsendableToken> for SignalError {
+    fn from(error: UnsendableToken) -> SignalError {
+        SignalError::Unauthorized {
+            text: error.to_string(),
+        }
+    }
+}
+
 /// Opens a participant's signalling connection. The server's first message is `SignalEvent::Join`
 /// (or `SignalEvent::Reconnect` after a resume).
 ///
-/// The token is sent as a header and appears in no error, whatever the server answers.
+/// The token appears in no error, whatever the server answers.
 pub async fn connect(
     endpoint: &Endpoint,
     token: &Secret,
     options: &JoinOptions,
 ) -> Result<(SignalSender, SignalReceiver, ConnectTimes), SignalError> {
-    let connecting = async { Dialled::dial(endpoint).await?.join(token, options).await };
-    tokio::time::timeout(options.timeout, connecting)
-        .await
-        .map_err(|_| SignalError::Timeout {
-            after: options.timeout,
-        })?
-}
-
-/// A connection to the server on which nothing has been said yet. Our own address is known by now:
-/// what a join says of media can name it.
-pub struct Dialled<'a> {
-    endpoint: &'a Endpoint,
-    transport: TcpOrTls,
-    tcp: Duration,
-    tls: Option<Duration>,
-    /// Our end: the address by which this host reaches the server.
-    pub local_ip: IpAddr,
+    let deadline = DialDeadline::after(options.timeout);
+    let dialled = Dialled::dial(endpoint, deadline).await?;
+    dialled.join(token, options).await
 }
 
 impl Dialled<'_> {
-    /// Waits as long as the operating system does: bound it together with what follows.
-    pub async fn dial(endpoint: &Endpoint) -> Result<Dialled<'_>, SignalError> {
-        let started = Instant::now();
-        let tcp_stream = connect_tcp(endpoint).await?;
-        let tcp = started.elapsed();
-        let local_address = tcp_stream.local_addr().map_err(|error| SignalError::Lost {
-            cause: error.to_string(),
-        })?;
-        let (transport, tls) = if endpoint.secure() {
-            let started = Instant::now();
-            (
-                TcpOrTls::Tls(Box::new(connect_tls(endpoint, tcp_stream).await?)),
-                Some(started.elapsed()),
-            )
-        } else {
-            (TcpOrTls::Plain(tcp_stream), None)
-        };
-        Ok(Dialled {
-            endpoint,
-            transport,
-            tcp,
-            tls,
-            local_ip: local_address.ip(),
-        })
-    }
-
-    /// As [`connect`], from here on. `options.timeout` is the caller's to keep.
+    /// As [`connect`], from here on, within the time that was set when it was dialled.
     pub async fn join(
         self,
         token: &Secret,
         options: &JoinOptions,
     ) -> Result<(SignalSender, SignalReceiver, ConnectTimes), SignalError> {
         let started = Instant::now();
-        let request = upgrade_request(&self.endpoint.websocket_url(&options.path()), token)?;
-        let upgraded = tokio_tungstenite::client_async_with_config(
-            request,
-            FrameReads::new(self.transport),
+        let (tcp, tls) = (self.tcp, self.tls);
+        let (transport, leftover) = self.upgrade(&options.path(), token).await?;
+        let websocket = WebSocketStream::from_raw_socket(
+            FrameReads::new(transport, leftover),
+            Role::Client,
             Some(websocket_config()),
         )
         .await;
-        let (websocket, _) =
-            upgraded.map_err(|error| upgrade_error(error, self.endpoint, token, options))?;
         let (sink, stream) = websocket.split();
         let times = ConnectTimes {
-            tcp: self.tcp,
-            tls: self.tls,
+            tcp,
+            tls,
             websocket: started.elapsed(),
         };
         Ok((
@@ -376,155 +376,12 @@ impl Dialled<'_> {
     }
 }
 
-async fn connect_tcp(endpoint: &Endpoint) -> Result<TcpStream, SignalError> {
-    let mut failure = None;
-    for address in endpoint.lookup().await?.iter() {
-        match connect_address(*address).await {
-            Ok(stream) => return Ok(stream),
-            Err(error) => failure = Some(error),
-        }
-    }
-    let endpoint = endpoint.to_string();
-    Err(match failure {
-        Some(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            SignalError::Refused { endpoint }
-        }
-        Some(error) => SignalError::Unreachable {
-            endpoint,
-            cause: error.to_string(),
-        },
-        None => SignalError::Unreachable {
-            endpoint,
-            cause: "it has no address".into(),
-        },
-    })
-}
-
-async fn connect_address(address: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect(address).await?;
-    stream.set_nodelay(true)?;
-    Ok(stream)
-}
-
-async fn connect_tls(
-    endpoint: &Endpoint,
-    stream: TcpStream,
-) -> Result<TlsStream<TcpStream>, SignalError> {
-    let host = endpoint.host();
-    let name = host.trim_matches(['[', ']']).to_owned();
-    let name = rustls::pki_types::ServerName::try_from(name).map_err(|error| SignalError::Tls {
-        endpoint: endpoint.to_string(),
-        cause: error.to_string(),
-    })?;
-    tokio_rustls::TlsConnector::from(tls_config())
-        .connect(name, stream)
-        .await
-        .map_err(|error| tls_error(&error, endpoint))
-}
-
-fn tls_error(error: &io::Error, endpoint: &Endpoint) -> SignalError {
-    let endpoint = endpoint.to_string();
-    match error
-        .get_ref()
-        .and_then(|inner| inner.downcast_ref::<rustls::Error>())
-    {
-        // The first bytes are no TLS record: an HTTP server complains in plain text.
-        Some(rustls::Error::InvalidMessage(_)) => SignalError::TlsMismatch {
-            endpoint,
-            server_speaks_tls: false,
-        },
-        _ => SignalError::Tls {
-            endpoint,
-            cause: error.to_string(),
-        },
-    }
-}
-
 fn websocket_config() -> WebSocketConfig {
     WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER_BYTES)
         .write_buffer_size(0)
         .max_message_size(Some(MESSAGE_BYTES_MAX))
         .max_frame_size(Some(MESSAGE_BYTES_MAX))
-}
-
-fn upgrade_request(url: &str, token: &Secret) -> Result<http::Request<()>, SignalError> {
-    let protocol = |cause: String| SignalError::Protocol { cause };
-    let mut request = url
-        .into_client_request()
-        .map_err(|error| protocol(error.to_string()))?;
-    let mut bearer =
-        HeaderValue::from_str(&format!("Bearer {}", token.expose())).map_err(|_| {
-            SignalError::Unauthorized {
-                text: "the token holds characters that no token has".into(),
-            }
-        })?;
-    bearer.set_sensitive(true);
-    request.headers_mut().insert(header::AUTHORIZATION, bearer);
-    Ok(request)
-}
-
-fn upgrade_error(
-    error: WsError,
-    endpoint: &Endpoint,
-    token: &Secret,
-    options: &JoinOptions,
-) -> SignalError {
-    let mismatch = || SignalError::TlsMismatch {
-        endpoint: endpoint.to_string(),
-        server_speaks_tls: true,
-    };
-    match error {
-        WsError::Http(response) => {
-            let body = response.body().as_deref().unwrap_or_default();
-            let text = error_text(body, token);
-            http_error(response.status().as_u16(), text, endpoint, options)
-        }
-        // A TLS server answers plain HTTP with HTTP/1.0 (Go) or with a TLS alert.
-        WsError::Protocol(ProtocolError::WrongHttpVersion | ProtocolError::HttparseError(_))
-            if !endpoint.secure() =>
-        {
-            mismatch()
-        }
-        other => lost(other),
-    }
-}
-
-fn http_error(
-    status: u16,
-    text: String,
-    endpoint: &Endpoint,
-    options: &JoinOptions,
-) -> SignalError {
-    match status {
-        // nginx and others speak HTTP/1.1 to a client that forgot TLS.
-        400 if !endpoint.secure() && text.contains("HTTPS") => SignalError::TlsMismatch {
-            endpoint: endpoint.to_string(),
-            server_speaks_tls: true,
-        },
-        401 | 403 => SignalError::Unauthorized { text },
-        404 => SignalError::NotFound {
-            path: if matches!(options.connection, JoinMode::Dual) {
-                "/rtc"
-            } else {
-                "/rtc/v1"
-            },
-            text,
-        },
-        500.. => SignalError::Server { status, text },
-        _ => SignalError::Http { status, text },
-    }
-}
-
-/// A server's own words, short, on one line and without the token, which LiveKit repeats in full.
-pub(crate) fn error_text(body: &[u8], token: &Secret) -> String {
-    let whole = token.redact(&String::from_utf8_lossy(body));
-    let line = whole.split_whitespace().collect::<Vec<_>>().join(" ");
-    match line.char_indices().nth(ERROR_TEXT_BYTES_MAX) {
-        Some((end, _)) => format!("{}...", line.get(..end).unwrap_or_default()),
-        None if line.is_empty() => "no text".into(),
-        None => line,
-    }
 }
 
 fn lost(error: WsError) -> SignalError {
@@ -534,7 +391,7 @@ fn lost(error: WsError) -> SignalError {
             SignalError::TooLarge { bytes: size }
         }
         WsError::Io(error) => SignalError::Lost {
-            cause: error.to_string(),
+            cause: plain(&error),
         },
         WsError::Protocol(
             ProtocolError::ResetWithoutClosingHandshake | ProtocolError::HandshakeIncomplete,
@@ -691,7 +548,7 @@ impl SignalReceiver {
                 Message::Close(frame) => {
                     self.closed = true;
                     let (code, reason) = frame.map_or((None, String::new()), |frame| {
-                        (Some(u16::from(frame.code)), frame.reason.to_string())
+                        (Some(u16::from(frame.code)), words::one_line(&frame.reason))
                     });
                     return Ok(SignalEvent::Closed { code, reason });
                 }
@@ -1076,14 +933,15 @@ impl Join {
             room_name: room.name,
             participant_sid: me.sid,
             identity: me.identity,
-            server_version: if server.version.is_empty() {
-                join.server_version
+            // It is shown to people.
+            server_version: words::one_line(if server.version.is_empty() {
+                &join.server_version
             } else {
-                server.version
-            },
+                &server.version
+            }),
             embedded_sfu: server.node_id == crate::plan::EMBEDDED_NODE_ID,
             server_protocol: server.protocol,
-            server_region: server.region,
+            server_region: words::one_line(&server.region),
             subscriber_primary: join.subscriber_primary,
             fast_publish: join.fast_publish,
             alternative_url: join.alternative_url,
@@ -1174,21 +1032,6 @@ fn split_varint(bytes: &[u8]) -> Option<(u64, &[u8])> {
     None
 }
 
-/// TCP, bare or under TLS.
-enum TcpOrTls {
-    Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
-}
-
-impl TcpOrTls {
-    fn poll_read(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self {
-            TcpOrTls::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
-            TcpOrTls::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
-        }
-    }
-}
-
 /// A transport whose reads end where a WebSocket frame's header or payload ends (RFC 6455, section
 /// 5.2).
 ///
@@ -1197,14 +1040,12 @@ impl TcpOrTls {
 /// gets a few messages a second.
 struct FrameReads {
     transport: TcpOrTls,
-    phase: ResponsePhase,
+    phase: FramePhase,
     /// What came with the HTTP response and belongs to frames.
     leftover: Vec<u8>,
 }
 
-enum ResponsePhase {
-    /// The response so far.
-    Response(Vec<u8>),
+enum FramePhase {
     Header {
         bytes: [u8; HEADER_BYTES_MAX],
         have: usize,
@@ -1212,51 +1053,19 @@ enum ResponsePhase {
     Payload {
         remaining: u64,
     },
-    /// Not a WebSocket: passed through.
-    Foreign,
 }
 
 /// Without a mask, which servers do not use.
 const HEADER_BYTES_MAX: usize = 10;
-/// A response whose header is longer is left to the library to refuse.
-const RESPONSE_BYTES_MAX: usize = 16 << 10;
 
 impl FrameReads {
-    fn new(transport: TcpOrTls) -> FrameReads {
+    /// `leftover` is what came behind the HTTP answer.
+    fn new(transport: TcpOrTls, leftover: Vec<u8>) -> FrameReads {
         FrameReads {
             transport,
-            phase: ResponsePhase::Response(Vec::new()),
-            leftover: Vec::new(),
+            phase: FramePhase::header(),
+            leftover,
         }
-    }
-
-    /// Reads the response; what follows its header is put aside, unless it is no upgrade and the
-    /// rest is a text to show.
-    fn poll_response(
-        &mut self,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        ready!(self.transport.poll_read(cx, buf))?;
-        let ResponsePhase::Response(head) = &mut self.phase else {
-            return Poll::Ready(Ok(()));
-        };
-        head.extend_from_slice(buf.filled().get(before..).unwrap_or_default());
-        let end = head
-            .windows(4)
-            .position(|window| window == b"\r\n\r\n")
-            .map(|at| at + 4);
-        match end.and_then(|end| head.get(end..)) {
-            Some(rest) if head.starts_with(b"HTTP/1.1 101") => {
-                self.leftover = rest.to_vec();
-                buf.set_filled(buf.filled().len() - self.leftover.len());
-                self.phase = ResponsePhase::header();
-            }
-            None if head.len() < RESPONSE_BYTES_MAX => {}
-            _ => self.phase = ResponsePhase::Foreign,
-        }
-        Poll::Ready(Ok(()))
     }
 
     fn poll_frame(
@@ -1268,7 +1077,7 @@ impl FrameReads {
         let space = buf.initialize_unfilled_to(limit.min(buf.remaining()));
         let count = if self.leftover.is_empty() {
             let mut part = ReadBuf::new(space);
-            ready!(self.transport.poll_read(cx, &mut part))?;
+            ready!(Pin::new(&mut self.transport).poll_read(cx, &mut part))?;
             part.filled().len()
         } else {
             self.take_leftover(space)
@@ -1291,29 +1100,26 @@ impl FrameReads {
     }
 }
 
-impl ResponsePhase {
-    fn header() -> ResponsePhase {
-        ResponsePhase::Header {
+impl FramePhase {
+    fn header() -> FramePhase {
+        FramePhase::Header {
             bytes: [0; HEADER_BYTES_MAX],
             have: 0,
         }
     }
 
-    /// How much the next read may take at most; `None` if that does not matter.
-    fn limit(&self) -> Option<usize> {
+    /// How much the next read may take at most.
+    fn limit(&self) -> usize {
         match self {
-            ResponsePhase::Header { bytes, have } => Some(header_len(bytes, *have) - have),
-            ResponsePhase::Payload { remaining } => {
-                Some(usize::try_from(*remaining).unwrap_or(usize::MAX))
-            }
-            ResponsePhase::Response(_) | ResponsePhase::Foreign => None,
+            FramePhase::Header { bytes, have } => header_len(bytes, *have) - have,
+            FramePhase::Payload { remaining } => usize::try_from(*remaining).unwrap_or(usize::MAX),
         }
     }
 
-    /// Takes note of bytes that were read, no more than [`ResponsePhase::limit`].
+    /// Takes note of bytes that were read, no more than [`FramePhase::limit`].
     fn advance(&mut self, read: &[u8]) {
         match self {
-            ResponsePhase::Header { bytes, have } => {
+            FramePhase::Header { bytes, have } => {
                 bytes
                     .iter_mut()
                     .skip(*have)
@@ -1321,21 +1127,20 @@ impl ResponsePhase {
                     .for_each(|(slot, byte)| *slot = *byte);
                 *have += read.len();
                 if *have == header_len(bytes, *have) {
-                    *self = ResponsePhase::payload(payload_len(bytes));
+                    *self = FramePhase::payload(payload_len(bytes));
                 }
             }
-            ResponsePhase::Payload { remaining } => {
-                *self = ResponsePhase::payload(remaining.saturating_sub(read.len() as u64))
+            FramePhase::Payload { remaining } => {
+                *self = FramePhase::payload(remaining.saturating_sub(read.len() as u64))
             }
-            ResponsePhase::Response(_) | ResponsePhase::Foreign => {}
         }
     }
 
-    fn payload(remaining: u64) -> ResponsePhase {
+    fn payload(remaining: u64) -> FramePhase {
         if remaining == 0 {
-            ResponsePhase::header()
+            FramePhase::header()
         } else {
-            ResponsePhase::Payload { remaining }
+            FramePhase::Payload { remaining }
         }
     }
 }
@@ -1365,11 +1170,8 @@ impl AsyncRead for FrameReads {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        match (this.phase.limit(), &this.phase) {
-            (Some(limit), _) => this.poll_frame(cx, buf, limit),
-            (None, ResponsePhase::Response(_)) => this.poll_response(cx, buf),
-            (None, _) => this.transport.poll_read(cx, buf),
-        }
+        let limit = this.phase.limit();
+        this.poll_frame(cx, buf, limit)
     }
 }
 
@@ -1379,31 +1181,22 @@ impl AsyncWrite for FrameReads {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        match &mut self.get_mut().transport {
-            TcpOrTls::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
-            TcpOrTls::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
-        }
+        Pin::new(&mut self.get_mut().transport).poll_write(cx, buf)
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().transport {
-            TcpOrTls::Plain(stream) => Pin::new(stream).poll_flush(cx),
-            TcpOrTls::Tls(stream) => Pin::new(stream).poll_flush(cx),
-        }
+        Pin::new(&mut self.get_mut().transport).poll_flush(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().transport {
-            TcpOrTls::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
-            TcpOrTls::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
+        Pin::new(&mut self.get_mut().transport).poll_shutdown(cx)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+    use tokio::net::TcpStream;
 
     type ServerSide = WebSocketStream<TcpStream>;
 
@@ -1490,6 +1283,26 @@ mod tests {
             }),
             ..Default::default()
         }
+    }
+
+    #[test]
+    fn what_a_server_calls_itself_moves_no_cursor() {
+        let join = proto::JoinResponse {
+            server_info: Some(proto::ServerInfo {
+                version: "1.0\x1b[2J\nRESULT: PASS".into(),
+                region: "\u{202e}moon".into(),
+                ..Default::default()
+            }),
+            ..join_to(0)
+        };
+        let message = response(proto::signal_response::Message::Join(join));
+        let SignalEvent::Join(join) = SignalEvent::decode(&message) else {
+            panic!("a Join is a Join");
+        };
+        assert_eq!(
+            (join.server_version.as_str(), join.server_region.as_str()),
+            ("1.0 [2J RESULT: PASS", " moon")
+        );
     }
 
     #[test]

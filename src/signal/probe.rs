@@ -2,42 +2,77 @@
 
 use std::time::Duration;
 
-use super::client::{Dialled, JoinMode, JoinOptions, SignalError, SignalEvent};
-use super::rooms::http_client;
+use super::answer::{AnswerFault, AskedAt, AskedFor, HttpAnswer};
+use super::client::{JoinMode, JoinOptions, SignalError, SignalEvent};
+use super::dial::{DialDeadline, Dialled};
 use super::token::Permissions;
 use super::{ApiKey, Endpoint, Secret};
 
 /// An answer that takes longer is none.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// Nothing that a probe asks for has more to say.
+const BODY_BYTES_MAX: usize = 1 << 20;
 const TOKEN_LIFETIME: Duration = Duration::from_secs(60);
 /// The first LiveKit whose single connection holds up when tracks come and go.
 const SINGLE_CONNECTION_SINCE: [u32; 3] = [1, 13, 2];
 const FIRST_LIVEKIT: [u32; 3] = [1, 0, 0];
 
-/// Whether the server has `/rtc/v1`, one connection for everything; `None` where its answer does
-/// not tell.
+/// What a server's answer tells of a path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServedPath {
+    There,
+    /// The server has never heard of it.
+    Missing,
+    /// It is not the server that answered, or nobody did: why, for people.
+    Unknown(String),
+}
+
+/// Whether the server has `/rtc/v1`, one connection for everything.
 ///
 /// Without a token: a server that has it refuses, one that does not has never heard of it.
-pub async fn has_single_connection(endpoint: &Endpoint) -> Option<bool> {
+pub async fn has_single_connection(endpoint: &Endpoint) -> ServedPath {
     has(endpoint, "/rtc/v1/validate").await
 }
 
-/// Whether participants can join at the server at all; `None` where its answer does not tell. Asked
-/// without a token, as above.
-pub async fn has_signalling(endpoint: &Endpoint) -> Option<bool> {
+/// Whether participants can join at the server at all. Asked without a token, as above.
+pub async fn has_signalling(endpoint: &Endpoint) -> ServedPath {
     has(endpoint, "/rtc/validate").await
 }
 
-async fn has(endpoint: &Endpoint, path: &str) -> Option<bool> {
-    let response = http_client(TIMEOUT)
-        .get(endpoint.http_url(path))
-        .send()
-        .await
-        .ok()?;
-    match response.status().as_u16() {
-        404 => Some(false),
-        200..500 => Some(true),
-        _ => None,
+async fn has(endpoint: &Endpoint, path: &str) -> ServedPath {
+    let fetcher = endpoint.fetcher(TIMEOUT);
+    let url = endpoint.http_url(path);
+    let mut headers = http::HeaderMap::new();
+    // Without a token there is nothing that cannot be written.
+    let _ = endpoint.gateway.add_to(&mut headers, None);
+    let request = fetcher.request(reqwest::Method::GET, &url).headers(headers);
+    let answer = match fetcher.send(request, BODY_BYTES_MAX).await {
+        Ok(answer) => answer,
+        Err(fault) => return ServedPath::Unknown(fault.to_string()),
+    };
+    let asked = AskedAt {
+        what: AskedFor::Signalling,
+        url: &url,
+        path,
+        secret: None,
+    };
+    let fault = AnswerFault::of(
+        &HttpAnswer {
+            status: answer.status,
+            headers: &answer.headers,
+            body: &answer.body,
+        },
+        &asked,
+    );
+    match fault {
+        AnswerFault::Own { status: 404, .. } | AnswerFault::WebPage { status: 404, .. } => {
+            ServedPath::Missing
+        }
+        AnswerFault::Own {
+            status: 200..300 | 400 | 401 | 403,
+            ..
+        } => ServedPath::There,
+        other => ServedPath::Unknown(other.to_string()),
     }
 }
 
@@ -64,8 +99,8 @@ pub async fn server_version(endpoint: &Endpoint, token: &Secret) -> Option<Strin
         ..JoinOptions::default()
     };
     let asking = async {
-        let (mut sender, mut receiver, _) =
-            Dialled::dial(endpoint).await?.join(token, &options).await?;
+        let dialled = Dialled::dial(endpoint, DialDeadline::after(TIMEOUT)).await?;
+        let (mut sender, mut receiver, _) = dialled.join(token, &options).await?;
         let version = match receiver.next().await? {
             SignalEvent::Join(join) => {
                 Some(join.server_version).filter(|version| !version.is_empty())

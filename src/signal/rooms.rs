@@ -1,67 +1,71 @@
 //! LiveKit's room service: Twirp, which is `POST /twirp/livekit.RoomService/METHOD` with protobuf
 //! bodies.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use http::{HeaderMap, header};
 use livekit_protocol as proto;
 use prost::Message;
-use reqwest::header;
 
-use super::client::error_text;
+use super::answer::{AnswerFault, AskedAt, AskedFor, HttpAnswer};
+use super::client::says_nothing_was_seen;
+use super::fetch::{FetchFault, Fetched, Fetcher};
+use super::gateway::UnsendableToken;
+use super::link::{LinkFault, LinkStage};
 use super::token::TokenError;
-use super::{ApiKey, Endpoint, Secret, tls_config};
+use super::{ApiKey, Endpoint};
 
 /// A request that takes longer has failed: the server answers from memory or from Redis.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Largest answer that is read: some ten thousand rooms or participants.
 const BODY_BYTES_MAX: usize = 4 << 20;
+/// Who asks to be left alone is, for so long in all; then the request has failed.
+const LIMIT_PATIENCE: Duration = Duration::from_secs(60);
+/// Where it is not said for how long.
+const LIMIT_PAUSE: Duration = Duration::from_secs(1);
 
 /// A server's room service. Cheap to clone; connections are pooled.
 #[derive(Clone)]
 pub struct RoomService {
-    http: reqwest::Client,
+    fetcher: Fetcher,
     endpoint: Endpoint,
     api_key: ApiKey,
+    /// How often it asked to be left alone.
+    held_back: Arc<AtomicU32>,
 }
 
 /// Why the room service did not do what was asked. Each message says what to do; none repeats a
 /// token.
 #[derive(Debug, thiserror::Error)]
 pub enum RoomError {
-    #[error(
-        "{endpoint} cannot be reached ({cause}): is the server running, and are address and port right?"
-    )]
-    Unreachable { endpoint: String, cause: String },
-    /// Something listens, and hangs up or talks of other things.
-    #[error(
-        "{endpoint} gave no HTTP answer ({cause}): is this a LiveKit server?{}",
-        if *secure { "" } else { " One that speaks TLS wants wss:// or https://" }
-    )]
-    NoAnswer {
-        endpoint: String,
-        secure: bool,
-        cause: String,
-    },
-    /// `https` to a plain port, or `http` to a TLS port.
-    #[error("{endpoint} {}", if *server_speaks_tls { "speaks TLS: use wss:// or https://" } else { "does not speak TLS: use ws:// or http://" })]
-    TlsMismatch {
-        endpoint: String,
-        server_speaks_tls: bool,
-    },
+    /// There is no answer.
+    #[error(transparent)]
+    FetchFault(#[from] FetchFault),
+    /// Somebody else answered.
+    #[error(transparent)]
+    Answer(AnswerFault),
     #[error("the server refused our API key ({text}): check API key and secret, and both clocks")]
     Unauthorized { text: String },
-    /// A proxy, most likely: LiveKit itself says 401.
-    #[error("{text} (403)")]
-    Forbidden { text: String },
+    /// Our tokens grant it: it has not seen them, or the key may not do everything.
     #[error(
-        "the room service answered {status} ({text}): is this a LiveKit server, and does the room exist?"
+        "the server does not let us use {method} ({text}): its key has no grant for that, or something in front of it takes the Authorization header away (--token-in query)"
     )]
-    Other { status: u16, text: String },
+    NotGranted { method: String, text: String },
+    #[error("the room service answered {method} with {status} ({text}){}", if *.status < 500 { ": is this a LiveKit server?" } else { ": see the server's log" })]
+    Other {
+        method: String,
+        status: u16,
+        text: String,
+    },
     #[error("the room service sent what cannot be read ({cause}): is this a LiveKit server?")]
     Malformed { cause: String },
     #[error(transparent)]
     Token(#[from] TokenError),
+    #[error(transparent)]
+    UnsendableToken(#[from] UnsendableToken),
 }
 
 impl RoomError {
@@ -70,24 +74,48 @@ impl RoomError {
         matches!(self, RoomError::Other { status: 404, .. })
     }
 
-    /// Something in front of the server lets nobody to the room service, or there is none. Of a
-    /// method, not of a room.
-    pub fn is_hidden(&self) -> bool {
-        matches!(
-            self,
-            RoomError::Forbidden { .. }
-                | RoomError::Other {
-                    status: 404 | 405 | 501,
-                    ..
-                }
-        )
+    /// Participants may get in all the same: something else answered, or did not answer in time, or
+    /// we may not use the service. Of a method, not of a room.
+    pub fn is_of_service_alone(&self) -> bool {
+        match self {
+            RoomError::Answer(fault) => !matches!(fault, AnswerFault::SpeaksTls { .. }),
+            RoomError::NotGranted { .. } => true,
+            // The server's own failure is not for joins to find out again.
+            RoomError::Other { status, .. } => *status < 500,
+            RoomError::FetchFault(FetchFault::Link(fault)) => {
+                matches!(
+                    fault,
+                    LinkFault::Slow {
+                        stage: LinkStage::Answer,
+                        ..
+                    }
+                )
+            }
+            RoomError::FetchFault(FetchFault::TooLong { .. }) => true,
+            _ => false,
+        }
+    }
+
+    /// It was refused, so that nothing has been done. What failed half-way is another matter.
+    pub fn is_refusal(&self) -> bool {
+        match self {
+            RoomError::Answer(fault) => !matches!(fault, AnswerFault::BackendAway { .. }),
+            RoomError::NotGranted { .. } | RoomError::Unauthorized { .. } => true,
+            RoomError::Other { status, .. } => *status < 500,
+            _ => false,
+        }
+    }
+
+    /// The answer is longer than what is read.
+    pub fn is_too_long(&self) -> bool {
+        matches!(self, RoomError::FetchFault(FetchFault::TooLong { .. }))
     }
 
     /// There is no server (any more), so that asking for other rooms would end the same way.
     pub fn is_without_server(&self) -> bool {
         matches!(
             self,
-            RoomError::Unreachable { .. } | RoomError::NoAnswer { .. }
+            RoomError::FetchFault(_) | RoomError::Answer(AnswerFault::BackendAway { .. })
         )
     }
 }
@@ -95,14 +123,20 @@ impl RoomError {
 impl RoomService {
     pub fn new(endpoint: Endpoint, api_key: ApiKey) -> RoomService {
         RoomService {
-            http: http_client(REQUEST_TIMEOUT),
+            fetcher: endpoint.fetcher(REQUEST_TIMEOUT),
             endpoint,
             api_key,
+            held_back: Arc::default(),
         }
     }
 
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
+    }
+
+    /// How often it asked to be left alone, and was.
+    pub fn held_back(&self) -> u32 {
+        self.held_back.load(Ordering::Relaxed)
     }
 
     /// Makes the room, or finds it. It is closed when nobody was in it for `empty_timeout` (whole
@@ -149,18 +183,19 @@ impl RoomService {
 
     /// The room of this name, as far as the list knows it.
     pub async fn list_rooms_named(&self, name: &str) -> Result<Vec<proto::Room>, RoomError> {
-        let request = proto::ListRoomsRequest {
-            names: vec![name.to_owned()],
-        };
-        let response = self
-            .call::<proto::ListRoomsResponse>("ListRooms", None, &request)
-            .await?;
-        Ok(response.rooms)
+        let (rooms, _) = self.list_rooms_at(&[name.to_owned()]).await?;
+        Ok(rooms)
     }
 
-    /// All rooms, and what time it was at the server (since 1970, in whole seconds) when it told.
-    pub async fn list_rooms_at(&self) -> Result<(Vec<proto::Room>, Option<Duration>), RoomError> {
-        let request = proto::ListRoomsRequest::default();
+    /// The rooms of these names, or all, and what time it was at the server (since 1970, in whole
+    /// seconds) when it told.
+    pub async fn list_rooms_at(
+        &self,
+        names: &[String],
+    ) -> Result<(Vec<proto::Room>, Option<Duration>), RoomError> {
+        let request = proto::ListRoomsRequest {
+            names: names.to_vec(),
+        };
         let (response, told_at) = self
             .call_at::<proto::ListRoomsResponse>("ListRooms", None, &request)
             .await?;
@@ -190,144 +225,123 @@ impl RoomService {
         Ok(answer)
     }
 
-    /// The answer, and its `Date`.
+    /// The answer, and its `Date`. A limit is waited for.
     async fn call_at<R: Message + Default>(
         &self,
         method: &str,
         room: Option<&str>,
         request: &impl Message,
     ) -> Result<(R, Option<Duration>), RoomError> {
+        let mut patience = LIMIT_PATIENCE;
+        loop {
+            let error = match self.call_once(method, room, request).await {
+                Err(RoomError::Answer(fault)) => fault,
+                done => return done,
+            };
+            let Some(asked) = error.limit() else {
+                return Err(RoomError::Answer(error));
+            };
+            let pause = asked.unwrap_or(LIMIT_PAUSE).max(LIMIT_PAUSE);
+            if pause > patience {
+                return Err(RoomError::Answer(error));
+            }
+            patience -= pause;
+            self.held_back.fetch_add(1, Ordering::Relaxed);
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn call_once<R: Message + Default>(
+        &self,
+        method: &str,
+        room: Option<&str>,
+        request: &impl Message,
+    ) -> Result<(R, Option<Duration>), RoomError> {
         let token = self.api_key.service_token(room)?;
-        let url = self
-            .endpoint
-            .http_url(&format!("/twirp/livekit.RoomService/{method}"));
-        let mut bearer = header::HeaderValue::from_str(&format!("Bearer {}", token.expose()))
-            .expect("a JWT is base64url and dots");
-        bearer.set_sensitive(true);
-        let post = self
-            .http
-            .post(url)
-            .header(header::AUTHORIZATION, bearer)
-            .header(header::CONTENT_TYPE, "application/protobuf");
-        let response = post
-            .body(request.encode_to_vec())
-            .send()
-            .await
-            .map_err(|error| self.transport_error(&error))?;
-        let status = response.status().as_u16();
-        let told_at = date(response.headers());
-        let body = self.body(response).await?;
-        match status {
-            200 => R::decode(&*body)
-                .map(|answer| (answer, told_at))
-                .map_err(|error| RoomError::Malformed {
-                    cause: error.to_string(),
-                }),
-            _ => Err(self.status_error(status, &body, &token)),
+        let path = format!("/twirp/livekit.RoomService/{method}");
+        let gateway = &self.endpoint.gateway;
+        let url = self.endpoint.http_url(&gateway.path(&path, &token));
+        let mut headers = HeaderMap::new();
+        gateway.add_to(&mut headers, Some(&token))?;
+        let protobuf = header::HeaderValue::from_static("application/protobuf");
+        headers.insert(header::CONTENT_TYPE, protobuf);
+        let post = self.fetcher.request(reqwest::Method::POST, &url);
+        let post = post.headers(headers).body(request.encode_to_vec());
+        let Fetched {
+            status,
+            headers,
+            body,
+        } = self.fetcher.send(post, BODY_BYTES_MAX).await?;
+        if status == 200 && !is_foreign(&headers) {
+            let answer = R::decode(&*body).map_err(|error| RoomError::Malformed {
+                cause: error.to_string(),
+            });
+            return Ok((answer?, date(&headers)));
         }
+        let fault = AnswerFault::of(
+            &HttpAnswer {
+                status,
+                headers: &headers,
+                body: &body,
+            },
+            &AskedAt {
+                what: AskedFor::RoomService,
+                url: &url,
+                path: &path,
+                secret: Some(&token),
+            },
+        );
+        Err(self.refusal(fault, method))
     }
 
-    /// The whole of it, unless it is more than any server has to say.
-    async fn body(&self, mut response: reqwest::Response) -> Result<Vec<u8>, RoomError> {
-        let mut body = Vec::new();
-        while let Some(part) = response
-            .chunk()
-            .await
-            .map_err(|error| self.transport_error(&error))?
-        {
-            if body.len() + part.len() > BODY_BYTES_MAX {
-                return Err(RoomError::Malformed {
-                    cause: format!("more than {BODY_BYTES_MAX} bytes"),
-                });
-            }
-            body.extend_from_slice(&part);
-        }
-        Ok(body)
-    }
-
-    fn status_error(&self, status: u16, body: &[u8], token: &Secret) -> RoomError {
-        let text = twirp_text(body, token);
+    fn refusal(&self, fault: AnswerFault, method: &str) -> RoomError {
+        let AnswerFault::Own { status, text } = fault else {
+            return match fault {
+                AnswerFault::SpeaksTls { .. } => {
+                    RoomError::FetchFault(FetchFault::Link(LinkFault::TlsMismatch {
+                        endpoint: self.endpoint.to_string(),
+                        server_speaks_tls: true,
+                    }))
+                }
+                other => RoomError::Answer(other),
+            };
+        };
+        let method = method.to_owned();
         match status {
-            400 if !self.endpoint.secure() && text.contains("HTTPS") => self.mismatch(true),
+            403 => RoomError::NotGranted { method, text },
+            401 if says_nothing_was_seen(&text) => RoomError::NotGranted { method, text },
             401 => RoomError::Unauthorized { text },
-            403 => RoomError::Forbidden { text },
-            _ => RoomError::Other { status, text },
+            _ => RoomError::Other {
+                method,
+                status,
+                text,
+            },
         }
     }
+}
 
-    fn transport_error(&self, error: &reqwest::Error) -> RoomError {
-        if causes(error)
-            .any(|cause| matches!(cause.downcast_ref(), Some(rustls::Error::InvalidMessage(_))))
-        {
-            return self.mismatch(false);
-        }
-        let cause = causes(error)
-            .last()
-            .map_or_else(|| error.to_string(), ToString::to_string);
-        let (endpoint, secure) = (self.endpoint.to_string(), self.endpoint.secure());
-        if error.is_connect() || error.is_timeout() {
-            RoomError::Unreachable { endpoint, cause }
-        } else {
-            RoomError::NoAnswer {
-                endpoint,
-                secure,
-                cause,
-            }
-        }
+impl Endpoint {
+    /// Requests to it, by its addresses that are there.
+    pub(super) fn fetcher(&self, timeout: Duration) -> Fetcher {
+        let addresses = self.addresses.as_ref().map(|known| known.there());
+        Fetcher::new(
+            &self.to_string(),
+            &self.http_url(""),
+            &addresses.unwrap_or_default(),
+            timeout,
+        )
     }
+}
 
-    fn mismatch(&self, server_speaks_tls: bool) -> RoomError {
-        RoomError::TlsMismatch {
-            endpoint: self.endpoint.to_string(),
-            server_speaks_tls,
-        }
-    }
+/// A page, where there ought to be a message.
+fn is_foreign(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE);
+    kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/html"))
 }
 
 /// When an answer was given, by the clock of who gave it.
-fn date(headers: &header::HeaderMap) -> Option<Duration> {
+fn date(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(header::DATE)?.to_str().ok()?;
     let at = httpdate::parse_http_date(text).ok()?;
     at.duration_since(std::time::UNIX_EPOCH).ok()
-}
-
-/// An HTTP client with our TLS and no redirects; every request ends within `timeout`.
-pub(crate) fn http_client(timeout: Duration) -> reqwest::Client {
-    reqwest::Client::builder()
-        .tls_backend_preconfigured((*tls_config()).clone())
-        .timeout(timeout)
-        .redirect(reqwest::redirect::Policy::none())
-        .build()
-        .expect("a client with a given TLS configuration needs nothing from its host")
-}
-
-/// The chain of causes below `error`. An `io::Error` hides the error that it wraps from `source`,
-/// so that one is looked into.
-pub(crate) fn causes<'a>(
-    error: &'a (dyn std::error::Error + 'static),
-) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
-    std::iter::successors(error.source(), |cause| {
-        match cause
-            .downcast_ref::<std::io::Error>()
-            .and_then(std::io::Error::get_ref)
-        {
-            Some(inner) => Some(inner),
-            None => cause.source(),
-        }
-    })
-}
-
-/// Twirp's errors are JSON, `{"code": .., "msg": ..}`; the authentication in front of it answers in
-/// plain text.
-fn twirp_text(body: &[u8], token: &Secret) -> String {
-    #[derive(serde::Deserialize)]
-    struct TwirpErrorBody {
-        code: String,
-        #[serde(default)]
-        msg: String,
-    }
-    match serde_json::from_slice::<TwirpErrorBody>(body) {
-        Ok(error) => error_text(format!("{}: {}", error.code, error.msg).as_bytes(), token),
-        Err(_) => error_text(body, token),
-    }
 }

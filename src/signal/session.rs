@@ -31,9 +31,10 @@ use tracing::{Instrument, debug, field, info, info_span, trace, warn};
 use super::Endpoint;
 use super::access::JoinAccess;
 use super::client::{
-    self, Description, Dialled, Join, JoinMode, JoinOptions, SignalError, SignalEvent,
-    SignalReceiver, SignalSender, Trickle,
+    self, Description, Join, JoinMode, JoinOptions, SignalError, SignalEvent, SignalReceiver,
+    SignalSender, Trickle,
 };
+use super::dial::{DialDeadline, Dialled};
 use super::token::Permissions;
 use crate::engine::{
     NewPeer, PeerKey, Roster, ShardCommand, ShardEvent, StreamParameters, track_number,
@@ -140,6 +141,13 @@ pub enum Notice {
     },
     JoinFailed {
         index: u32,
+        reason: String,
+        /// It is not the server's doing, and no load's: an address, a proxy, a certificate, a
+        /// token.
+        kept_out: bool,
+    },
+    /// Who answered a join asked to be left alone for a while, and is: its limit. It says why.
+    HeldBack {
         reason: String,
     },
     /// A failed join is tried again.
@@ -592,25 +600,22 @@ impl Session {
             ..JoinOptions::default()
         };
         let context = self.context.clone();
-        let opening = async {
-            let token = context
-                .access
-                .join_token(&self.plan, &self.room, permissions)
-                .await?;
-            let dialled = Dialled::dial(&context.endpoint).await?;
-            if !resume {
-                self.local_ip = Some(dialled.local_ip);
-            }
-            options.connection = match (context.single_connection, resume) {
-                (true, true) => JoinMode::SINGLE,
-                (true, false) => self.first_offer()?,
-                (false, _) => JoinMode::Dual,
-            };
-            Ok::<_, SessionFailure>(dialled.join(&token, &options).await?)
+        let deadline = DialDeadline::after(timeout);
+        let asking = context
+            .access
+            .join_token(&self.plan, &self.room, permissions);
+        let token = tokio::time::timeout(timeout, asking).await;
+        let token = token.map_err(|_| SignalError::NoTokenInTime { after: timeout })??;
+        let dialled = Dialled::dial(&context.endpoint, deadline).await?;
+        if !resume {
+            self.local_ip = Some(dialled.local_ip);
+        }
+        options.connection = match (context.single_connection, resume) {
+            (true, true) => JoinMode::SINGLE,
+            (true, false) => self.first_offer()?,
+            (false, _) => JoinMode::Dual,
         };
-        let (sender, receiver, times) = tokio::time::timeout(timeout, opening)
-            .await
-            .map_err(|_| SignalError::Timeout { after: timeout })??;
+        let (sender, receiver, times) = dialled.join(&token, &options).await?;
         let client::ConnectTimes {
             tcp,
             tls,
@@ -1332,6 +1337,7 @@ impl Session {
                 self.notify(Notice::JoinFailed {
                     index,
                     reason: failure.reason.clone(),
+                    kept_out: failure.kept_out,
                 });
             }
             (None, Some(lost)) if !lost.is_gone => {

@@ -9,6 +9,7 @@ use throng::measure::Kind;
 use throng::plan::scenario::{Scenario, ScenarioError};
 use throng::plan::{ConnectionMode, HostRole, Pacing, TargetOrigin, ViewLayout};
 use throng::sfu::SendMode;
+use throng::signal::TokenPlace;
 
 const CPUS: usize = 2;
 const FRESH: u64 = 0xC0FF_EE01_0000_0007;
@@ -64,6 +65,106 @@ const REMOTE: &[(&str, &str)] = &[
     ("LIVEKIT_API_KEY", "devkey"),
     ("LIVEKIT_API_SECRET", "hunter2"),
 ];
+
+#[test]
+fn what_a_gateway_wants_and_whom_to_trust_is_said_by_flags() {
+    let asked = local(&[
+        "--header",
+        "X-Door: 7",
+        "--header",
+        "Authorization: Basic bWU6c2VjcmV0",
+        "--token-in",
+        "query",
+        "--ca-cert",
+        "a.pem",
+        "--ca-cert",
+        "b.pem",
+    ]);
+    assert_eq!(
+        (asked.gateway.headers.len(), asked.gateway.token_in),
+        (2, TokenPlace::Query)
+    );
+    assert_eq!(asked.trust.ca_files.len(), 2);
+    assert!(!asked.trust.insecure && local(&["--insecure"]).trust.insecure);
+    assert!(!format!("{asked:?}").contains("bWU6"));
+    for (args, why) in [
+        (
+            &["--header", "Authorization: Basic bWU6c2VjcmV0"][..],
+            "add --token-in query",
+        ),
+        (&["--header", "secret"], "--header takes NAME:VALUE"),
+        (&["--header", "Host: x"], "leave it out"),
+        (&["--ca-cert", "a.pem", "--insecure"], "cannot be used with"),
+    ] {
+        let refused = local_refusal(args);
+        assert!(
+            refused.contains(why) && !refused.contains("bWU6") && !refused.contains("secret'"),
+            "{args:?}: {refused}"
+        );
+    }
+    for flag in [
+        "--insecure",
+        "--ca-cert=x",
+        "--header=a:b",
+        "--token-in=query",
+    ] {
+        let refused = refusal(&[flag], &[]);
+        assert!(
+            refused.contains("is for a server, and none is named"),
+            "{refused}"
+        );
+    }
+}
+
+#[test]
+fn a_secret_is_read_without_the_newline_at_its_end() {
+    let folder = std::env::temp_dir().join(format!("throng-secrets-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let write = |name: &str, text: &str| {
+        let path = folder.join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (good, empty) = (write("good", "hunter2\r\n"), write("empty", "\n"));
+    let (words, missing) = (write("words", "two words\n"), write("missing", ""));
+    std::fs::remove_file(&missing).unwrap();
+    let server = ["--url", "ws://127.0.0.1:1", "--api-key", "devkey"];
+    let secret = |run: RunSpec| run.credentials.expect("a key").api_secret;
+    let by_file = run(&[&server[..], &["--api-secret-file", &good]].concat(), &[]);
+    assert_eq!(secret(by_file), "hunter2");
+    let by_variable = run(&server, &[("LIVEKIT_API_SECRET", "hunter2\n")]);
+    assert_eq!(secret(by_variable), "hunter2");
+    for (path, why) in [
+        (&empty, "is empty"),
+        (&words, "holds more than one word"),
+        (&missing, "cannot be read"),
+    ] {
+        let refused = refusal(&[&server[..], &["--api-secret-file", path]].concat(), &[]);
+        assert!(
+            refused.contains(why) && refused.contains(path.as_str()),
+            "{refused}"
+        );
+        let prober = [
+            "--report-to",
+            "http://c:1",
+            "--coordinator-token-file",
+            path,
+        ];
+        let refused = refusal(&prober, &[]);
+        assert!(refused.contains(why), "{refused}");
+    }
+    let prober = [
+        "--report-to",
+        "http://c:1",
+        "--coordinator-token-file",
+        &good,
+    ];
+    match command(&prober, &[]) {
+        Ok(CliCommand::Probe(probe)) => assert_eq!(probe.config.token.unwrap().expose(), "hunter2"),
+        other => panic!("{other:?}"),
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+}
 
 #[test]
 fn a_named_target_and_nothing_else_gives_a_small_run() {

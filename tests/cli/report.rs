@@ -173,6 +173,7 @@ fn outcome() -> Outcome {
         target: TargetInfo {
             kind: TargetKind::LiveKit,
             server_version: Some("1.13.5".into()),
+            addresses: vec![],
         },
         steps: vec![totals.clone()],
         unmeasured: vec![],

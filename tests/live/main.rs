@@ -6,6 +6,7 @@ mod common;
 
 mod bad_input;
 mod calibrate;
+mod door;
 mod go_sdk;
 mod layers;
 mod log;

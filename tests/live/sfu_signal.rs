@@ -184,7 +184,10 @@ fn a_bad_token_is_refused_with_the_words_that_livekit_has() {
             (service, "permissions denied"),
         ] {
             match open(&server, &token, &JoinOptions::default()).await.err() {
-                Some(SignalError::Unauthorized { text: said }) => assert_eq!(said, text),
+                Some(
+                    SignalError::Unauthorized { text: said }
+                    | SignalError::TokenUnseen { text: said },
+                ) => assert_eq!(said, text),
                 other => panic!("{text}: {other:?}"),
             }
             let query = format!("/rtc/validate?access_token={}", token.expose());

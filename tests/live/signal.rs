@@ -12,6 +12,8 @@ use throng::codec::{Codec, RtcpFeedback};
 use throng::signal::client::{
     self, JoinMode, JoinOptions, SignalError, SignalEvent, SignalReceiver, SignalSender, connect,
 };
+use throng::signal::fetch::FetchFault;
+use throng::signal::link::{LinkFault, LinkStage};
 use throng::signal::rooms::{RoomError, RoomService};
 use throng::signal::{ApiKey, Endpoint, Permissions, Secret};
 use throng::transport::sdp::{
@@ -168,11 +170,11 @@ fn what_is_no_livekit_server_is_told_apart() {
 
         assert!(matches!(
             fails(format!("ws://{closed}")).await,
-            SignalError::Refused { .. }
+            SignalError::Link(LinkFault::Refused { .. })
         ));
         assert!(matches!(
             fails("ws://no-such-host.invalid:1".into()).await,
-            SignalError::Resolve { .. }
+            SignalError::Link(LinkFault::Resolve { .. })
         ));
         for (reply, tls, status) in [
             (
@@ -201,12 +203,18 @@ fn what_is_no_livekit_server_is_told_apart() {
                 0,
             ),
             ("\x15\x03\x01\x00\x02\x02\x46", true, 0),
+            // Version 1.0 alone is no TLS.
+            (
+                "HTTP/1.0 404 Not Found\r\n\r\n404 page not found\n",
+                false,
+                404,
+            ),
         ] {
             let error = fails(format!("ws://{}", serve_once(reply).await)).await;
             match error {
-                SignalError::TlsMismatch {
+                SignalError::Link(LinkFault::TlsMismatch {
                     server_speaks_tls, ..
-                } => assert!(server_speaks_tls && tls, "{reply}"),
+                }) => assert!(server_speaks_tls && tls, "{reply}"),
                 SignalError::NotFound { .. } => assert_eq!(status, 404),
                 SignalError::Server {
                     status: seen,
@@ -216,6 +224,14 @@ fn what_is_no_livekit_server_is_told_apart() {
                 other => panic!("{reply}: {other:?}"),
             }
         }
+        for reply in ["HHHH", "220 mail.example.com ESMTP\r\n"] {
+            let error = fails(format!("ws://{}", serve_once(reply).await)).await;
+            assert!(
+                matches!(error, SignalError::Link(LinkFault::NotHttp { .. }))
+                    && error.to_string().contains(&format!("'{}'", reply.trim())),
+                "{error:?}"
+            );
+        }
         let error = fails(format!(
             "wss://{}",
             serve_once("HTTP/1.1 400 Bad Request\r\n\r\n").await
@@ -224,10 +240,10 @@ fn what_is_no_livekit_server_is_told_apart() {
         assert!(
             matches!(
                 error,
-                SignalError::TlsMismatch {
+                SignalError::Link(LinkFault::TlsMismatch {
                     server_speaks_tls: false,
                     ..
-                }
+                })
             ),
             "{error:?}"
         );
@@ -248,10 +264,10 @@ fn what_is_no_livekit_server_is_told_apart() {
         assert!(
             matches!(
                 error,
-                RoomError::TlsMismatch {
+                RoomError::FetchFault(FetchFault::Link(LinkFault::TlsMismatch {
                     server_speaks_tls: false,
                     ..
-                }
+                }))
             ),
             "{error:?}"
         );
@@ -287,7 +303,16 @@ fn a_server_that_never_answers_is_given_up_in_time() {
             .await
             .err()
             .unwrap();
-        assert!(matches!(error, SignalError::Timeout { .. }), "{error:?}");
+        let SignalError::Link(LinkFault::Slow { stage, .. }) = &error else {
+            panic!("{error:?}");
+        };
+        assert_eq!(*stage, LinkStage::UpgradeAnswer);
+        assert!(
+            error
+                .to_string()
+                .contains("TCP was open), and the WebSocket's answer did not come within 0.05 s"),
+            "{error}"
+        );
     });
 }
 
@@ -309,7 +334,8 @@ fn tls_is_spoken_with_who_is_trusted_and_with_nobody_else() {
 
     let error = run(connect_to_tls_server(&directory)).err().unwrap();
     assert!(
-        matches!(error, SignalError::Tls { .. }) && error.to_string().contains("SSL_CERT_FILE"),
+        matches!(error, SignalError::Link(LinkFault::Tls { .. }))
+            && error.to_string().contains("SSL_CERT_FILE"),
         "{error:?}"
     );
     let mut child = std::process::Command::new(std::env::current_exe().unwrap());
@@ -412,7 +438,10 @@ fn a_room_service_that_is_not_there_is_unreachable() {
         let rooms = RoomService::new("ws://127.0.0.1:1".parse().unwrap(), ApiKey::new("k", "s"));
         let error = rooms.list_rooms().await.unwrap_err();
         assert!(
-            matches!(&error, RoomError::Unreachable { cause, .. } if cause.contains("refused")),
+            matches!(
+                error,
+                RoomError::FetchFault(FetchFault::Link(LinkFault::Refused { .. }))
+            ),
             "{error:?}"
         );
     });

@@ -7,7 +7,9 @@ use livekit_protocol::leave_request::Action;
 
 use crate::seeded::scatter;
 use crate::signal::access::NoToken;
+use crate::signal::answer::AnswerFault;
 use crate::signal::client::{Leave, SignalError};
+use crate::signal::link::{LinkFault, LinkStage};
 
 /// Between attempts: this times the square of their number, as `livekit-client` waits, ..
 const RETRY_PAUSE: Duration = Duration::from_millis(300);
@@ -20,6 +22,10 @@ pub(super) struct SessionFailure {
     pub(super) cure: Cure,
     /// The server's own name for it, where the server ended the session.
     pub(super) server_reason: Option<&'static str>,
+    /// It is not the server's doing, and no load's: an address, a proxy, a certificate, a token.
+    pub(super) kept_out: bool,
+    /// Who answered asks to be left alone, for so long where that is said.
+    pub(super) limit: Option<Option<Duration>>,
 }
 
 /// What a participant that was in does about a failure.
@@ -40,6 +46,8 @@ impl SessionFailure {
             reason: reason.into(),
             cure,
             server_reason: None,
+            kept_out: false,
+            limit: None,
         }
     }
 
@@ -82,22 +90,61 @@ impl From<NoToken> for SessionFailure {
 
 impl From<SignalError> for SessionFailure {
     fn from(error: SignalError) -> SessionFailure {
-        match error {
+        let (kept_out, limit) = (is_in_the_way(&error), error.limit());
+        let failure = match error {
             SignalError::Unauthorized { .. }
+            | SignalError::TokenUnseen { .. }
             | SignalError::NotFound { .. }
             | SignalError::Http { .. }
-            | SignalError::Tls { .. }
-            | SignalError::TlsMismatch { .. }
+            | SignalError::Answer(
+                AnswerFault::Redirected { .. }
+                | AnswerFault::SpeaksTls { .. }
+                | AnswerFault::ClientCertificate { .. }
+                | AnswerFault::Gateway { .. }
+                | AnswerFault::WebPage { .. },
+            )
+            | SignalError::Link(LinkFault::Tls { .. } | LinkFault::TlsMismatch { .. })
+            | SignalError::Trust(_)
             | SignalError::TooLarge { .. }
             | SignalError::Protocol { .. } => SessionFailure::lasting(error.to_string()),
-            SignalError::Refused { .. }
-            | SignalError::Unreachable { .. }
-            | SignalError::Resolve { .. }
+            SignalError::Link(_)
+            | SignalError::Answer(_)
+            | SignalError::Proxy(_)
             | SignalError::Server { .. }
-            | SignalError::Timeout { .. }
+            | SignalError::NoTokenInTime { .. }
+            | SignalError::NotResumed { .. }
             | SignalError::Lost { .. }
             | SignalError::Closed => SessionFailure::lost(error.to_string()),
+        };
+        SessionFailure {
+            kept_out,
+            limit,
+            ..failure
         }
+    }
+}
+
+/// Whether something in the way to the server, or what we bring, is why nobody gets in.
+fn is_in_the_way(error: &SignalError) -> bool {
+    match error {
+        SignalError::Link(fault) => !matches!(
+            fault,
+            LinkFault::HungUp { .. }
+                | LinkFault::Slow {
+                    stage: LinkStage::Answer | LinkStage::UpgradeAnswer,
+                    ..
+                }
+        ),
+        SignalError::Answer(fault) => {
+            !matches!(fault, AnswerFault::Limited { .. } | AnswerFault::Own { .. })
+        }
+        SignalError::Proxy(_)
+        | SignalError::Trust(_)
+        | SignalError::Unauthorized { .. }
+        | SignalError::TokenUnseen { .. }
+        | SignalError::NotFound { .. }
+        | SignalError::Http { .. } => true,
+        _ => false,
     }
 }
 

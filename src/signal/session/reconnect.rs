@@ -11,12 +11,18 @@ use std::time::Duration;
 use super::failure::retry_pause;
 use super::tracks::sync_state;
 use super::*;
+use crate::seeded::scatter;
 
 /// One attempt to resume: a server answers from memory.
 pub(super) const RESUME_TIMEOUT: Duration = Duration::from_secs(5);
 /// So long a participant tries to come back: LiveKit forgets one whose media has stopped after some
 /// 20 s.
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Where a limit does not say how long it wants to be left alone; and over which time those come
+/// back who were told the same.
+const LIMIT_PAUSE: Duration = Duration::from_secs(1);
+const LIMIT_SCATTER: Duration = Duration::from_millis(500);
 
 /// A participant that was in has lost its connection, and is on its way back.
 #[derive(Clone, Copy)]
@@ -49,7 +55,8 @@ impl Session {
         restart_ice: bool,
     ) -> Result<Signal, SessionFailure> {
         while let Some(pause) = self.next_try() {
-            tokio::time::sleep(pause).await;
+            let asked = failure.limit.flatten().unwrap_or_default();
+            tokio::time::sleep(pause.max(asked).min(RECONNECT_TIMEOUT)).await;
             match self.try_to_resume(restart_ice).await {
                 Ok(signal) => {
                     self.tell_reconnected();
@@ -71,7 +78,7 @@ impl Session {
         let mut signal = self.open_signal(true).await?;
         tokio::time::timeout(RESUME_TIMEOUT, resumption(self, &mut signal.receiver))
             .await
-            .map_err(|_| SignalError::Timeout {
+            .map_err(|_| SignalError::NotResumed {
                 after: RESUME_TIMEOUT,
             })??;
         signal.sender.sync_state(sync_state(&self.tracks)).await?;
@@ -112,7 +119,7 @@ impl Session {
     /// gone; `None`: not at all.
     pub(super) fn pause_after(&mut self, failure: &SessionFailure) -> Option<Duration> {
         if self.first_timeline.is_none() {
-            return self.pause_after_join();
+            return self.pause_after_join(failure);
         }
         let (index, now) = (self.plan.index, self.context.epoch.now());
         let has_tried = self.lost.is_some();
@@ -138,13 +145,37 @@ impl Session {
         pause
     }
 
-    fn pause_after_join(&mut self) -> Option<Duration> {
+    fn pause_after_join(&mut self, failure: &SessionFailure) -> Option<Duration> {
+        if let Some(asked) = failure.limit {
+            return self.pause_at_limit(failure, asked);
+        }
         if self.join_retries == self.context.join_retries {
             return None;
         }
         self.join_retries += 1;
         self.notify(Notice::JoinRetried);
         Some(retry_pause(self.join_retries, self.plan.seed))
+    }
+
+    /// Whoever is told to come back later does. Its join still counts from when it was intended.
+    /// `None`: that would be after its time.
+    fn pause_at_limit(
+        &self,
+        failure: &SessionFailure,
+        asked: Option<Duration>,
+    ) -> Option<Duration> {
+        let asked = asked.unwrap_or(LIMIT_PAUSE);
+        // Not all come back at once.
+        let scattered = scatter(self.plan.seed) % LIMIT_SCATTER.as_millis() as u64;
+        let pause = asked + Duration::from_millis(scattered);
+        let back_at = self.context.epoch.now() + pause;
+        if back_at >= self.join_deadline() {
+            return None;
+        }
+        self.notify(Notice::HeldBack {
+            reason: failure.reason.clone(),
+        });
+        Some(pause)
     }
 
     /// The server no longer knows this participant: its media must not go on, and the next attempt

@@ -1,0 +1,668 @@
+//! Who gave an HTTP answer, and what it wants: one reading of it for signalling, the room service,
+//! the probe before a run, metrics pages and coordinators.
+//!
+//! Between us and a server stand proxies, gateways and catch-all pages, and each of them answers in
+//! the server's place. A status alone does not tell: `Location`, `Retry-After`,
+//! `WWW-Authenticate`, `Server`, the type of the body and its words do. What the server itself said
+//! is [`AnswerFault::Own`]; who asked gives that its sentence.
+
+use std::fmt;
+use std::time::{Duration, SystemTime};
+
+use http::{HeaderMap, StatusCode, header};
+use url::Url;
+
+use super::Secret;
+use crate::words;
+
+/// Text of a stranger that is kept in an error.
+const TEXT_CHARS_MAX: usize = 300;
+/// The name that a server gives itself, and the title of a page.
+const NAME_CHARS_MAX: usize = 60;
+
+/// What was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AskedFor {
+    /// A participant's WebSocket, and what is asked before it.
+    Signalling,
+    RoomService,
+    MetricsPage,
+    Coordinator,
+}
+
+impl AskedFor {
+    /// Where its address is written.
+    const fn flag(self) -> &'static str {
+        match self {
+            AskedFor::Signalling | AskedFor::RoomService => "--url",
+            AskedFor::MetricsPage => "--server-metrics",
+            AskedFor::Coordinator => "--report-to",
+        }
+    }
+
+    const fn service(self) -> &'static str {
+        match self {
+            AskedFor::Signalling | AskedFor::RoomService => "a LiveKit server",
+            AskedFor::MetricsPage => "a Prometheus page",
+            AskedFor::Coordinator => "a coordinator",
+        }
+    }
+
+    /// What keeps others out by a login.
+    const fn way_past(self) -> &'static str {
+        match self {
+            AskedFor::Signalling | AskedFor::RoomService => {
+                "give it what it wants with --header NAME:VALUE (and --token-in query where that is Authorization), or use an address behind it"
+            }
+            AskedFor::MetricsPage => {
+                "write http://USER:PASSWORD@HOST.., or use an address behind it"
+            }
+            AskedFor::Coordinator => "use an address behind it",
+        }
+    }
+}
+
+/// An HTTP answer other than the one that was asked for.
+pub struct HttpAnswer<'a> {
+    pub status: u16,
+    pub headers: &'a HeaderMap,
+    pub body: &'a [u8],
+}
+
+/// What was asked, and where.
+pub struct AskedAt<'a> {
+    pub what: AskedFor,
+    /// The whole address.
+    pub url: &'a str,
+    /// What it ends with: all before it is what the user writes.
+    pub path: &'a str,
+    /// What must not be repeated.
+    pub secret: Option<&'a Secret>,
+}
+
+/// Who answered in the place of what was asked for. Each message says what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AnswerFault {
+    #[error("{at} is redirected ({status}) to {to}: {advice}")]
+    Redirected {
+        at: String,
+        status: u16,
+        to: String,
+        advice: String,
+    },
+    #[error("{at} speaks TLS: use wss:// or https://")]
+    SpeaksTls { at: String },
+    #[error(
+        "{at} wants a client certificate ({status}), and throng has none to give: use an address that asks for none"
+    )]
+    ClientCertificate { at: String, status: u16 },
+    /// The server's limit, or that of what stands in front of it.
+    #[error("{who} at {at} says that there are too many requests ({status}: {text}){}", come_back(*.retry_after))]
+    Limited {
+        at: String,
+        who: AnsweredBy,
+        status: u16,
+        text: String,
+        retry_after: Option<Duration>,
+    },
+    #[error(
+        "{who} in front of {at} lets nobody through ({status}: {text}); this is not the server's answer: {advice}"
+    )]
+    Gateway {
+        at: String,
+        who: AnsweredBy,
+        status: u16,
+        text: String,
+        advice: &'static str,
+    },
+    #[error(
+        "{who} at {at} is a proxy, and what it stands for does not answer it ({status}: {text}): is the server behind it running, and does the proxy have its address?"
+    )]
+    BackendAway {
+        at: String,
+        who: AnsweredBy,
+        status: u16,
+        text: String,
+    },
+    #[error(
+        "{who} at {at} answers {path} with a web page ({status}: {text}), which {} does not: does the proxy pass {path} on, and is this the address?", what.service()
+    )]
+    WebPage {
+        at: String,
+        who: AnsweredBy,
+        path: String,
+        status: u16,
+        text: String,
+        what: AskedFor,
+    },
+    /// What was asked for said so itself, as far as can be told.
+    #[error("{status}: {text}")]
+    Own { status: u16, text: String },
+}
+
+/// What somebody calls himself who answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AnsweredBy(Option<String>);
+
+impl AnsweredBy {
+    fn of(headers: &HeaderMap) -> AnsweredBy {
+        let name = text_of(headers, header::SERVER).filter(|name| !name.is_empty());
+        AnsweredBy(name.map(|name| shortened(&name, NAME_CHARS_MAX)))
+    }
+}
+
+impl fmt::Display for AnsweredBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.as_deref().unwrap_or("something"))
+    }
+}
+
+fn come_back(after: Option<Duration>) -> String {
+    after.map_or_else(
+        || ": its limit, not ours; join more slowly, or have it raised".to_owned(),
+        |after| {
+            format!(
+                ", and to come back in {} s: its limit, not ours; join more slowly, or have it raised",
+                after.as_secs()
+            )
+        },
+    )
+}
+
+impl AnswerFault {
+    /// Reads an answer that is not the one that was asked for.
+    pub fn of(answer: &HttpAnswer<'_>, asked: &AskedAt<'_>) -> AnswerFault {
+        let seen = Seen {
+            answer,
+            asked,
+            who: AnsweredBy::of(answer.headers),
+            text: said(answer, asked.secret),
+            is_page: is_page(answer),
+            is_own: is_own_words(answer.body),
+        };
+        seen.fault()
+    }
+
+    /// How long who answered asks to be left alone; `None` where this is no limit.
+    pub fn limit(&self) -> Option<Option<Duration>> {
+        match self {
+            AnswerFault::Limited { retry_after, .. } => Some(*retry_after),
+            _ => None,
+        }
+    }
+}
+
+/// An answer with what was found out of it.
+struct Seen<'a> {
+    answer: &'a HttpAnswer<'a>,
+    asked: &'a AskedAt<'a>,
+    who: AnsweredBy,
+    text: String,
+    is_page: bool,
+    is_own: bool,
+}
+
+impl Seen<'_> {
+    fn fault(self) -> AnswerFault {
+        let status = self.answer.status;
+        let (at, who, text) = (self.at(), self.who.clone(), self.text.clone());
+        let retry_after = retry_after(self.answer.headers);
+        if let Some(redirected) = self.redirected() {
+            return redirected;
+        }
+        match status {
+            400 if self.asked.url.starts_with("http://") && self.body().contains("HTTPS") => {
+                AnswerFault::SpeaksTls { at }
+            }
+            400 | 495 | 496 if self.body().contains("SSL certificate") => {
+                AnswerFault::ClientCertificate { at, status }
+            }
+            429 => AnswerFault::Limited {
+                at,
+                who,
+                status,
+                text,
+                retry_after,
+            },
+            503 if retry_after.is_some() => AnswerFault::Limited {
+                at,
+                who,
+                status,
+                text,
+                retry_after,
+            },
+            401 | 403 | 407 | 511 if self.is_gateways() => AnswerFault::Gateway {
+                at,
+                who,
+                status,
+                text: self.wanted(),
+                advice: self.asked.what.way_past(),
+            },
+            502..=504 | 520..=530 if self.is_proxys() => AnswerFault::BackendAway {
+                at,
+                who,
+                status,
+                text,
+            },
+            _ if self.is_page => AnswerFault::WebPage {
+                at,
+                who,
+                path: self.asked.path.to_owned(),
+                status,
+                text,
+                what: self.asked.what,
+            },
+            _ => AnswerFault::Own { status, text },
+        }
+    }
+
+    /// The address as the user would write it.
+    fn at(&self) -> String {
+        let base = base_of(self.asked.url, self.asked.path);
+        base.unwrap_or(self.asked.url).to_owned()
+    }
+
+    fn body(&self) -> String {
+        String::from_utf8_lossy(self.answer.body).into_owned()
+    }
+
+    fn redirected(&self) -> Option<AnswerFault> {
+        if !matches!(self.answer.status, 300..=303 | 307 | 308) {
+            return None;
+        }
+        let location = text_of(self.answer.headers, header::LOCATION)?;
+        let mut to = Url::parse(self.asked.url).ok()?.join(&location).ok()?;
+        // A query may hold the token that we sent.
+        to.set_query(None);
+        to.set_fragment(None);
+        let _ = to.set_username("");
+        let _ = to.set_password(None);
+        let to = shortened(to.as_str(), TEXT_CHARS_MAX);
+        let to = self
+            .asked
+            .secret
+            .map_or(to.clone(), |secret| secret.redact(&to));
+        let flag = self.asked.what.flag();
+        let advice = match base_of(&to, self.asked.path) {
+            Some(base) if base == self.at() => {
+                "that is the same address: what stands in front of the server is set up wrong"
+                    .into()
+            }
+            Some(base) => format!("write {flag} {}", self.as_written(base)),
+            None => format!(
+                "that is no address of {}: {}",
+                self.asked.what.service(),
+                self.asked.what.way_past()
+            ),
+        };
+        Some(AnswerFault::Redirected {
+            at: self.at(),
+            status: self.answer.status,
+            to,
+            advice,
+        })
+    }
+
+    /// Servers are written as `ws://` and `wss://`.
+    fn as_written(&self, base: &str) -> String {
+        match self.asked.what {
+            AskedFor::Signalling | AskedFor::RoomService => base.replacen("http", "ws", 1),
+            AskedFor::MetricsPage | AskedFor::Coordinator => base.to_owned(),
+        }
+    }
+
+    /// A server's own refusal has its own words and asks for no password.
+    fn is_gateways(&self) -> bool {
+        let wants = text_of(self.answer.headers, header::WWW_AUTHENTICATE);
+        let wants_other = wants.is_some_and(|wants| !wants.to_lowercase().starts_with("bearer"));
+        if self.is_own && !wants_other {
+            return false;
+        }
+        // LiveKit itself says 403 in its own words only.
+        wants_other
+            || self.is_page
+            || self.answer.body.is_empty()
+            || self.who.0.is_some()
+            || matches!(self.answer.status, 407 | 511)
+            || self.answer.status == 403 && self.asked.what != AskedFor::Coordinator
+    }
+
+    /// What a gateway wants, in its own words.
+    fn wanted(&self) -> String {
+        let header = if self.answer.status == 407 {
+            header::PROXY_AUTHENTICATE
+        } else {
+            header::WWW_AUTHENTICATE
+        };
+        match text_of(self.answer.headers, header) {
+            Some(wants) => format!("it wants {}", shortened(&wants, NAME_CHARS_MAX)),
+            None => self.text.clone(),
+        }
+    }
+
+    /// Servers never say 502 or 504 of themselves; 503 they may.
+    fn is_proxys(&self) -> bool {
+        if self.is_own {
+            return false;
+        }
+        let text = self.body().to_lowercase();
+        let words = [
+            "upstream",
+            "no available server",
+            "backend",
+            "no server is available",
+            "no healthy",
+        ];
+        self.answer.status != 503
+            || self.is_page
+            || self.answer.body.is_empty() && self.who.0.is_some()
+            || words.iter().any(|word| text.contains(word))
+    }
+}
+
+/// `http://host/prefix` of `http://host/prefix/rtc`, where `path` is `/rtc`.
+fn base_of<'u>(url: &'u str, path: &str) -> Option<&'u str> {
+    let url = url.split(['?', '#']).next().unwrap_or(url);
+    url.trim_end_matches('/')
+        .strip_suffix(path.trim_end_matches('/'))
+}
+
+/// Seconds, or a date.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = text_of(headers, header::RETRY_AFTER)?;
+    if let Ok(seconds) = text.trim().parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let at = httpdate::parse_http_date(text.trim()).ok()?;
+    Some(at.duration_since(SystemTime::now()).unwrap_or_default())
+}
+
+/// A header as text, on one line.
+fn text_of(headers: &HeaderMap, name: header::HeaderName) -> Option<String> {
+    let value = headers.get(name)?;
+    Some(words::one_line(&String::from_utf8_lossy(value.as_bytes())))
+}
+
+/// A page for people.
+fn is_page(answer: &HttpAnswer<'_>) -> bool {
+    let kind = text_of(answer.headers, header::CONTENT_TYPE).unwrap_or_default();
+    let start = answer
+        .body
+        .iter()
+        .copied()
+        .skip_while(u8::is_ascii_whitespace);
+    let start: Vec<u8> = start
+        .take(9)
+        .map(|byte| byte.to_ascii_lowercase())
+        .collect();
+    kind.to_lowercase().starts_with("text/html")
+        || start.starts_with(b"<html")
+        || start.starts_with(b"<!doctype")
+}
+
+/// How LiveKit's authentication begins what it says, and its room service (Twirp). The embedded SFU
+/// says the same, and coordinators have JSON of their own.
+fn is_own_words(body: &[u8]) -> bool {
+    const BEGINNINGS: [&[u8]; 5] = [
+        b"invalid token",
+        b"invalid API key",
+        b"invalid authorization",
+        b"permissions denied",
+        b"requested room",
+    ];
+    let is_json = || serde_json::from_slice::<OwnBody>(body).is_ok();
+    BEGINNINGS.iter().any(|words| body.starts_with(words)) || is_json()
+}
+
+#[derive(serde::Deserialize)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only whether there is one")]
+enum OwnBody {
+    Twirp { code: String },
+    Coordinator { error: String },
+}
+
+/// What was said, for people: a page's title, Twirp's code and message, or the text itself.
+fn said(answer: &HttpAnswer<'_>, secret: Option<&Secret>) -> String {
+    #[derive(serde::Deserialize)]
+    struct TwirpErrorBody {
+        code: String,
+        #[serde(default)]
+        msg: String,
+    }
+    let text = match serde_json::from_slice::<TwirpErrorBody>(answer.body) {
+        Ok(error) => format!("{}: {}", error.code, error.msg),
+        Err(_) => {
+            let body = String::from_utf8_lossy(answer.body).into_owned();
+            title(&body).unwrap_or(body)
+        }
+    };
+    let text = stranger_text(&text, secret);
+    let reason = StatusCode::from_u16(answer.status)
+        .ok()
+        .and_then(|status| status.canonical_reason());
+    match reason {
+        _ if !text.is_empty() => text,
+        Some(reason) => reason.to_owned(),
+        None => "no text".to_owned(),
+    }
+}
+
+fn title(page: &str) -> Option<String> {
+    let lower = page.to_ascii_lowercase();
+    let from = lower.find("<title>")? + "<title>".len();
+    let len = lower.get(from..)?.find("</title>")?;
+    page.get(from..from + len).map(str::to_owned)
+}
+
+/// A stranger's words: short, on one line, and without what must not be repeated.
+pub(crate) fn stranger_text(text: &str, secret: Option<&Secret>) -> String {
+    let whole = secret.map_or_else(|| text.to_owned(), |secret| secret.redact(text));
+    shortened(&whole, TEXT_CHARS_MAX)
+}
+
+fn shortened(text: &str, chars: usize) -> String {
+    let line = words::one_line(text);
+    let line = line.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(chars) {
+        Some((end, _)) => format!("{}...", line.get(..end).unwrap_or_default()),
+        None => line,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fault(
+        what: AskedFor,
+        status: u16,
+        headers: &[(&'static str, &'static str)],
+        body: &str,
+    ) -> AnswerFault {
+        let headers: HeaderMap = headers
+            .iter()
+            .map(|(name, value)| {
+                (
+                    header::HeaderName::from_static(name),
+                    header::HeaderValue::from_static(value),
+                )
+            })
+            .collect();
+        let answer = HttpAnswer {
+            status,
+            headers: &headers,
+            body: body.as_bytes(),
+        };
+        let secret = Secret::new("eyToken");
+        AnswerFault::of(
+            &answer,
+            &AskedAt {
+                what,
+                url: "http://sfu.example.com/live/rtc?access_token=eyToken",
+                path: "/rtc",
+                secret: Some(&secret),
+            },
+        )
+    }
+
+    fn text(status: u16, headers: &[(&'static str, &'static str)], body: &str) -> String {
+        fault(AskedFor::Signalling, status, headers, body).to_string()
+    }
+
+    const PAGE: &str = "<html><head><title>Sign in</title></head></html>";
+
+    #[test]
+    fn redirects_name_what_to_write() {
+        for status in [301, 302, 303, 307, 308] {
+            let to = "https://sfu.example.com/live/rtc?access_token=eyToken";
+            let said = text(status, &[("location", to)], PAGE);
+            assert!(
+                said.contains(&status.to_string())
+                    && said.contains("to https://sfu.example.com/live/rtc:")
+                    && said.ends_with("write --url wss://sfu.example.com/live")
+                    && !said.contains("eyToken"),
+                "{said}"
+            );
+        }
+        let said = text(302, &[("location", "/login?next=/rtc")], "");
+        assert!(
+            said.contains(
+                "to http://sfu.example.com/login: that is no address of a LiveKit server"
+            ) && said.contains("--header"),
+            "{said}"
+        );
+        let said = text(301, &[("location", "/live/rtc/")], "");
+        assert!(said.contains("the same address"), "{said}");
+        assert!(matches!(
+            fault(AskedFor::Signalling, 301, &[], ""),
+            AnswerFault::Own { status: 301, .. }
+        ));
+    }
+
+    #[test]
+    fn limits_are_told_with_their_time() {
+        let limited = fault(
+            AskedFor::Signalling,
+            429,
+            &[("retry-after", "2")],
+            "slow down",
+        );
+        assert_eq!(limited.limit(), Some(Some(Duration::from_secs(2))));
+        assert!(
+            limited.to_string().contains("come back in 2 s"),
+            "{limited}"
+        );
+        assert_eq!(
+            fault(AskedFor::RoomService, 429, &[], "").limit(),
+            Some(None)
+        );
+        let date = [("retry-after", "Sun, 06 Nov 1994 08:49:37 GMT")];
+        assert_eq!(
+            fault(AskedFor::RoomService, 503, &date, "").limit(),
+            Some(Some(Duration::ZERO))
+        );
+        assert_eq!(fault(AskedFor::Signalling, 503, &[], "full").limit(), None);
+    }
+
+    #[test]
+    fn a_gateways_refusal_is_not_the_servers() {
+        let basic = [("www-authenticate", "Basic realm=\"staff\"")];
+        for (status, headers, body) in [
+            (401, &basic[..], "401 Unauthorized\n"),
+            (401, &[("content-type", "text/html")][..], PAGE),
+            (401, &[][..], ""),
+            (403, &[("server", "nginx/1.22.1")][..], "Forbidden"),
+            (403, &[][..], "Forbidden"),
+            (407, &[][..], "Proxy Authentication Required"),
+        ] {
+            let fault = fault(AskedFor::Signalling, status, headers, body);
+            assert!(
+                matches!(fault, AnswerFault::Gateway { .. }),
+                "{status} {headers:?} {body}: {fault:?}"
+            );
+            assert!(fault.to_string().contains("--header NAME:VALUE"), "{fault}");
+        }
+        assert!(text(401, &basic, "").contains("it wants Basic realm"));
+        // LiveKit behind nginx, which puts its name on everything.
+        let nginx = [("server", "nginx/1.22.1")];
+        for (status, body) in [
+            (401, "invalid token: eyToken, error: expired"),
+            (401, "permissions denied"),
+            (403, "{\"code\":\"permission_denied\",\"msg\":\"no\"}"),
+        ] {
+            let fault = fault(AskedFor::RoomService, status, &nginx, body);
+            assert!(matches!(fault, AnswerFault::Own { .. }), "{fault:?}");
+            assert!(!fault.to_string().contains("eyToken"), "{fault}");
+        }
+    }
+
+    #[test]
+    fn a_proxy_without_its_backend_says_so_and_the_servers_own_failure_stays_its_own() {
+        for (status, headers, body) in [
+            (
+                502,
+                &[("server", "nginx")][..],
+                "<html><title>502 Bad Gateway</title></html>",
+            ),
+            (502, &[][..], "Bad Gateway"),
+            (504, &[][..], ""),
+            (503, &[("server", "Caddy")][..], ""),
+            (503, &[("server", "envoy")][..], "no healthy upstream"),
+            (503, &[][..], "no available server"),
+            (521, &[("server", "cloudflare")][..], PAGE),
+        ] {
+            let fault = fault(AskedFor::Signalling, status, headers, body);
+            assert!(
+                matches!(fault, AnswerFault::BackendAway { .. }),
+                "{status} {headers:?} {body}: {fault:?}"
+            );
+        }
+        for (status, body) in [
+            (503, "could not start session"),
+            (500, "internal error"),
+            (
+                503,
+                "{\"code\":\"unavailable\",\"msg\":\"no response from servers\"}",
+            ),
+        ] {
+            let fault = fault(AskedFor::Signalling, status, &[("server", "nginx")], body);
+            assert!(
+                matches!(fault, AnswerFault::Own { .. }),
+                "{body}: {fault:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_page_is_nobodys() {
+        for status in [200, 404, 405, 500] {
+            let said = text(status, &[("server", "nginx")], &format!("\n  {PAGE}"));
+            assert!(
+                said.contains("nginx at http://sfu.example.com/live answers /rtc with a web page")
+                    && said.contains("Sign in"),
+                "{said}"
+            );
+        }
+        assert_eq!(
+            text(404, &[], "404 page not found\n"),
+            "404: 404 page not found"
+        );
+    }
+
+    #[test]
+    fn tls_and_client_certificates_are_told_by_their_page() {
+        let plain = "<html><title>400 The plain HTTP request was sent to HTTPS port</title></html>";
+        assert!(text(400, &[("server", "nginx")], plain).ends_with("use wss:// or https://"));
+        let client = "<html><title>400 No required SSL certificate was sent</title></html>";
+        assert!(text(400, &[("server", "nginx")], client).contains("wants a client certificate"));
+    }
+
+    #[test]
+    fn words_of_strangers_stay_on_their_line() {
+        let said = text(500, &[], "\x1b[2J\r\nRESULT: PASS\n\x1b[1m");
+        assert_eq!(said, "500: [2J RESULT: PASS [1m");
+        let long = text(500, &[], &"x".repeat(2_000));
+        assert!(long.len() < 400, "{long}");
+    }
+}

@@ -1,0 +1,704 @@
+//! Connections to a server, from its name to the WebSocket: which of its addresses, through which
+//! proxy, TLS, and the upgrade. Each step has its own fault, and its own words where time runs out.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use http::{HeaderMap, HeaderValue, header};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+use tokio_tungstenite::tungstenite::handshake::client::generate_key;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+
+use super::answer::{AnswerFault, AskedAt, AskedFor, HttpAnswer};
+use super::client::SignalError;
+use super::head::{AnswerHead, NoHead};
+use super::link::{LinkEnd, LinkFault, LinkStage, causes, plain};
+use super::route::ProxyRoute;
+use super::{Endpoint, Secret, trust};
+
+/// An address that has not answered for so long is not waited for alone (RFC 8305, section 5).
+const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// When the addresses of a name are looked at, none of which may answer.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+/// A name with more addresses has enough of them.
+const ADDRESSES_MAX: usize = 32;
+/// What a refusal says is worth so long.
+pub(super) const REFUSAL_TEXT_WAIT: Duration = Duration::from_secs(1);
+
+/// When a connection has to be there, and how long that was from its beginning.
+#[derive(Clone, Copy, Debug)]
+pub struct DialDeadline {
+    at: tokio::time::Instant,
+    after: Duration,
+}
+
+impl DialDeadline {
+    pub fn after(after: Duration) -> DialDeadline {
+        DialDeadline {
+            at: tokio::time::Instant::now() + after,
+            after,
+        }
+    }
+
+    async fn keep<T>(
+        self,
+        end: LinkEnd<'_>,
+        stage: LinkStage,
+        work: impl Future<Output = Result<T, SignalError>>,
+    ) -> Result<T, SignalError> {
+        let done = tokio::time::timeout_at(self.at, work).await;
+        done.unwrap_or_else(|_| Err(end.slow(stage, self.after).into()))
+    }
+}
+
+/// What a name stands for, and how each address of it has done.
+#[derive(Debug)]
+pub struct Addresses {
+    all: Vec<AddressBook>,
+    /// Whose turn it is: connections are spread.
+    next: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct AddressBook {
+    address: SocketAddr,
+    opened: AtomicU32,
+    /// It was not there when it was tried last: others are tried first.
+    is_away: AtomicBool,
+    why: Mutex<Option<String>>,
+}
+
+/// One of a server's addresses, and what came of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AddressUse {
+    pub address: SocketAddr,
+    pub connections: u32,
+    /// Why it was not there when it was tried last.
+    pub fault: Option<String>,
+}
+
+impl AddressBook {
+    fn note(&self, opened: &io::Result<TcpStream>) {
+        match opened {
+            Ok(_) => {
+                self.opened.fetch_add(1, Ordering::Relaxed);
+                self.is_away.store(false, Ordering::Relaxed);
+            }
+            Err(error) => self.note_away(plain(error)),
+        }
+    }
+
+    fn note_away(&self, why: String) {
+        self.is_away.store(true, Ordering::Relaxed);
+        *self.why.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+    }
+
+    /// Another one was quicker, though it had begun later.
+    fn note_overtaken(&self) {
+        if self.opened.load(Ordering::Relaxed) == 0 {
+            self.note_away(format!("no answer within {} ms", ATTEMPT_DELAY.as_millis()));
+        }
+    }
+}
+
+impl Addresses {
+    fn new(mut addresses: Vec<SocketAddr>) -> Addresses {
+        let mut seen = Vec::new();
+        addresses.retain(|address| {
+            let is_new = !seen.contains(address);
+            seen.push(*address);
+            is_new
+        });
+        addresses.truncate(ADDRESSES_MAX);
+        let book = |address| AddressBook {
+            address,
+            opened: AtomicU32::new(0),
+            is_away: AtomicBool::new(false),
+            why: Mutex::new(None),
+        };
+        Addresses {
+            all: addresses.into_iter().map(book).collect(),
+            next: AtomicUsize::new(0),
+        }
+    }
+
+    /// What each has done, where there are several.
+    pub fn uses(&self) -> Vec<AddressUse> {
+        let used = |book: &AddressBook| AddressUse {
+            address: book.address,
+            connections: book.opened.load(Ordering::Relaxed),
+            fault: book
+                .is_away
+                .load(Ordering::Relaxed)
+                .then(|| {
+                    book.why
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .clone()
+                })
+                .flatten(),
+        };
+        self.all.iter().map(used).collect()
+    }
+
+    /// Those that were there when they were tried last, or all.
+    pub(super) fn there(&self) -> Vec<SocketAddr> {
+        self.in_turn(0)
+            .into_iter()
+            .map(|book| book.address)
+            .collect()
+    }
+
+    /// All of them, in the order of a connection whose turn this is: those that are away last.
+    fn in_turn(&self, turn: usize) -> Vec<&AddressBook> {
+        let (mut there, away): (Vec<_>, Vec<_>) = self
+            .all
+            .iter()
+            .partition(|book| !book.is_away.load(Ordering::Relaxed));
+        if !there.is_empty() {
+            let turn = turn % there.len();
+            there.rotate_left(turn);
+        }
+        there.extend(away);
+        there
+    }
+
+    /// Opens a connection to one of them: to the next whose turn it is, and a moment later to
+    /// those behind it as well.
+    async fn open(&self) -> io::Result<TcpStream> {
+        let turn = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut waiting = self.in_turn(turn).into_iter();
+        let mut trying = Vec::new();
+        let mut attempts = FuturesUnordered::new();
+        let mut failure = io::Error::other("the name has no address");
+        loop {
+            if let Some(book) = waiting.next() {
+                trying.push(book);
+                attempts.push(async move { (book, connect(book.address).await) });
+            } else if attempts.is_empty() {
+                return Err(failure);
+            }
+            let pause = tokio::time::sleep(ATTEMPT_DELAY);
+            let has_more = waiting.len() > 0;
+            tokio::pin!(pause);
+            while !attempts.is_empty() {
+                let (book, opened) = tokio::select! {
+                    Some(done) = attempts.next() => done,
+                    () = &mut pause, if has_more => break,
+                };
+                book.note(&opened);
+                match opened {
+                    Ok(stream) => {
+                        let overtaken = trying
+                            .iter()
+                            .take_while(|before| before.address != book.address);
+                        overtaken
+                            .filter(|before| !before.is_away.load(Ordering::Relaxed))
+                            .for_each(|before| before.note_overtaken());
+                        return Ok(stream);
+                    }
+                    Err(error) => failure = error,
+                }
+                if has_more {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Finds out which of several are there, so that nobody who joins waits for one that is not.
+    async fn look(&self) {
+        if self.all.len() < 2 {
+            return;
+        }
+        let mut looks: FuturesUnordered<_> = self
+            .all
+            .iter()
+            .map(|book| async move { (book, connect(book.address).await) })
+            .collect();
+        let deadline = tokio::time::sleep(LOOK_TIMEOUT);
+        tokio::pin!(deadline);
+        let mut silent: Vec<SocketAddr> = self.all.iter().map(|book| book.address).collect();
+        loop {
+            let (book, opened) = tokio::select! {
+                done = looks.next() => match done {
+                    Some(done) => done,
+                    None => return,
+                },
+                () = &mut deadline => break,
+            };
+            silent.retain(|address| *address != book.address);
+            match opened {
+                Ok(_) => deadline
+                    .as_mut()
+                    .reset(tokio::time::Instant::now() + ATTEMPT_DELAY),
+                Err(error) => book.note_away(plain(&error)),
+            }
+        }
+        let silent = self
+            .all
+            .iter()
+            .filter(|book| silent.contains(&book.address));
+        silent.for_each(AddressBook::note_overtaken);
+    }
+}
+
+async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+impl Endpoint {
+    /// Looks the name up once and keeps the addresses, so that no later connect asks (or times) a
+    /// name server; of several it is found out which are there.
+    ///
+    /// # Errors
+    /// The name, the proxy or the certificates that are trusted cannot be used.
+    pub async fn resolve(mut self) -> Result<Endpoint, SignalError> {
+        if self.secure() {
+            trust::must_be_usable()?;
+        }
+        let addresses = Arc::new(self.look_up().await?);
+        addresses.look().await;
+        self.addresses = Some(addresses);
+        Ok(self)
+    }
+
+    /// The proxy that stands before it.
+    pub fn proxy(&self) -> Result<Option<ProxyRoute>, SignalError> {
+        Ok(ProxyRoute::to(&self.http_url(""))?)
+    }
+
+    /// Its addresses, or those of the proxy.
+    async fn look_up(&self) -> Result<Addresses, SignalError> {
+        let proxy = self.proxy()?;
+        let (host, port) = match &proxy {
+            Some(proxy) => (proxy.host(), proxy.port()),
+            None => (self.host(), self.url.port()),
+        };
+        let failed = |cause: String| match &proxy {
+            Some(proxy) => SignalError::from(proxy.away(cause)),
+            None => SignalError::Link(LinkFault::Resolve {
+                host: host.to_owned(),
+                cause,
+            }),
+        };
+        let found = tokio::net::lookup_host((host, port)).await;
+        let found: Vec<SocketAddr> = found.map_err(|error| failed(plain(&error)))?.collect();
+        if found.is_empty() {
+            Err(failed("the name has no address".into()))
+        } else {
+            Ok(Addresses::new(found))
+        }
+    }
+
+    async fn open(&self) -> Result<TcpStream, SignalError> {
+        let opened = match &self.addresses {
+            Some(addresses) => addresses.open().await,
+            None => self.look_up().await?.open().await,
+        };
+        let Err(error) = opened else {
+            return Ok(opened.expect("it is no error"));
+        };
+        Err(match self.proxy()? {
+            Some(proxy) => proxy.away(plain(&error)).into(),
+            None => self.end(&self.to_string()).unreachable(&error).into(),
+        })
+    }
+
+    pub(super) fn end<'a>(&self, endpoint: &'a str) -> LinkEnd<'a> {
+        LinkEnd {
+            endpoint,
+            secure: self.secure(),
+        }
+    }
+}
+
+/// A connection to the server on which nothing has been said yet. Our own address is known by now:
+/// what a join says of media can name it.
+pub struct Dialled<'a> {
+    endpoint: &'a Endpoint,
+    transport: TcpOrTls,
+    deadline: DialDeadline,
+    pub(super) tcp: Duration,
+    pub(super) tls: Option<Duration>,
+    /// Our end: the address by which this host reaches the server.
+    pub local_ip: IpAddr,
+}
+
+impl<'d> Dialled<'d> {
+    /// # Errors
+    /// Nothing is there, it speaks no TLS that we trust, or it takes longer than `deadline`.
+    pub async fn dial(
+        endpoint: &'d Endpoint,
+        deadline: DialDeadline,
+    ) -> Result<Dialled<'d>, SignalError> {
+        let name = endpoint.to_string();
+        let end = endpoint.end(&name);
+        let started = Instant::now();
+        let opening = async {
+            let mut stream = endpoint.open().await?;
+            if let Some(proxy) = endpoint.proxy()? {
+                tunnel(&mut stream, &proxy, endpoint).await?;
+            }
+            Ok(stream)
+        };
+        let stream = deadline.keep(end, LinkStage::Connect, opening).await?;
+        let tcp = started.elapsed();
+        let local = stream.local_addr();
+        let local = local.map_err(|error| end.unreachable(&error))?;
+        let (transport, tls) = if endpoint.secure() {
+            let started = Instant::now();
+            let agreeing = connect_tls(endpoint, end, stream);
+            let stream = deadline.keep(end, LinkStage::Tls, agreeing).await?;
+            (TcpOrTls::Tls(Box::new(stream)), Some(started.elapsed()))
+        } else {
+            (TcpOrTls::Plain(stream), None)
+        };
+        Ok(Dialled {
+            endpoint,
+            transport,
+            deadline,
+            tcp,
+            tls,
+            local_ip: local.ip(),
+        })
+    }
+
+    /// Opens a WebSocket at `path`, with the token where the endpoint has it. Returns the
+    /// connection, and what came behind the answer.
+    pub(super) async fn upgrade(
+        mut self,
+        path: &str,
+        token: &Secret,
+    ) -> Result<(TcpOrTls, Vec<u8>), SignalError> {
+        let name = self.endpoint.to_string();
+        let end = self.endpoint.end(&name);
+        let deadline = self.deadline;
+        deadline
+            .keep(end, LinkStage::UpgradeAnswer, async {
+                let key = generate_key();
+                let request = self.request(path, token, &key)?;
+                let sent = self.transport.write_all(&request).await;
+                let flushed = match sent {
+                    Ok(()) => self.transport.flush().await,
+                    Err(error) => Err(error),
+                };
+                // One that refuses before it has read everything has its answer on the way.
+                let head = AnswerHead::read(&mut self.transport).await;
+                let head = head.map_err(|none| no_head(none, flushed.err(), end))?;
+                self.judge(head, path, token, &key).await
+            })
+            .await
+    }
+
+    fn request(&self, path: &str, token: &Secret, key: &str) -> Result<Vec<u8>, SignalError> {
+        let url: http::Uri =
+            self.endpoint
+                .http_url("")
+                .parse()
+                .map_err(|_| SignalError::Protocol {
+                    cause: "the address cannot be written into a request".into(),
+                })?;
+        let gateway = &self.endpoint.gateway;
+        let prefix = url.path().trim_end_matches('/');
+        let host = url.authority().map_or("", |authority| authority.as_str());
+        let mut headers = HeaderMap::new();
+        gateway.add_to(&mut headers, Some(token))?;
+        let mut request = format!(
+            "GET {prefix}{} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n",
+            gateway.path(path, token)
+        )
+        .into_bytes();
+        write_headers(&mut request, &headers);
+        Ok(request)
+    }
+
+    async fn judge(
+        mut self,
+        mut head: AnswerHead,
+        path: &str,
+        token: &Secret,
+        key: &str,
+    ) -> Result<(TcpOrTls, Vec<u8>), SignalError> {
+        if head.status == 101 {
+            let accepted = head.headers.get(header::SEC_WEBSOCKET_ACCEPT);
+            return if accepted.is_some_and(|accept| *accept == derive_accept_key(key.as_bytes())) {
+                Ok((self.transport, head.rest))
+            } else {
+                Err(SignalError::Protocol {
+                    cause: "its answer is to another request than ours".into(),
+                })
+            };
+        }
+        let body = head.body(&mut self.transport).await;
+        let path = path.split('?').next().unwrap_or(path);
+        let answer = HttpAnswer {
+            status: head.status,
+            headers: &head.headers,
+            body: &body,
+        };
+        let fault = AnswerFault::of(
+            &answer,
+            &AskedAt {
+                what: AskedFor::Signalling,
+                url: &self.endpoint.http_url(path),
+                path,
+                secret: Some(token),
+            },
+        );
+        Err(SignalError::of_answer(fault, self.endpoint, path))
+    }
+}
+
+fn write_headers(request: &mut Vec<u8>, headers: &HeaderMap) {
+    for (name, value) in headers {
+        request.extend_from_slice(name.as_str().as_bytes());
+        request.extend_from_slice(b": ");
+        request.extend_from_slice(value.as_bytes());
+        request.extend_from_slice(b"\r\n");
+    }
+    request.extend_from_slice(b"\r\n");
+}
+
+fn no_head(none: NoHead, unsent: Option<io::Error>, end: LinkEnd<'_>) -> SignalError {
+    let fault = match none {
+        NoHead::NotHttp(bytes) => end.not_http(&bytes),
+        NoHead::Ended => end.hung_up(
+            unsent.map_or_else(|| "the connection ended".to_owned(), |error| plain(&error)),
+        ),
+        NoHead::Io(error) => tls_of(&error).map_or_else(
+            || end.hung_up(plain(&error)),
+            // With TLS 1.3 a server refuses our side of the handshake in its first answer.
+            |tls| end.tls(tls),
+        ),
+    };
+    fault.into()
+}
+
+/// What an I/O error of a TLS stream holds.
+fn tls_of(error: &io::Error) -> Option<&rustls::Error> {
+    let inner = error.get_ref()?;
+    inner
+        .downcast_ref()
+        .or_else(|| causes(inner).find_map(|cause| cause.downcast_ref()))
+}
+
+/// `CONNECT` (RFC 9110, section 9.3.6): what follows goes to the server.
+async fn tunnel(
+    stream: &mut TcpStream,
+    proxy: &ProxyRoute,
+    endpoint: &Endpoint,
+) -> Result<(), SignalError> {
+    let host = endpoint.host();
+    let target = if host.contains(':') {
+        format!("[{host}]:{}", endpoint.url.port())
+    } else {
+        format!("{host}:{}", endpoint.url.port())
+    };
+    let mut headers = HeaderMap::new();
+    if let Some(authorization) = proxy.authorization() {
+        headers.insert(header::PROXY_AUTHORIZATION, authorization.clone());
+    }
+    headers.insert(header::USER_AGENT, HeaderValue::from_static("throng"));
+    let mut request = format!("CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n").into_bytes();
+    write_headers(&mut request, &headers);
+    let sent = stream.write_all(&request).await;
+    sent.map_err(|error| proxy.away(plain(&error)))?;
+    let head = AnswerHead::read(stream).await.map_err(|none| match none {
+        NoHead::NotHttp(_) => proxy.refused(&target, "its answer is no HTTP"),
+        NoHead::Ended => proxy.refused(&target, "it hung up"),
+        NoHead::Io(error) => proxy.refused(&target, plain(&error)),
+    })?;
+    match head.status {
+        200..300 => Ok(()),
+        407 => Err(proxy
+            .refused(
+                &target,
+                "407: it wants a name and a password, as http://NAME:PASSWORD@HOST",
+            )
+            .into()),
+        status => {
+            let reason = http::StatusCode::from_u16(status).ok();
+            let reason = reason.and_then(|status| status.canonical_reason());
+            Err(proxy
+                .refused(
+                    &target,
+                    format!("{status} {}", reason.unwrap_or_default()).trim_end(),
+                )
+                .into())
+        }
+    }
+}
+
+async fn connect_tls(
+    endpoint: &Endpoint,
+    end: LinkEnd<'_>,
+    stream: TcpStream,
+) -> Result<TlsStream<TcpStream>, SignalError> {
+    let name = rustls::pki_types::ServerName::try_from(endpoint.host().to_owned());
+    let name = name.map_err(|_| LinkFault::Resolve {
+        host: endpoint.host().to_owned(),
+        cause: "no certificate can have this name".into(),
+    })?;
+    let connector = tokio_rustls::TlsConnector::from(trust::tls_config()?);
+    connector.connect(name, stream).await.map_err(|error| {
+        let fault = match tls_of(&error) {
+            Some(tls) => end.tls(tls),
+            None => end.hung_up(plain(&error)),
+        };
+        fault.into()
+    })
+}
+
+/// TCP, bare or under TLS.
+pub(super) enum TcpOrTls {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl AsyncRead for TcpOrTls {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            TcpOrTls::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            TcpOrTls::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for TcpOrTls {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            TcpOrTls::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
+            TcpOrTls::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            TcpOrTls::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            TcpOrTls::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            TcpOrTls::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            TcpOrTls::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{AddressFamily, SocketType, bind, getsockname, listen, socket};
+
+    fn run<T>(test: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+            .block_on(test)
+    }
+
+    /// An address that takes no connection and refuses none, while what is returned with it lives:
+    /// its queue is full, and the kernel drops what else knocks.
+    fn silent() -> (SocketAddr, impl Sized) {
+        let listener = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        bind(&listener, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
+        listen(&listener, 0).unwrap();
+        let address = SocketAddr::try_from(getsockname(&listener).unwrap()).unwrap();
+        let patience = Duration::from_millis(100);
+        let mut queued = Vec::new();
+        while let Ok(stream) = std::net::TcpStream::connect_timeout(&address, patience) {
+            queued.push(stream);
+        }
+        (address, (listener, queued))
+    }
+
+    fn refusing(host: &str) -> SocketAddr {
+        let held = std::net::TcpListener::bind((host, 0)).unwrap();
+        held.local_addr().unwrap()
+    }
+
+    fn uses(addresses: &Addresses) -> Vec<(u32, bool)> {
+        let uses = addresses.uses();
+        uses.iter()
+            .map(|used| (used.connections, used.fault.is_some()))
+            .collect()
+    }
+
+    #[test]
+    fn connections_are_spread_over_the_addresses_that_are_there() {
+        let listeners: [std::net::TcpListener; 3] =
+            std::array::from_fn(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        let mut all: Vec<SocketAddr> = listeners
+            .iter()
+            .map(|listener| listener.local_addr().unwrap())
+            .collect();
+        all.push(refusing("127.0.0.2"));
+        // Some name servers say everything twice.
+        let addresses = Addresses::new([all.clone(), all].concat());
+        run(async {
+            for _ in 0..12 {
+                addresses.open().await.unwrap();
+            }
+        });
+        let uses = uses(&addresses);
+        assert_eq!(uses.len(), 4);
+        assert_eq!(uses[3], (0, true));
+        assert_eq!(uses.iter().map(|used| used.0).sum::<u32>(), 12);
+        assert!(
+            uses[..3].iter().all(|used| (3..=5).contains(&used.0)),
+            "{uses:?}"
+        );
+    }
+
+    #[test]
+    fn a_silent_address_costs_a_moment_once() {
+        let (dead, _held) = silent();
+        let there = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let both = vec![dead, there.local_addr().unwrap()];
+        // Found out by the first who wants in, ..
+        let addresses = Addresses::new(both.clone());
+        let started = Instant::now();
+        run(addresses.open()).unwrap();
+        assert!(started.elapsed() >= ATTEMPT_DELAY);
+        assert_eq!(uses(&addresses), [(0, true), (1, false)]);
+        assert_eq!(addresses.there(), [both[1], both[0]]);
+        // .. or before anybody does.
+        let addresses = Addresses::new(both.clone());
+        run(addresses.look());
+        assert_eq!(uses(&addresses), [(0, true), (0, false)]);
+        assert_eq!(addresses.there()[0], both[1]);
+    }
+
+    #[test]
+    fn where_no_address_is_there_the_last_fault_is_told() {
+        let addresses = Addresses::new(vec![refusing("127.0.0.2"), refusing("127.0.0.3")]);
+        let error = run(addresses.open()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+        run(addresses.look());
+        assert_eq!(uses(&addresses), [(0, true), (0, true)]);
+    }
+}

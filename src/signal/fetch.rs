@@ -1,0 +1,152 @@
+//! HTTP requests other than upgrades: to the room service, the probe, metrics pages and
+//! coordinators. One client each, and one set of faults for all.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use http::HeaderMap;
+
+use super::link::{LinkEnd, LinkFault, RequestTimes};
+use super::route::{ProxyFault, ProxyRoute};
+use super::trust::{self, UnusableTrust};
+
+/// Requests to one place. Cheap to clone; connections are pooled.
+#[derive(Clone)]
+pub(crate) struct Fetcher {
+    http: reqwest::Client,
+    /// As the user would write it.
+    endpoint: String,
+    secure: bool,
+    times: RequestTimes,
+    route: Result<Option<ProxyRoute>, ProxyFault>,
+}
+
+/// An answer, whatever its status.
+#[derive(Debug)]
+pub(crate) struct Fetched {
+    pub(crate) status: u16,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Vec<u8>,
+}
+
+/// Why there is none. Each message says what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FetchFault {
+    #[error(transparent)]
+    Link(#[from] LinkFault),
+    #[error(transparent)]
+    Proxy(#[from] ProxyFault),
+    #[error(transparent)]
+    Trust(#[from] UnusableTrust),
+    #[error("{endpoint} answers with more than {} MiB", bytes_max >> 20)]
+    TooLong { endpoint: String, bytes_max: usize },
+}
+
+impl Fetcher {
+    /// Requests to `url`, which people know as `endpoint`; each ends within `timeout`, and none
+    /// follows a redirect. `addresses` are those of its name, where they are known.
+    pub(crate) fn new(
+        endpoint: &str,
+        url: &str,
+        addresses: &[SocketAddr],
+        timeout: Duration,
+    ) -> Fetcher {
+        let route = ProxyRoute::to(url);
+        let times = RequestTimes {
+            connect: timeout / 2,
+            whole: timeout,
+        };
+        let secure = url.starts_with("https:");
+        let mut builder = reqwest::Client::builder()
+            .timeout(times.whole)
+            .connect_timeout(times.connect)
+            .redirect(reqwest::redirect::Policy::none())
+            // What the environment says has been read, and does not hold for this host.
+            .no_proxy();
+        // Where none can be made nothing is sent by TLS, see below.
+        let config = trust::tls_config().unwrap_or_else(|_| trust::trusting_nobody());
+        builder = builder.tls_backend_preconfigured((*config).clone());
+        match route.as_ref().ok().and_then(Option::as_ref) {
+            Some(proxy) => {
+                if let Some(proxy) = proxy.for_requests() {
+                    builder = builder.proxy(proxy);
+                }
+            }
+            None => {
+                let host = url::Url::parse(url).ok();
+                if let Some(host) = host.as_ref().and_then(url::Url::host_str)
+                    && !addresses.is_empty()
+                {
+                    builder = builder.resolve_to_addrs(host, addresses);
+                }
+            }
+        }
+        Fetcher {
+            http: builder
+                .build()
+                .expect("a client with a given TLS configuration needs nothing from its host"),
+            endpoint: endpoint.to_owned(),
+            secure,
+            times,
+            route,
+        }
+    }
+
+    pub(crate) fn request(&self, method: reqwest::Method, url: &str) -> reqwest::RequestBuilder {
+        self.http.request(method, url)
+    }
+
+    /// Sends it, and reads the whole answer unless that is longer than `bytes_max`.
+    pub(crate) async fn send(
+        &self,
+        request: reqwest::RequestBuilder,
+        bytes_max: usize,
+    ) -> Result<Fetched, FetchFault> {
+        self.route.clone()?;
+        if self.secure {
+            trust::must_be_usable()?;
+        }
+        let fault = |error: reqwest::Error| self.fault(&error);
+        let mut response = request.send().await.map_err(fault)?;
+        let status = response.status().as_u16();
+        let headers = std::mem::take(response.headers_mut());
+        let mut body = Vec::new();
+        while let Some(part) = response.chunk().await.map_err(fault)? {
+            if body.len() + part.len() > bytes_max {
+                return Err(FetchFault::TooLong {
+                    endpoint: self.endpoint.clone(),
+                    bytes_max,
+                });
+            }
+            body.extend_from_slice(&part);
+        }
+        Ok(Fetched {
+            status,
+            headers,
+            body,
+        })
+    }
+
+    fn fault(&self, error: &reqwest::Error) -> FetchFault {
+        let end = LinkEnd {
+            endpoint: &self.endpoint,
+            secure: self.secure,
+        };
+        let fault = end.request(error, self.times);
+        let Ok(Some(proxy)) = &self.route else {
+            return fault.into();
+        };
+        // What the client says of a tunnel, its type for which is private.
+        let tunnel = super::link::causes(error)
+            .map(ToString::to_string)
+            .find_map(|cause| cause.strip_prefix("tunnel error: ").map(str::to_owned));
+        match (fault, tunnel) {
+            (_, Some(why)) => proxy.refused(&self.endpoint, why).into(),
+            (LinkFault::Refused { .. }, None) => proxy.away("connection refused").into(),
+            (LinkFault::Unreachable { cause, .. } | LinkFault::Resolve { cause, .. }, None) => {
+                proxy.away(cause).into()
+            }
+            (fault, None) => fault.into(),
+        }
+    }
+}

@@ -1,0 +1,832 @@
+//! Ways in to a server that stands behind something else, or does not let us in: each is told for
+//! what it is, and what a browser gets through, a run gets through.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, date_time_ymd};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use throng::signal::Permissions;
+use throng::signal::rooms::RoomService;
+
+use crate::common::program::{Finished, Report, Scratch, beside_one_other, run, throng};
+use crate::common::server::Server;
+
+/// One publisher and two subscribers for two seconds.
+const SMALL: [&str; 6] = ["--publishers", "1", "--subscribers", "2", "--duration", "2"];
+
+/// What a front does with a request.
+enum Verdict {
+    /// It goes on to the server, with this head.
+    Forward(String),
+    Answer(String),
+    /// The rest of the connection goes to the server as it is, behind this answer.
+    Tunnel(&'static str),
+}
+
+type Rule = Arc<dyn Fn(&str) -> Verdict + Send + Sync>;
+
+/// Stands before a server on a free port, until the test's process ends. Returns its authority.
+fn front(server: &Server, rule: impl Fn(&str) -> Verdict + Send + Sync + 'static) -> SocketAddr {
+    let backend = backend(server);
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("a bound socket");
+    let rule: Rule = Arc::new(rule);
+    std::thread::spawn(move || {
+        while let Ok((client, _)) = listener.accept() {
+            let rule = rule.clone();
+            std::thread::spawn(move || serve(client, backend, &rule));
+        }
+    });
+    address
+}
+
+fn backend(server: &Server) -> SocketAddr {
+    let authority = server.url.strip_prefix("ws://").expect("our own URL");
+    authority.parse().expect("an address")
+}
+
+fn serve(mut client: TcpStream, backend: SocketAddr, rule: &Rule) -> io::Result<()> {
+    let mut bytes = Vec::new();
+    let end = loop {
+        let mut part = [0; 4096];
+        let len = client.read(&mut part)?;
+        if len == 0 {
+            return Ok(());
+        }
+        bytes.extend_from_slice(&part[..len]);
+        if let Some(at) = bytes.windows(4).position(|four| four == b"\r\n\r\n") {
+            break at + 4;
+        }
+    };
+    let head = String::from_utf8_lossy(&bytes[..end]).into_owned();
+    let mut server = match rule(&head) {
+        Verdict::Answer(answer) => {
+            client.write_all(answer.as_bytes())?;
+            client.shutdown(Shutdown::Write)?;
+            // What is left unread would reset the connection.
+            let _ = client.set_read_timeout(Some(Duration::from_millis(500)));
+            let _ = client.read(&mut [0; 8 << 10]);
+            return Ok(());
+        }
+        Verdict::Tunnel(answer) => {
+            client.write_all(answer.as_bytes())?;
+            TcpStream::connect(backend)?
+        }
+        Verdict::Forward(mut head) => {
+            // One request a connection, so that the rule sees each.
+            if !head.to_lowercase().contains("upgrade: websocket") {
+                head = head.replacen("\r\n", "\r\nConnection: close\r\n", 1);
+            }
+            let mut server = TcpStream::connect(backend)?;
+            server.write_all(head.as_bytes())?;
+            server
+        }
+    };
+    server.write_all(&bytes[end..])?;
+    let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
+    std::thread::spawn(move || {
+        let _ = io::copy(&mut from, &mut to);
+        let _ = to.shutdown(Shutdown::Write);
+    });
+    let _ = io::copy(&mut server, &mut client);
+    client.shutdown(Shutdown::Write)
+}
+
+fn forward(head: &str) -> Verdict {
+    Verdict::Forward(head.to_owned())
+}
+
+fn answer(status: &str, headers: &str, body: &str) -> Verdict {
+    Verdict::Answer(format!(
+        "HTTP/1.1 {status}\r\n{headers}Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    ))
+}
+
+/// The head without this header.
+fn without(head: &str, header: &str) -> String {
+    let lines = head.split_inclusive("\r\n");
+    lines
+        .filter(|line| !line.to_lowercase().starts_with(header))
+        .collect()
+}
+
+const PAGE: &str = "Server: nginx\r\nContent-Type: text/html\r\n";
+
+/// A run and what it left.
+struct Visit {
+    finished: Finished,
+    /// `None`: it was not even begun.
+    report: Option<Report>,
+}
+
+impl Visit {
+    fn to(url: &str, server: &Server, more: impl FnOnce(&mut Command)) -> Visit {
+        let scratch = Scratch::new();
+        let json = scratch.path("run.json");
+        let mut command = throng();
+        command
+            .env("LIVEKIT_URL", url)
+            .env("LIVEKIT_API_KEY", &server.key)
+            .env("LIVEKIT_API_SECRET", &server.secret)
+            .args(SMALL)
+            .arg("--json")
+            .arg(&json);
+        more(&mut command);
+        let finished = run(&mut command, &server.secret);
+        let report = json.exists().then(|| Report::read(&json, &server.secret));
+        Visit { finished, report }
+    }
+
+    /// All that was said, on one line.
+    fn said(&self) -> String {
+        let Finished { stdout, stderr, .. } = &self.finished;
+        let words = stdout.split_whitespace().chain(stderr.split_whitespace());
+        words.collect::<Vec<_>>().join(" ")
+    }
+
+    #[track_caller]
+    fn gets_in(&self) -> &Report {
+        let report = self.report.as_ref();
+        let report = report.unwrap_or_else(|| panic!("no report: {}", self.said()));
+        assert_eq!(report.counter("session", "joins_ok"), 3, "{}", self.said());
+        assert!(
+            matches!(self.finished.code, Some(0 | 98)),
+            "{}",
+            self.said()
+        );
+        report
+    }
+
+    /// It is not the server's failure.
+    #[track_caller]
+    fn is_kept_out(&self, by: &[&str]) {
+        assert_eq!(self.finished.code, Some(1), "{}", self.said());
+        for words in by {
+            assert!(self.said().contains(words), "{words}: {}", self.said());
+        }
+        for guess in ["does the room exist", "Error(", "is the server running"] {
+            assert!(!self.said().contains(guess), "{guess}: {}", self.said());
+        }
+    }
+}
+
+fn nothing(_: &mut Command) {}
+
+/// A token in the place of a key, so that the first thing asked for is a WebSocket.
+fn tokens(server: &Server) -> impl FnOnce(&mut Command) {
+    let key = server.api_key();
+    let tokens: Vec<String> = ["ann", "ben", "cleo"]
+        .map(|who| {
+            let permissions = if who == "ann" {
+                Permissions::PUBLISHER
+            } else {
+                Permissions::SUBSCRIBER
+            };
+            let made = key.join_token("hall", who, who, permissions, Duration::from_secs(300));
+            made.unwrap().expose().to_owned()
+        })
+        .into();
+    move |command| {
+        command
+            .env_remove("LIVEKIT_API_KEY")
+            .env_remove("LIVEKIT_API_SECRET");
+        tokens.iter().for_each(|token| {
+            command.args(["--token", token]);
+        });
+    }
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn room_names(server: &Server) -> Vec<String> {
+    let service = RoomService::new(server.endpoint(), server.api_key());
+    let rooms = service.list_rooms().await.unwrap();
+    rooms.into_iter().map(|room| room.name).collect()
+}
+
+#[test]
+fn a_redirect_names_what_to_write() {
+    let server = Server::embedded();
+    let _turn = beside_one_other();
+    for status in ["301 Moved Permanently", "308 Permanent Redirect"] {
+        let elsewhere = move |head: &str| {
+            let path = head.split(' ').nth(1).unwrap_or_default();
+            answer(
+                status,
+                &format!("Location: https://sfu.example.com{path}\r\n"),
+                "",
+            )
+        };
+        let url = format!("ws://{}", front(&server, elsewhere));
+        let words = ["write --url wss://sfu.example.com", &status[..3]];
+        Visit::to(&url, &server, nothing).is_kept_out(&words);
+        // And where the WebSocket is the first to hear of it.
+        let visit = Visit::to(&url, &server, tokens(&server));
+        visit.is_kept_out(&words);
+        let report = visit.report.as_ref().expect("it was begun");
+        assert_eq!(report.result(), "PARTIAL");
+        assert!(
+            report
+                .reasons()
+                .contains("could not run: nobody got as far as the server"),
+            "{}",
+            report.reasons()
+        );
+    }
+}
+
+#[test]
+fn a_gateway_that_wants_a_password_is_not_taken_for_the_server_and_is_let_have_it() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    // me:secret
+    let gateway = |head: &str| {
+        if head
+            .to_lowercase()
+            .contains("authorization: basic bwu6c2vjcmv0")
+        {
+            Verdict::Forward(without(head, "authorization:"))
+        } else {
+            answer(
+                "401 Unauthorized",
+                "WWW-Authenticate: Basic realm=\"staff\"\r\n",
+                "no\n",
+            )
+        }
+    };
+    let url = format!("ws://{}", front(&server, gateway));
+    let words = [
+        "in front of",
+        "it wants Basic realm=\"staff\"",
+        "--header NAME:VALUE",
+    ];
+    Visit::to(&url, &server, nothing).is_kept_out(&words);
+    Visit::to(&url, &server, tokens(&server)).is_kept_out(&words);
+    let visit = Visit::to(&url, &server, |command| {
+        command.args(["--header", "Authorization: Basic bWU6c2VjcmV0"]);
+        command.args(["--token-in", "query"]);
+    });
+    visit.gets_in();
+    assert!(!visit.said().contains("bWU6"), "{}", visit.said());
+}
+
+#[test]
+fn where_the_authorization_header_is_taken_away_the_token_travels_in_the_query() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let strips = |head: &str| Verdict::Forward(without(head, "authorization:"));
+    let url = format!("ws://{}", front(&server, strips));
+    Visit::to(&url, &server, nothing).is_kept_out(&["add --token-in query"]);
+    let visit = Visit::to(&url, &server, |command| {
+        command.args(["--token-in", "query"]);
+    });
+    visit.gets_in();
+    // Rooms came and went by the same way.
+    assert!(room_names(&server).is_empty(), "{}", visit.said());
+}
+
+#[test]
+fn a_proxy_without_its_backend_is_not_the_servers_failure() {
+    let server = Server::embedded();
+    let _turn = beside_one_other();
+    let away = |_: &str| {
+        answer(
+            "502 Bad Gateway",
+            PAGE,
+            "<html><head><title>502 Bad Gateway</title></head></html>",
+        )
+    };
+    let url = format!("ws://{}", front(&server, away));
+    let words = [
+        "nginx at",
+        "is a proxy, and what it stands for does not answer it",
+    ];
+    Visit::to(&url, &server, nothing).is_kept_out(&words);
+    Visit::to(&url, &server, tokens(&server)).is_kept_out(&words);
+}
+
+#[test]
+fn a_server_that_is_no_server_is_told_by_what_it_says() {
+    let server = Server::embedded();
+    let _turn = beside_one_other();
+    for (answer, words) in [
+        (
+            "HTTP/1.0 404 Not Found\r\nServer: SimpleHTTP/0.6\r\n\r\nNo such file",
+            "/rtc is not there (404: No such file)",
+        ),
+        ("HHHH", "no HTTP (it begins with 'HHHH')"),
+        (
+            "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>",
+            "with a web page (200",
+        ),
+    ] {
+        let says = move |_: &str| Verdict::Answer(answer.to_owned());
+        let url = format!("ws://{}", front(&server, says));
+        let visit = Visit::to(&url, &server, tokens(&server));
+        visit.is_kept_out(&[words]);
+        assert!(!visit.said().contains("speaks TLS:"), "{}", visit.said());
+    }
+}
+
+#[test]
+fn a_limit_is_waited_for_and_told_as_the_servers() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let joins = AtomicUsize::new(0);
+    let rooms = AtomicUsize::new(0);
+    let limits = move |head: &str| {
+        let is_new = |count: &AtomicUsize| count.fetch_add(1, Ordering::Relaxed) == 0;
+        let is_join = head.starts_with("GET /rtc") && head.contains("pgrade: websocket");
+        // The first WebSocket is the probe's, which asks for the server's version.
+        let limited = if is_join {
+            joins.fetch_add(1, Ordering::Relaxed) == 1
+        } else {
+            head.contains("/CreateRoom") && is_new(&rooms)
+        };
+        if limited {
+            answer("429 Too Many Requests", "Retry-After: 1\r\n", "slow down")
+        } else {
+            forward(head)
+        }
+    };
+    let url = format!("ws://{}", front(&server, limits));
+    let visit = Visit::to(&url, &server, nothing);
+    let report = visit.gets_in();
+    let notes = report.notes();
+    assert!(
+        notes.contains("1 join was told to come back later, and did")
+            && notes.contains("(429: slow down)")
+            && notes.contains("its limit, not ours")
+            && notes.contains("the room service was asked again once"),
+        "{notes}"
+    );
+    assert_eq!(report.counter("session", "joins_failed"), 0);
+    assert_eq!(report.counter("session", "joins_retried"), 0);
+    // It counts from when it was intended.
+    let slowest = report
+        .micros("session", "join", "max")
+        .expect("they joined");
+    assert!(slowest >= 1_000_000, "{slowest}");
+}
+
+#[test]
+fn a_page_in_the_place_of_the_single_connection_is_none() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let catch_all = |head: &str| {
+        if head.starts_with("GET /rtc/v1") {
+            answer("200 OK", PAGE, "<html><title>Welcome</title></html>")
+        } else {
+            forward(head)
+        }
+    };
+    let url = format!("ws://{}", front(&server, catch_all));
+    let visit = Visit::to(&url, &server, nothing);
+    let report = visit.gets_in();
+    assert_eq!(report.0["target"]["connection"], "dual");
+    let reason = report.0["target"]["connection_reason"].as_str().unwrap();
+    assert!(reason.contains("web page (200: Welcome)"), "{reason}");
+}
+
+#[test]
+fn the_room_service_is_no_precondition() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    type Answer = fn(&str) -> Option<Verdict>;
+    let cases: [(&str, Answer); 4] = [
+        ("does not let us use CreateRoom", |head| {
+            let denied = "{\"code\":\"permission_denied\",\"msg\":\"no roomCreate\"}";
+            let json = "Content-Type: application/json\r\n";
+            head.contains("/CreateRoom")
+                .then(|| answer("403 Forbidden", json, denied))
+        }),
+        ("cannot be listed", |head| {
+            let failed = "{\"code\":\"unavailable\",\"msg\":\"redis\"}";
+            head.contains("/ListRooms")
+                .then(|| answer("503 Service Unavailable", "", failed))
+        }),
+        ("nginx in front of", |head| {
+            head.starts_with("POST /twirp")
+                .then(|| answer("403 Forbidden", PAGE, "<html><title>403 Forbidden</title>"))
+        }),
+        ("so many rooms that their list is not read", |head| {
+            let is_of_all = head.to_lowercase().contains("content-length: 0");
+            (head.contains("/ListRooms") && is_of_all)
+                .then(|| answer("200 OK", "", &"\0".repeat(5 << 20)))
+        }),
+    ];
+    for (note, rule) in cases {
+        let url = format!(
+            "ws://{}",
+            front(&server, move |head| rule(head)
+                .unwrap_or_else(|| forward(head)))
+        );
+        let visit = Visit::to(&url, &server, nothing);
+        let notes = visit.gets_in().notes();
+        assert!(notes.contains(note), "{note}: {notes}");
+    }
+}
+
+#[test]
+fn rooms_that_were_made_before_one_could_not_be_are_deleted_and_reported() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let made = AtomicUsize::new(0);
+    let fails = move |head: &str| {
+        if head.contains("/CreateRoom") && made.fetch_add(1, Ordering::Relaxed) >= 3 {
+            let failed = "{\"code\":\"unavailable\",\"msg\":\"no response from servers\"}";
+            answer("503 Service Unavailable", "", failed)
+        } else {
+            forward(head)
+        }
+    };
+    let url = format!("ws://{}", front(&server, fails));
+    let visit = Visit::to(&url, &server, |command| {
+        command.args(["--room-count", "6"]);
+    });
+    visit.is_kept_out(&[
+        "3 of 6 rooms were made, and the next one was not",
+        "unavailable: no response from servers",
+        "The 3 were deleted again",
+    ]);
+    let report = visit.report.as_ref().expect("a report");
+    assert_eq!(report.result(), "PARTIAL");
+    assert!(room_names(&server).is_empty(), "{}", visit.said());
+}
+
+#[test]
+fn this_host_is_never_reached_through_a_proxy() {
+    let _turn = beside_one_other();
+    for proxy in ["HTTP_PROXY", "http_proxy", "ALL_PROXY"] {
+        let mut command = throng();
+        command
+            .env(proxy, "http://127.0.0.1:9")
+            .args(SMALL)
+            .arg("--quiet");
+        let finished = run(&mut command, "no secret");
+        assert!(
+            matches!(finished.code, Some(0 | 98)),
+            "{proxy}: {}{}",
+            finished.stdout,
+            finished.stderr
+        );
+    }
+}
+
+#[test]
+fn elsewhere_everything_goes_through_the_proxy_and_it_is_said() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    // Nobody but the proxy knows this name.
+    let url = "ws://sfu.throng.test:7880";
+    let seen = Arc::new(AtomicUsize::new(0));
+    let counted = seen.clone();
+    let proxy = front(&server, move |head| {
+        if head.starts_with("CONNECT sfu.throng.test:7880 HTTP/1.1") {
+            counted.fetch_add(1, Ordering::Relaxed);
+            return Verdict::Tunnel("HTTP/1.1 200 Connected\r\n\r\n");
+        }
+        counted.fetch_add(1000, Ordering::Relaxed);
+        Verdict::Forward(head.replacen("http://sfu.throng.test:7880", "", 1))
+    });
+    let visit = Visit::to(url, &server, |command| {
+        command.env("HTTP_PROXY", format!("http://me:secret@{proxy}"));
+    });
+    let notes = visit.gets_in().notes();
+    assert!(
+        notes.contains(&format!(
+            "went through the proxy http://{proxy} (HTTP_PROXY)"
+        )) && !notes.contains("me:secret"),
+        "{notes}"
+    );
+    let seen = seen.load(Ordering::Relaxed);
+    assert!(seen % 1000 >= 3 && seen >= 4000, "{seen}");
+
+    let refuses = front(&server, |_| answer("403 Forbidden", "", ""));
+    Visit::to(url, &server, |command| {
+        tokens(&server)(command);
+        command.env("HTTP_PROXY", format!("http://{refuses}"));
+    })
+    .is_kept_out(&[
+        "does not connect us to sfu.throng.test:7880 (403 Forbidden)",
+        "NO_PROXY",
+    ]);
+    Visit::to(url, &server, |command| {
+        command.env("HTTP_PROXY", "http://127.0.0.1:9");
+    })
+    .is_kept_out(&["the proxy http://127.0.0.1:9 (HTTP_PROXY) cannot be reached"]);
+    Visit::to(url, &server, |command| {
+        command.env("ALL_PROXY", "socks5://127.0.0.1:9");
+    })
+    .is_kept_out(&["ALL_PROXY names socks5://127.0.0.1:9"]);
+    Visit::to(url, &server, |command| {
+        command
+            .env("HTTP_PROXY", format!("http://{proxy}"))
+            .env("NO_PROXY", "throng.test");
+    })
+    .is_kept_out(&["'sfu.throng.test' cannot be resolved"]);
+}
+
+/// Certificates on disk, and servers with them.
+struct Certificates(Scratch);
+
+impl Certificates {
+    /// The usual recipe: an authority and a server at once.
+    fn usual() -> CertificateParams {
+        let mut params = CertificateParams::new(["localhost".to_owned()]).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params
+    }
+
+    fn write(&self, name: &str, params: &CertificateParams) -> PathBuf {
+        let key = KeyPair::generate().unwrap();
+        let made = params.self_signed(&key).unwrap();
+        let path = self.0.path(name);
+        fs::write(&path, made.pem() + &key.serialize_pem()).unwrap();
+        path
+    }
+
+    /// A server that speaks TLS with this certificate, before `server`. Returns its port.
+    fn serve(pem: &PathBuf, server: &Server, wants_client: bool) -> u16 {
+        let chain = vec![CertificateDer::from_pem_file(pem).unwrap()];
+        let key = PrivateKeyDer::from_pem_file(pem).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let key = provider.key_provider.load_private_key(key).unwrap();
+        let config = rustls::ServerConfig::builder_with_provider(provider.clone())
+            .with_safe_default_protocol_versions()
+            .unwrap();
+        let config = if wants_client {
+            let mut roots = rustls::RootCertStore::empty();
+            roots.add(chain[0].clone()).unwrap();
+            let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(
+                Arc::new(roots),
+                provider,
+            );
+            config.with_client_cert_verifier(verifier.build().unwrap())
+        } else {
+            config.with_no_client_auth()
+        };
+        // One of version 1 would be refused where it is looked at.
+        let config = config.with_cert_resolver(Arc::new(SingleCertAndKey::from(
+            CertifiedKey::new(chain, key),
+        )));
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let backend = backend(server);
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async move {
+                let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+                while let Ok((client, _)) = listener.accept().await {
+                    let acceptor = acceptor.clone();
+                    tokio::spawn(async move {
+                        let mut client = acceptor.accept(client).await?;
+                        let mut server = tokio::net::TcpStream::connect(backend).await?;
+                        tokio::io::copy_bidirectional(&mut client, &mut server).await
+                    });
+                }
+            });
+        });
+        port
+    }
+}
+
+#[test]
+fn the_usual_self_signed_certificate_works_where_it_is_named() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let made = Certificates(Scratch::new());
+    let pem = made.write("usual.pem", &Certificates::usual());
+    let url = format!(
+        "wss://localhost:{}",
+        Certificates::serve(&pem, &server, false)
+    );
+    Visit::to(&url, &server, |command| {
+        command.arg("--ca-cert").arg(&pem);
+    })
+    .gets_in();
+    Visit::to(&url, &server, |command| {
+        command.env("SSL_CERT_FILE", &pem);
+    })
+    .gets_in();
+    // What it is called decides also where it is named.
+    let other = url.replace("localhost", "127.0.0.1");
+    Visit::to(&other, &server, |command| {
+        command.arg("--ca-cert").arg(&pem);
+    })
+    .is_kept_out(&["certificate is for localhost, and not for 127.0.0.1"]);
+    let visit = Visit::to(&other, &server, |command| {
+        command.arg("--insecure");
+    });
+    let notes = visit.gets_in().notes();
+    assert!(
+        notes.contains("certificates were not checked (--insecure)"),
+        "{notes}"
+    );
+}
+
+#[test]
+fn each_fault_of_a_certificate_has_its_own_sentence() {
+    let server = Server::embedded();
+    let _turn = beside_one_other();
+    let made = Certificates(Scratch::new());
+    let leaf = CertificateParams::new(["localhost".to_owned()]).unwrap();
+    let mut expired = leaf.clone();
+    (expired.not_before, expired.not_after) =
+        (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1));
+    let mut early = leaf.clone();
+    (early.not_before, early.not_after) = (date_time_ymd(2090, 1, 1), date_time_ymd(2091, 1, 1));
+    let nameless = CertificateParams::new(Vec::<String>::new()).unwrap();
+    let elsewhere = CertificateParams::new(["sfu.example.com".to_owned()]).unwrap();
+    let old = PathBuf::from(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/fixtures/tls/version_1.pem"
+    ));
+    let cases = [
+        (
+            made.write("a", &Certificates::usual()),
+            false,
+            "one of an authority (CA:TRUE)",
+        ),
+        (
+            made.write("b", &leaf),
+            false,
+            "of an authority that nobody here trusts",
+        ),
+        (
+            made.write("c", &expired),
+            true,
+            "has expired (Fri, 01 Jan 2021",
+        ),
+        (
+            made.write("d", &early),
+            true,
+            "not valid yet (Sun, 01 Jan 2090",
+        ),
+        (
+            made.write("e", &nameless),
+            true,
+            "names no host at all (no subjectAltName",
+        ),
+        (
+            made.write("f", &elsewhere),
+            true,
+            "is for sfu.example.com, and not for localhost",
+        ),
+        (old, false, "of X.509 version 1"),
+    ];
+    for (pem, is_named, words) in cases {
+        let url = format!(
+            "wss://localhost:{}",
+            Certificates::serve(&pem, &server, false)
+        );
+        let visit = Visit::to(&url, &server, |command| {
+            if is_named {
+                command.arg("--ca-cert").arg(&pem);
+            }
+        });
+        visit.is_kept_out(&["TLS with wss://localhost", words]);
+    }
+    let pem = made.write("g", &Certificates::usual());
+    let url = format!(
+        "wss://localhost:{}",
+        Certificates::serve(&pem, &server, true)
+    );
+    Visit::to(&url, &server, |command| {
+        command.arg("--ca-cert").arg(&pem);
+    })
+    .is_kept_out(&["wants a client certificate"]);
+    let visit = Visit::to(&url, &server, |command| {
+        tokens(&server)(command);
+        command.arg("--ca-cert").arg(&pem);
+    });
+    visit.is_kept_out(&["wants a client certificate", "could not run"]);
+}
+
+#[test]
+fn certificates_that_cannot_be_read_are_an_error_that_names_them() {
+    let server = Server::embedded();
+    let _turn = beside_one_other();
+    let scratch = Scratch::new();
+    let (missing, empty) = (scratch.path("missing.pem"), scratch.path("empty.pem"));
+    fs::write(&empty, "nothing\n").unwrap();
+    for (path, words) in [
+        (&missing, "which cannot be read (No such file or directory)"),
+        (&empty, "which holds no certificate"),
+    ] {
+        let path_text = path.display().to_string();
+        Visit::to(&server.url, &server, |command| {
+            command.arg("--ca-cert").arg(path);
+        })
+        .is_kept_out(&["--ca-cert names", &path_text, words]);
+        Visit::to("wss://127.0.0.1:9", &server, |command| {
+            command.env("SSL_CERT_FILE", path);
+        })
+        .is_kept_out(&["SSL_CERT_FILE names", &path_text, words]);
+    }
+}
+
+#[test]
+fn secrets_from_files_and_with_a_newline_let_in() {
+    let server = Server::embedded();
+    let _turn = beside_one_other();
+    let scratch = Scratch::new();
+    let file = scratch.path("secret");
+    fs::write(&file, format!("{}\n", server.secret)).unwrap();
+    Visit::to(&server.url, &server, |command| {
+        command
+            .env_remove("LIVEKIT_API_SECRET")
+            .arg("--api-secret-file")
+            .arg(&file);
+    })
+    .gets_in();
+    Visit::to(&server.url, &server, |command| {
+        command.env("LIVEKIT_API_SECRET", format!("{}\n", server.secret));
+    })
+    .gets_in();
+}
+
+#[test]
+fn of_several_addresses_those_that_are_there_are_used_and_told() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let scratch = Scratch::new();
+    let hosts = scratch.path("hosts");
+    fs::write(
+        &hosts,
+        "127.0.0.3 sfu.throng.test\n127.0.0.1 sfu.throng.test\n",
+    )
+    .unwrap();
+    let json = scratch.path("run.json");
+    // The name is known in this mount namespace alone.
+    let script = "mount --bind \"$HOSTS\" /etc/hosts && exec \"$THRONG\" \"$@\"";
+    let mut command = Command::new("unshare");
+    command
+        .args(["-Urm", "sh", "-c", script, "sh"])
+        .args(SMALL)
+        .arg("--json")
+        .arg(&json)
+        .env("THRONG", env!("CARGO_BIN_EXE_throng"))
+        .env("HOSTS", &hosts)
+        .env(
+            "LIVEKIT_URL",
+            server.url.replace("127.0.0.1", "sfu.throng.test"),
+        )
+        .env("LIVEKIT_API_KEY", &server.key)
+        .env("LIVEKIT_API_SECRET", &server.secret);
+    let finished = run(&mut command, &server.secret);
+    assert!(
+        matches!(finished.code, Some(0 | 98)),
+        "{}{}",
+        finished.stdout,
+        finished.stderr
+    );
+    let report = Report::read(&json, &server.secret);
+    assert_eq!(report.counter("session", "joins_ok"), 3);
+    let port = backend(&server).port();
+    let notes = report.notes();
+    assert!(
+        notes.contains(&format!(
+            "127.0.0.3:{port} was not there (Connection refused; 0 connections)"
+        )) && notes.contains(&format!("127.0.0.1:{port} took ")),
+        "{notes}"
+    );
+    let addresses = report.0["target"]["addresses"].as_array().unwrap();
+    assert_eq!(addresses.len(), 2);
+    assert!(
+        report.micros("session", "join", "max").unwrap() < 5_000_000,
+        "a dead address costs nothing of note"
+    );
+}
