@@ -77,6 +77,12 @@ impl Books {
         }
     }
 
+    /// Puts what became of former connections beside what became of the last ones.
+    pub fn join_former(&mut self) {
+        let former = self.former.outcomes().cloned();
+        self.outcomes.extend(former);
+    }
+
     /// Returns the record, which its thread fills again.
     pub fn take_report(&mut self, report: WorkerReport) -> Box<Record> {
         self.second.record.merge(&report.record);

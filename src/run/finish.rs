@@ -28,8 +28,7 @@ impl Test<'_> {
         let media_stopped_at = self.stages.media_stopped_at;
         let end = media_stopped_at.unwrap_or_else(|| self.epoch.now());
         self.books.sessions.join_visits();
-        let former = self.books.former.outcomes().cloned();
-        self.books.outcomes.extend(former);
+        self.books.join_former();
         let participants = self.participant_outcomes(end);
         self.state_people(&participants);
         let mut steps: Vec<Step> = self.books.tiers.drain(..).map(|tier| tier.step).collect();

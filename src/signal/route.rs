@@ -75,7 +75,7 @@ impl ProxyRoute {
         let route = ProxyRoute {
             uri: found.uri().clone(),
             authorization: found.basic_auth().cloned(),
-            variable: if own.iter().any(|name| is_set(&name)) {
+            variable: if own.iter().any(is_set) {
                 own[0]
             } else {
                 "ALL_PROXY"
