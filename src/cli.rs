@@ -1063,7 +1063,7 @@ impl TargetArgs {
             api_key: or_env(self.api_key.clone(), "LIVEKIT_API_KEY")
                 .ok_or_else(|| missing("--api-key", "LIVEKIT_API_KEY"))?,
             api_secret: or_env(api_secret, "LIVEKIT_API_SECRET")
-                .ok_or_else(|| missing("--api-secret-file", "LIVEKIT_API_SECRET"))?,
+                .ok_or_else(|| missing("--api-secret-file, --api-secret", "LIVEKIT_API_SECRET"))?,
         })
     }
 }

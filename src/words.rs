@@ -29,10 +29,12 @@ pub fn wrapped(text: &str, indent: usize) -> String {
 /// of the text around them, become blanks.
 pub fn one_line(text: &str) -> String {
     let turns = |c| matches!(c, '\u{200E}' | '\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2066}'..='\u{2069}');
-    text.trim_end()
+    let mut line: String = text
         .chars()
         .map(|c| if c.is_control() || turns(c) { ' ' } else { c })
-        .collect()
+        .collect();
+    line.truncate(line.trim_end().len());
+    line
 }
 
 /// `n/a` for what is unknown.

@@ -56,6 +56,9 @@ enum UnreadPage {
     Answer(AnswerFault),
     #[error("it answers {0}")]
     Status(http::StatusCode),
+    /// The server itself may want one, or what stands in front of it.
+    #[error("it answers {0}: where it wants a password, write http://USER:PASSWORD@HOST..")]
+    Locked(http::StatusCode),
     #[error("it has more than {} MiB", PAGE_BYTES_MAX >> 20)]
     TooLong,
     #[error("it is no text")]
@@ -243,9 +246,11 @@ async fn text(fetcher: &Fetcher, url: &PageUrl) -> Result<String, UnreadPage> {
             secret: None,
         },
     );
+    let status = |status| http::StatusCode::from_u16(status).unwrap_or_default();
     Err(match fault {
-        AnswerFault::Own { status, .. } | AnswerFault::WebPage { status, .. } => {
-            UnreadPage::Status(http::StatusCode::from_u16(status).unwrap_or_default())
+        AnswerFault::Gateway { status: 401, .. } => UnreadPage::Locked(status(401)),
+        AnswerFault::Own { status: code, .. } | AnswerFault::WebPage { status: code, .. } => {
+            UnreadPage::Status(status(code))
         }
         other => UnreadPage::Answer(other),
     })
@@ -355,7 +360,7 @@ mod tests {
             ("/bytes", "it is no text"),
             ("/closed", "it answers 401 Unauthorized"),
             ("/nothing", "it answers 404 Not Found"),
-            ("/elsewhere", "it answers 308 Permanent Redirect"),
+            ("/elsewhere", "/elsewhere is redirected (308) to "),
             ("/huge", "it has more than 8 MiB"),
         ];
         for (path, why) in cases {

@@ -251,7 +251,7 @@ pub enum SignalError {
     Unauthorized { text: String },
     /// The token grants it: the server has not seen it.
     #[error(
-        "the server saw no token that lets us join (401: {text}): where something in front of it takes the Authorization header away, add --token-in query"
+        "the server saw no token that lets us join (401: {text}): where something in front of it takes the Authorization header away, add --token-in query; a token that was given needs the grant roomJoin for its room"
     )]
     TokenUnseen { text: String },
     #[error("{path} is not there (404: {text}): {}", if text.contains("requested room") { "does the room exist?" } else { "is this a LiveKit server, and its address?" })]
@@ -316,7 +316,13 @@ impl SignalError {
 
 /// LiveKit without a token, or with something else in its place.
 pub(super) fn says_nothing_was_seen(text: &str) -> bool {
-    text.contains("permissions denied") || text.contains("Must start with Bearer")
+    [
+        "permissions denied",
+        "no permissions to access the room",
+        "Must start with Bearer",
+    ]
+    .iter()
+    .any(|words| text.contains(words))
 }
 
 impl From<UnsendableToken> for SignalError {

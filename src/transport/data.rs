@@ -80,14 +80,14 @@ impl DataChannelKind {
     }
 
     /// As LiveKit opens them: lossy data is unordered, and never sent again.
-    fn delivery(self) -> Delivery {
+    fn delivery(self) -> ChannelDelivery {
         match self {
-            DataChannelKind::Reliable => Delivery {
+            DataChannelKind::Reliable => ChannelDelivery {
                 unordered: false,
                 reliability: ReliabilityType::Reliable,
                 value: 0,
             },
-            DataChannelKind::Lossy => Delivery {
+            DataChannelKind::Lossy => ChannelDelivery {
                 unordered: true,
                 reliability: ReliabilityType::Rexmit,
                 value: 0,
@@ -105,14 +105,14 @@ pub struct DataMessage {
 
 /// How messages of a channel are delivered.
 #[derive(Clone, Copy)]
-struct Delivery {
+struct ChannelDelivery {
     unordered: bool,
     reliability: ReliabilityType,
     /// Retransmissions, or milliseconds.
     value: u32,
 }
 
-impl Delivery {
+impl ChannelDelivery {
     fn set(self, stream: &mut Stream<'_>) {
         // Fails for a stream that has just been closed: then there is nothing to set.
         let _ = stream.set_reliability_params(self.unordered, self.reliability, self.value);
@@ -347,7 +347,7 @@ fn dcep_open(kind: DataChannelKind) -> Vec<u8> {
 }
 
 /// How the channel delivers, and its label.
-fn parse_dcep_open(message: &[u8]) -> Option<(Delivery, &[u8])> {
+fn parse_dcep_open(message: &[u8]) -> Option<(ChannelDelivery, &[u8])> {
     let (head, rest) = message.split_first_chunk::<DCEP_OPEN_BYTES>()?;
     let [DCEP_OPEN, channel_type, _, _, v0, v1, v2, v3, l0, l1, _, _] = *head else {
         return None;
@@ -358,7 +358,7 @@ fn parse_dcep_open(message: &[u8]) -> Option<(Delivery, &[u8])> {
         2 => ReliabilityType::Timed,
         _ => return None,
     };
-    let delivery = Delivery {
+    let delivery = ChannelDelivery {
         unordered: channel_type & DCEP_UNORDERED != 0,
         reliability,
         value: u32::from_be_bytes([v0, v1, v2, v3]),
