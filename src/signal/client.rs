@@ -343,7 +343,8 @@ pub async fn connect(
     options: &JoinOptions,
 ) -> Result<(SignalSender, SignalReceiver, ConnectTimes), SignalError> {
     let deadline = DialDeadline::after(options.timeout);
-    let dialled = Dialled::dial(endpoint, deadline).await?;
+    // What it takes to get there is not kept for as long as the connection lasts.
+    let dialled = Box::pin(Dialled::dial(endpoint, deadline)).await?;
     dialled.join(token, options).await
 }
 
@@ -356,7 +357,7 @@ impl Dialled<'_> {
     ) -> Result<(SignalSender, SignalReceiver, ConnectTimes), SignalError> {
         let started = Instant::now();
         let (tcp, tls) = (self.tcp, self.tls);
-        let (transport, leftover) = self.upgrade(&options.path(), token).await?;
+        let (transport, leftover) = Box::pin(self.upgrade(&options.path(), token)).await?;
         let websocket = WebSocketStream::from_raw_socket(
             FrameReads::new(transport, leftover),
             Role::Client,

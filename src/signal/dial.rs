@@ -305,7 +305,7 @@ impl Endpoint {
     async fn open(&self) -> Result<TcpStream, SignalError> {
         let opened = match &self.addresses {
             Some(addresses) => addresses.open().await,
-            None => self.look_up().await?.open().await,
+            None => Box::pin(self.look_up()).await?.open().await,
         };
         let Err(error) = opened else {
             return Ok(opened.expect("it is no error"));
@@ -346,20 +346,21 @@ impl<'d> Dialled<'d> {
         let name = endpoint.to_string();
         let end = endpoint.end(&name);
         let started = Instant::now();
-        let opening = async {
+        // Thousands do this at once: what few need is not part of what everybody waits with.
+        let opening = Box::pin(async {
             let mut stream = endpoint.open().await?;
             if let Some(proxy) = endpoint.proxy()? {
-                tunnel(&mut stream, &proxy, endpoint).await?;
+                Box::pin(tunnel(&mut stream, &proxy, endpoint)).await?;
             }
             Ok(stream)
-        };
+        });
         let stream = deadline.keep(end, LinkStage::Connect, opening).await?;
         let tcp = started.elapsed();
         let local = stream.local_addr();
         let local = local.map_err(|error| end.unreachable(&error))?;
         let (transport, tls) = if endpoint.secure() {
             let started = Instant::now();
-            let agreeing = connect_tls(endpoint, end, stream);
+            let agreeing = Box::pin(connect_tls(endpoint, end, stream));
             let stream = deadline.keep(end, LinkStage::Tls, agreeing).await?;
             (TcpOrTls::Tls(Box::new(stream)), Some(started.elapsed()))
         } else {
@@ -385,20 +386,22 @@ impl<'d> Dialled<'d> {
         let name = self.endpoint.to_string();
         let end = self.endpoint.end(&name);
         let deadline = self.deadline;
+        let upgrading = Box::pin(async {
+            let key = generate_key();
+            let request = self.request(path, token, &key)?;
+            let sent = self.transport.write_all(&request).await;
+            drop(request);
+            let flushed = match sent {
+                Ok(()) => self.transport.flush().await,
+                Err(error) => Err(error),
+            };
+            // One that refuses before it has read everything has its answer on the way.
+            let head = AnswerHead::read(&mut self.transport).await;
+            let head = head.map_err(|none| no_head(none, flushed.err(), end))?;
+            Box::pin(self.judge(head, path, token, &key)).await
+        });
         deadline
-            .keep(end, LinkStage::UpgradeAnswer, async {
-                let key = generate_key();
-                let request = self.request(path, token, &key)?;
-                let sent = self.transport.write_all(&request).await;
-                let flushed = match sent {
-                    Ok(()) => self.transport.flush().await,
-                    Err(error) => Err(error),
-                };
-                // One that refuses before it has read everything has its answer on the way.
-                let head = AnswerHead::read(&mut self.transport).await;
-                let head = head.map_err(|none| no_head(none, flushed.err(), end))?;
-                self.judge(head, path, token, &key).await
-            })
+            .keep(end, LinkStage::UpgradeAnswer, upgrading)
             .await
     }
 

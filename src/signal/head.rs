@@ -34,14 +34,13 @@ impl AnswerHead {
     pub(super) async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<AnswerHead, NoHead> {
         let mut bytes = Vec::new();
         loop {
-            let mut part = [0; READ_BYTES];
-            let len = match stream.read(&mut part).await {
+            bytes.reserve(READ_BYTES);
+            match stream.read_buf(&mut bytes).await {
                 Ok(0) if bytes.is_empty() => return Err(NoHead::Ended),
                 Ok(0) => return Err(NoHead::NotHttp(bytes)),
-                Ok(len) => len,
+                Ok(_) => {}
                 Err(error) => return Err(NoHead::Io(error)),
-            };
-            bytes.extend_from_slice(part.get(..len).unwrap_or_default());
+            }
             match AnswerHead::parse(&bytes) {
                 Ok(Some(head)) => return Ok(head),
                 Ok(None) if bytes.len() < HEAD_BYTES_MAX => {}
@@ -80,10 +79,9 @@ impl AnswerHead {
         let mut body = std::mem::take(&mut self.rest);
         let reading = async {
             while body.len() < wanted {
-                let mut part = [0; READ_BYTES];
-                match stream.read(&mut part).await {
-                    Ok(0) | Err(_) => return,
-                    Ok(len) => body.extend_from_slice(part.get(..len).unwrap_or_default()),
+                body.reserve(READ_BYTES);
+                if !matches!(stream.read_buf(&mut body).await, Ok(1..)) {
+                    return;
                 }
             }
         };

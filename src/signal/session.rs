@@ -606,7 +606,7 @@ impl Session {
             .join_token(&self.plan, &self.room, permissions);
         let token = tokio::time::timeout(timeout, asking).await;
         let token = token.map_err(|_| SignalError::NoTokenInTime { after: timeout })??;
-        let dialled = Dialled::dial(&context.endpoint, deadline).await?;
+        let dialled = Box::pin(Dialled::dial(&context.endpoint, deadline)).await?;
         if !resume {
             self.local_ip = Some(dialled.local_ip);
         }
