@@ -1,8 +1,6 @@
 //! Servers whose room service is hidden or behind the times, and runs with tokens instead of a key:
 //! participants get in, and nothing of others is deleted.
 
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use throng::signal::rooms::RoomService;
@@ -10,6 +8,7 @@ use throng::signal::{ApiKey, Permissions};
 
 use crate::common::program::{Finished, Report, Scratch, beside_one_other, run, throng};
 use crate::common::server::Server;
+use crate::front::{answer, forward, front};
 
 /// What a front does with requests to the room service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,53 +19,20 @@ enum Front {
     Lags,
 }
 
-/// Stands in front of a server on a free port, until the test's process ends.
-fn stand_before(server: &Server, front: Front) -> String {
-    let backend: SocketAddr = server
-        .url
-        .strip_prefix("ws://")
-        .and_then(|authority| authority.parse().ok())
-        .expect("our own URL");
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let address = listener.local_addr().expect("a bound socket");
-    std::thread::spawn(move || {
-        while let Ok((client, _)) = listener.accept() {
-            std::thread::spawn(move || serve(client, backend, front));
+/// The address of a front before the server, as [`front`] stands it up.
+fn stand_before(server: &Server, kind: Front) -> String {
+    let rule = move |head: &str| match kind {
+        Front::Hides(status) if head.starts_with("POST /twirp/") => answer(
+            &format!("{status} No"),
+            "Content-Type: text/html\r\n",
+            "<html>no</html",
+        ),
+        Front::Lags if head.starts_with("POST /twirp/livekit.RoomService/ListRooms") => {
+            answer("200 OK", "", "")
         }
-    });
-    format!("ws://{address}")
-}
-
-fn serve(mut client: TcpStream, backend: SocketAddr, front: Front) -> io::Result<()> {
-    let mut head = [0; 256];
-    // The request line is in the first segment.
-    let len = client.peek(&mut head)?;
-    let line = String::from_utf8_lossy(&head[..len]).into_owned();
-    let answer = match front {
-        Front::Hides(status) if line.starts_with("POST /twirp/") => Some(format!(
-            "HTTP/1.1 {status} No\r\nContent-Type: text/html\r\nContent-Length: 14\r\nConnection: close\r\n\r\n<html>no</html"
-        )),
-        Front::Lags if line.starts_with("POST /twirp/livekit.RoomService/ListRooms") => {
-            Some("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".to_owned())
-        }
-        _ => None,
+        _ => forward(head),
     };
-    if let Some(answer) = answer {
-        client.write_all(answer.as_bytes())?;
-        client.shutdown(Shutdown::Write)?;
-        // What is left unread would reset the connection.
-        let _ = client.set_read_timeout(Some(Duration::from_millis(500)));
-        let _ = client.read(&mut [0; 8 << 10]);
-        return Ok(());
-    }
-    let mut server = TcpStream::connect(backend)?;
-    let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
-    std::thread::spawn(move || {
-        let _ = io::copy(&mut from, &mut to);
-        let _ = to.shutdown(Shutdown::Write);
-    });
-    let _ = io::copy(&mut server, &mut client);
-    client.shutdown(Shutdown::Write)
+    format!("ws://{}", front(server, rule))
 }
 
 /// One publisher and two subscribers for two seconds.
