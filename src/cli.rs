@@ -23,7 +23,8 @@ use crate::plan::scenario::{
     MediaSpec, PhaseTimes, RoomPeople, RoomSet, SEED_MAX, Scenario, ScenarioError, spread_must_fit,
 };
 use crate::plan::{
-    AudioSpec, ConnectionMode, Pacing, Plan, ServerUrl, Target, TargetOrigin, VideoSpec, ViewLayout,
+    AudioSpec, ConnectionMode, Pacing, Plan, ServerUrl, Target, TargetOrigin, TransportChoice,
+    VideoSpec, ViewLayout,
 };
 pub use crate::prober::Membership;
 use crate::report::{Destinations, Judging, Threshold};
@@ -550,6 +551,10 @@ struct EngineArgs {
     /// Peer connections per participant: one (/rtc/v1), two (/rtc), or one where the server can
     #[arg(long, value_name = "MODE", default_value = "auto")]
     connection: ConnectionArg,
+    /// What carries media: udp, tcp (the server's TCP port for media), or udp and, where that does
+    /// not come up within a second, tcp, as clients do
+    #[arg(long, value_name = "WHAT", default_value = "auto")]
+    transport: TransportArg,
     /// Everything random comes from this number [default: drawn]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -579,6 +584,13 @@ enum SendArg {
 enum TokenInArg {
     Query,
     Header,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TransportArg {
+    Auto,
+    Udp,
+    Tcp,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -668,6 +680,10 @@ impl RunArgs {
         let most = self.pace.most_subscribers();
         self.must_agree()?;
         let warnings = self.warnings();
+        let transport = self.engine.transport;
+        if target.is_embedded() && transport == TransportArg::Tcp {
+            return Err("--transport tcp needs a server that takes media over TCP: the embedded SFU takes UDP alone (give --url)".into());
+        }
         let is_tour = target.is_embedded() && !self.shape.is_given() && most.is_none();
         let people = self.shape.resolve(
             if is_tour {
@@ -721,7 +737,7 @@ impl RunArgs {
             join_retries: self.pace.join_retries,
             rooms: self.shape.rooms(),
             media: self.media.spec(),
-            ..Scenario::of_people(people)
+            ..Scenario::of_people(people).over(self.engine.transport.into())
         };
         let scenario = match &self.pace.ramp {
             _ if self.pace.find_knee => scenario.capacity_search(times),
@@ -1310,6 +1326,16 @@ impl From<ConnectionArg> for ConnectionMode {
             ConnectionArg::Auto => ConnectionMode::Auto,
             ConnectionArg::Single => ConnectionMode::Single,
             ConnectionArg::Dual => ConnectionMode::Dual,
+        }
+    }
+}
+
+impl From<TransportArg> for TransportChoice {
+    fn from(transport: TransportArg) -> TransportChoice {
+        match transport {
+            TransportArg::Auto => TransportChoice::Auto,
+            TransportArg::Udp => TransportChoice::Udp,
+            TransportArg::Tcp => TransportChoice::Tcp,
         }
     }
 }

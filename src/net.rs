@@ -5,7 +5,7 @@
 //! allocates nor hides control messages.
 #![allow(unsafe_code)]
 
-use std::io;
+use std::io::{self, Read};
 use std::mem::size_of;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
 use std::num::NonZeroU64;
@@ -105,6 +105,26 @@ const DATAGRAM_BYTES_MAX: usize = 2_048;
 /// The most that the kernel keeps in one buffer.
 const BURST_BYTES_MAX: usize = 1 << 16;
 
+/// Of a stream, one read takes so much: a burst of video.
+const STREAM_BYTES_MAX: usize = BURST_BYTES_MAX;
+/// A datagram in a stream, behind its length (RFC 4571, section 2).
+const FRAME_BYTES_MAX: usize = 2 + DATAGRAM_BYTES_MAX;
+
+/// The beginning of a datagram whose end has not come out of its stream.
+pub struct StreamRest {
+    bytes: Box<[u8; FRAME_BYTES_MAX]>,
+    len: usize,
+}
+
+impl Default for StreamRest {
+    fn default() -> StreamRest {
+        StreamRest {
+            bytes: Box::new([0; FRAME_BYTES_MAX]),
+            len: 0,
+        }
+    }
+}
+
 /// Errors that one call gets out of the way. A socket keeps one at a time.
 const PENDING_ERRORS_MAX: usize = 8;
 
@@ -173,6 +193,62 @@ impl ReceiveBatch {
             }
         }
         self.receive_once(socket)
+    }
+
+    /// Takes what a stream holds, up to a bound, and cuts it into datagrams, each behind its length
+    /// in two bytes (RFC 4571). What has not come whole is kept in `rest`.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is nothing; `UnexpectedEof` at the stream's end; `InvalidData` where
+    /// it holds a length that no datagram has.
+    pub fn receive_framed(
+        &mut self,
+        stream: &mut impl Read,
+        from: SocketAddr,
+        rest: &mut StreamRest,
+    ) -> io::Result<usize> {
+        self.datagrams.clear();
+        self.taken = 0;
+        self.buffers[0] = Some(ReceivedDatagram {
+            from,
+            stamp_unix_nanos: None,
+            drops: None,
+            burst: 1,
+        });
+        let room = &mut self.bytes[..STREAM_BYTES_MAX];
+        let kept = std::mem::take(&mut rest.len);
+        room[..kept].copy_from_slice(&rest.bytes[..kept]);
+        let taken = stream
+            .read(&mut room[kept..])
+            .inspect_err(|_| rest.len = kept)?;
+        if taken == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let (mut at, end) = (0, kept + taken);
+        while let Some(head) = room[at..end].first_chunk() {
+            let len = usize::from(u16::from_be_bytes(*head));
+            if len > DATAGRAM_BYTES_MAX {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            let (start, next) = (at + head.len(), at + head.len() + len);
+            if next > end {
+                break;
+            }
+            // One without a byte is allowed, and says nothing.
+            if len > 0 {
+                self.datagrams.push(DatagramPlace {
+                    buffer: 0,
+                    start,
+                    end: next,
+                });
+            }
+            at = next;
+        }
+        rest.len = end - at;
+        rest.bytes[..rest.len].copy_from_slice(&room[at..end]);
+        // A read that fills its room may have left something.
+        self.taken = if end == room.len() { BATCH } else { 1 };
+        Ok(self.datagrams.len())
     }
 
     fn receive_once(&mut self, socket: &UdpSocket) -> io::Result<usize> {

@@ -1,18 +1,25 @@
 //! What carries a peer connection's datagrams.
 //!
 //! A path is chosen by the candidates that the server offers: [`Routes`] says from which address
-//! of this host each of them is reached, and [`Path`] is what is opened for them. UDP is the only
-//! kind so far. Another kind is another variant of [`Path`]; signalling opens it, and the engine's
-//! worker uses it through the methods here, statically dispatched.
+//! of this host each of them is reached, and a [`Path`] has what is opened for them: a UDP socket
+//! a family, TCP connections. Each is a variant of `Carrier`; another kind is another variant.
+//! Signalling opens them, and the engine's worker uses the one that ICE has nominated through the
+//! methods here, statically dispatched.
+
+mod stream;
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, PoisonError};
 
 use crate::measure::Session;
 use crate::net::{self, ReceiveBatch};
+use stream::TcpCarrier;
+
+/// What a path has beside the carrier that is used: a server offers a few candidates.
+const SPARE_MAX: usize = 8;
 
 /// The address families of IP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,42 +44,78 @@ impl Family {
     }
 }
 
-/// What carries one peer's datagrams.
-pub enum Path {
-    Udp(UdpPath),
+/// By what of ours the other end is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Via {
+    Udp,
+    /// The TCP connection that has this address of ours.
+    Tcp(SocketAddr),
 }
 
-/// One UDP socket, and until ICE has settled a second one where the candidates are of both
-/// families.
+/// The other end of a candidate pair, and by what of ours it is reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FarEnd {
+    pub via: Via,
+    pub address: SocketAddr,
+}
+
+/// Where nothing is said, over UDP.
+impl From<SocketAddr> for FarEnd {
+    fn from(address: SocketAddr) -> FarEnd {
+        FarEnd {
+            via: Via::Udp,
+            address,
+        }
+    }
+}
+
+/// What carries one peer's datagrams: the carrier that is used, and until ICE has settled others
+/// that might be.
 ///
-/// The sockets are bound to no address of this host: the kernel chooses the source by the route
+/// UDP sockets are bound to no address of this host: the kernel chooses the source by the route
 /// to each candidate. So one socket serves all routes of its family. Connecting it to the
 /// nominated candidate fixes the source.
-pub struct UdpPath {
-    main: MediaSocket,
-    other: Option<MediaSocket>,
-    is_connected: bool,
+pub struct Path {
+    main: Carrier,
+    spare: Vec<Carrier>,
+}
+
+enum Carrier {
+    /// Nothing is open yet, or nothing is left.
+    None,
+    Udp(MediaSocket),
+    /// Its state is larger than that of a socket, which most have.
+    Tcp(Box<TcpCarrier>),
 }
 
 /// A socket, and how many datagrams it is known to have dropped.
 struct MediaSocket {
     socket: UdpSocket,
     family: Family,
+    is_connected: bool,
     /// Buffers that the kernel has dropped so far.
     drops: u32,
     /// Datagrams in the buffer that came last.
     burst: u32,
 }
 
-/// Which socket of a path.
+/// Which carrier of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lane {
     Main,
-    /// The one of the other family, until the path is settled.
-    Other,
+    /// One of those that are there until the path is settled.
+    Spare(usize),
 }
 
 impl Path {
+    /// One that has nothing yet.
+    pub fn closed() -> Path {
+        Path {
+            main: Carrier::None,
+            spare: Vec::new(),
+        }
+    }
+
     /// Opens a UDP socket of this family on a free port.
     ///
     /// # Errors
@@ -81,103 +124,221 @@ impl Path {
         net::open_media_socket(family.any_address(), receive_buffer_bytes).map(Path::from)
     }
 
+    /// A TCP connection that is open, and our address on it.
+    ///
+    /// # Errors
+    /// Where it is not open any more.
+    pub fn of_stream(stream: TcpStream) -> io::Result<(Path, SocketAddr)> {
+        let carrier = TcpCarrier::new(stream)?;
+        let local = carrier.local();
+        let path = Path {
+            main: Carrier::Tcp(Box::new(carrier)),
+            spare: Vec::new(),
+        };
+        Ok((path, local))
+    }
+
     /// The port of the socket that datagrams leave by first.
     ///
     /// # Errors
-    /// Where the kernel does not say.
+    /// Where the kernel does not say, or nothing is open.
     pub fn port(&self) -> io::Result<u16> {
-        let Path::Udp(path) = self;
-        Ok(path.main.socket.local_addr()?.port())
+        match &self.main {
+            Carrier::None => Err(io::ErrorKind::NotConnected.into()),
+            Carrier::Udp(socket) => Ok(socket.socket.local_addr()?.port()),
+            Carrier::Tcp(connection) => Ok(connection.local().port()),
+        }
     }
 
-    /// Takes over another path's socket, for candidates of its family. One of a family that is
-    /// there already is closed.
+    /// Takes over another path's carrier. A UDP socket of a family that is there already is closed.
     pub fn add(&mut self, other: Path) {
-        let (Path::Udp(path), Path::Udp(other)) = (self, other);
-        if path.main.family != other.main.family {
-            path.other.get_or_insert(other.main);
+        let is_known = match &other.main {
+            Carrier::None => true,
+            Carrier::Udp(new) => self.carriers().any(|carrier| carrier.is_udp(new.family)),
+            Carrier::Tcp(_) => false,
+        };
+        if is_known || self.spare.len() == SPARE_MAX {
+            return;
+        }
+        if matches!(self.main, Carrier::None) {
+            self.main = other.main;
+        } else {
+            self.spare.push(other.main);
         }
     }
 
     /// What to look at for datagrams.
     pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
-        let Path::Udp(path) = self;
-        path.sockets().map(|socket| socket.socket.as_raw_fd())
+        self.carriers().filter_map(Carrier::descriptor)
     }
 
-    /// Whether there is a second socket.
-    pub fn has_other(&self) -> bool {
-        let Path::Udp(path) = self;
-        path.other.is_some()
+    /// Whether those that can take more are to be told of, too.
+    pub fn is_stream(&self) -> bool {
+        matches!(self.main, Carrier::Tcp(_))
     }
 
-    /// Takes what a socket holds, as [`ReceiveBatch::receive`]. `WouldBlock` where there is no such
-    /// one.
+    /// How many carriers there are beside the main one.
+    #[inline]
+    pub fn spare_count(&self) -> usize {
+        self.spare.len()
+    }
+
+    /// Takes what a carrier holds, as [`ReceiveBatch::receive`]. `WouldBlock` where there is no
+    /// such one.
     ///
     /// # Errors
-    /// As [`ReceiveBatch::receive`].
+    /// As [`ReceiveBatch::receive`]. After another one than `WouldBlock`, [`Path::remove_ended`]
+    /// says whether the carrier is gone.
     #[inline]
-    pub fn receive(&self, lane: Lane, batch: &mut ReceiveBatch) -> io::Result<usize> {
-        let Path::Udp(path) = self;
-        match (lane, &path.other) {
-            (Lane::Main, _) => batch.receive(&path.main.socket),
-            (Lane::Other, Some(other)) => batch.receive(&other.socket),
-            (Lane::Other, None) => Err(io::ErrorKind::WouldBlock.into()),
+    pub fn receive(&mut self, lane: Lane, batch: &mut ReceiveBatch) -> io::Result<usize> {
+        match self.carrier_mut(lane) {
+            Some(Carrier::Udp(socket)) => batch.receive(&socket.socket),
+            Some(Carrier::Tcp(connection)) => connection.receive(batch),
+            Some(Carrier::None) | None => Err(io::ErrorKind::WouldBlock.into()),
         }
+    }
+
+    /// By what something came that came by this lane.
+    pub fn via(&self, lane: Lane) -> Via {
+        let carrier = match lane {
+            Lane::Main => Some(&self.main),
+            Lane::Spare(index) => self.spare.get(index),
+        };
+        carrier.map_or(Via::Udp, Carrier::via)
+    }
+
+    /// Closes a carrier that has come to its end, and says which that was. A socket has none.
+    pub fn remove_ended(&mut self, lane: Lane) -> Option<Via> {
+        let carrier = self.carrier_mut(lane)?;
+        let Carrier::Tcp(connection) = carrier else {
+            return None;
+        };
+        if !connection.is_over() {
+            return None;
+        }
+        let via = carrier.via();
+        match lane {
+            Lane::Main => self.main = self.spare.pop().unwrap_or(Carrier::None),
+            Lane::Spare(index) => drop(self.spare.remove(index)),
+        }
+        Some(via)
+    }
+
+    /// Whether nothing is left that could carry a datagram.
+    pub fn is_closed(&self) -> bool {
+        matches!(self.main, Carrier::None) && self.spare.is_empty()
     }
 
     /// Datagrams that a socket says it dropped since it said so last: `drops` buffers in all, each
     /// as full as the one that tells of it, which held `burst` datagrams.
     #[inline]
     pub fn dropped_datagrams(&mut self, lane: Lane, drops: u32, burst: u32) -> u64 {
-        let Path::Udp(path) = self;
-        let socket = match lane {
-            Lane::Main => Some(&mut path.main),
-            Lane::Other => path.other.as_mut(),
-        };
-        socket.map_or(0, |socket| socket.dropped_datagrams(drops, burst))
+        match self.carrier_mut(lane) {
+            Some(Carrier::Udp(socket)) => socket.dropped_datagrams(drops, burst),
+            _ => 0,
+        }
     }
 
     /// Drops that no datagram has told of, because none came after them. Where the kernel does not
     /// say, there are none that we know of.
     pub fn untold_drops(&self) -> u64 {
-        let Path::Udp(path) = self;
-        path.sockets().map(MediaSocket::untold_drops).sum()
+        self.carriers().map(Carrier::untold_drops).sum()
     }
 
-    /// Sends `bytes` as datagrams of `segment` bytes (the last may be shorter). `segmentation` is
-    /// cleared at the first path that cannot segment.
+    /// Sends `bytes` as datagrams of `segment` bytes (the last may be shorter) by what is
+    /// nominated, where `to` is. `segmentation` is cleared at the first path that cannot segment.
     #[inline]
     pub fn send(
-        &self,
+        &mut self,
         to: SocketAddr,
         bytes: &[u8],
         segment: usize,
         segmentation: &mut bool,
         unsent: &mut Unsent,
     ) {
-        let Path::Udp(path) = self;
-        path.send(to, bytes, segment, segmentation, unsent);
+        self.main.send(to, bytes, segment, segmentation, unsent);
+    }
+
+    /// Sends one datagram of the connection's set-up to any of its candidates.
+    pub fn send_setup(&mut self, to: FarEnd, datagram: &[u8], unsent: &mut Unsent) {
+        let address = to.address;
+        let chosen = match to.via {
+            Via::Udp => {
+                let family = Family::of(address.ip());
+                let is_fit = |carrier: &Carrier| carrier.is_udp(family);
+                // One family that is not there: the kernel says so.
+                self.carriers()
+                    .position(is_fit)
+                    .or_else(|| self.carriers().position(|carrier| carrier.via() == to.via))
+            }
+            // Pairs of one connection's end with another one's are none.
+            Via::Tcp(_) => self.carriers().position(
+                |carrier| matches!(carrier, Carrier::Tcp(tcp) if tcp.remote() == address && carrier.via() == to.via),
+            ),
+        };
+        let lane = match chosen {
+            None => return,
+            Some(0) => Lane::Main,
+            Some(index) => Lane::Spare(index - 1),
+        };
+        if let Some(carrier) = self.carrier_mut(lane) {
+            carrier.send(address, datagram, datagram.len(), &mut false, unsent);
+        }
     }
 
     /// ICE has nominated `to`: from now on datagrams go there only, and come from there only.
-    pub fn connect(&mut self, to: SocketAddr) {
-        let Path::Udp(path) = self;
-        path.connect(to);
+    pub fn connect(&mut self, to: FarEnd) {
+        let is_nominated = |carrier: &Carrier| match to.via {
+            Via::Udp => carrier.is_udp(Family::of(to.address.ip())),
+            Via::Tcp(_) => carrier.via() == to.via,
+        };
+        if !is_nominated(&self.main) {
+            // Not there any more: what flows goes on where it is.
+            let Some(other) = self.spare.iter_mut().find(|carrier| is_nominated(carrier)) else {
+                return;
+            };
+            if let Carrier::Udp(socket) = &mut self.main {
+                socket.disconnect();
+            }
+            std::mem::swap(&mut self.main, other);
+        }
+        if let Carrier::Udp(socket) = &mut self.main {
+            socket.is_connected = socket.socket.connect(to.address).is_ok();
+        }
     }
 
-    /// The peer is up: a socket that it does not use is closed. Returns the datagrams that this one
-    /// had dropped and not told of.
+    /// The peer is up: what it does not use is closed. Returns the datagrams that those had dropped
+    /// and not told of.
     pub fn settle(&mut self) -> u64 {
-        let Path::Udp(path) = self;
-        let closed = path.other.take_if(|_| path.is_connected);
-        closed.map_or(0, |socket| socket.untold_drops())
+        let is_settled = match &self.main {
+            Carrier::None => false,
+            Carrier::Udp(socket) => socket.is_connected,
+            Carrier::Tcp(_) => true,
+        };
+        if !is_settled {
+            return 0;
+        }
+        let closed = std::mem::take(&mut self.spare);
+        closed.iter().map(Carrier::untold_drops).sum()
     }
 
     /// Datagrams may come from everywhere again, on the same port.
     pub fn disconnect(&mut self) {
-        let Path::Udp(path) = self;
-        path.disconnect();
+        if let Carrier::Udp(socket) = &mut self.main {
+            socket.disconnect();
+        }
+    }
+
+    fn carriers(&self) -> impl Iterator<Item = &Carrier> {
+        std::iter::once(&self.main).chain(&self.spare)
+    }
+
+    #[inline]
+    fn carrier_mut(&mut self, lane: Lane) -> Option<&mut Carrier> {
+        match lane {
+            Lane::Main => Some(&mut self.main),
+            Lane::Spare(index) => self.spare.get_mut(index),
+        }
     }
 }
 
@@ -185,24 +346,66 @@ impl From<UdpSocket> for Path {
     /// A socket that [`net::open_media_socket`] opened, on any address.
     fn from(socket: UdpSocket) -> Path {
         let is_v6 = socket.local_addr().is_ok_and(|address| address.is_ipv6());
-        Path::Udp(UdpPath {
-            main: MediaSocket {
+        Path {
+            main: Carrier::Udp(MediaSocket {
                 socket,
                 family: if is_v6 { Family::V6 } else { Family::V4 },
+                is_connected: false,
                 drops: 0,
                 burst: 1,
-            },
-            other: None,
-            is_connected: false,
-        })
+            }),
+            spare: Vec::new(),
+        }
     }
 }
 
-impl UdpPath {
-    fn sockets(&self) -> impl Iterator<Item = &MediaSocket> {
-        std::iter::once(&self.main).chain(&self.other)
+impl Carrier {
+    #[inline]
+    fn send(
+        &mut self,
+        to: SocketAddr,
+        bytes: &[u8],
+        segment: usize,
+        segmentation: &mut bool,
+        unsent: &mut Unsent,
+    ) {
+        match self {
+            Carrier::Udp(socket) => socket.send(to, bytes, segment, segmentation, unsent),
+            Carrier::Tcp(connection) => connection.send(bytes, segment, unsent),
+            // Its end was told.
+            Carrier::None => {}
+        }
     }
 
+    fn is_udp(&self, family: Family) -> bool {
+        matches!(self, Carrier::Udp(socket) if socket.family == family)
+    }
+
+    fn via(&self) -> Via {
+        match self {
+            Carrier::None | Carrier::Udp(_) => Via::Udp,
+            Carrier::Tcp(connection) => Via::Tcp(connection.local()),
+        }
+    }
+
+    fn descriptor(&self) -> Option<RawFd> {
+        match self {
+            Carrier::None => None,
+            Carrier::Udp(socket) => Some(socket.socket.as_raw_fd()),
+            Carrier::Tcp(connection) => Some(connection.stream().as_raw_fd()),
+        }
+    }
+
+    fn untold_drops(&self) -> u64 {
+        match self {
+            Carrier::Udp(socket) => socket.untold_drops(),
+            Carrier::None | Carrier::Tcp(_) => 0,
+        }
+    }
+}
+
+impl MediaSocket {
+    #[inline]
     fn send(
         &self,
         to: SocketAddr,
@@ -211,49 +414,21 @@ impl UdpPath {
         segmentation: &mut bool,
         unsent: &mut Unsent,
     ) {
-        let (socket, to) = match &self.other {
-            None if self.is_connected => (&self.main.socket, None),
-            Some(other) if other.family == Family::of(to.ip()) => (&other.socket, Some(to)),
-            Some(_) if self.is_connected => (&self.main.socket, None),
-            _ => (&self.main.socket, Some(to)),
-        };
+        let to = Some(to).filter(|_| !self.is_connected);
         if bytes.len() > segment && *segmentation {
-            match net::send_segmented(socket, to, bytes, segment) {
+            match net::send_segmented(&self.socket, to, bytes, segment) {
                 Ok(()) => return,
                 Err(error) if net::is_without_segmentation(&error) => *segmentation = false,
                 Err(error) => return unsent.count(&error, bytes.len().div_ceil(segment) as u64),
             }
         }
         for datagram in bytes.chunks(segment.max(1)) {
-            if let Err(error) = net::send(socket, to, datagram) {
+            if let Err(error) = net::send(&self.socket, to, datagram) {
                 unsent.count(&error, 1);
             }
         }
     }
 
-    fn connect(&mut self, to: SocketAddr) {
-        let family = Family::of(to.ip());
-        if self.main.family != family {
-            // Not there any more: what flows goes on where it is.
-            let Some(other) = self.other.as_mut().filter(|other| other.family == family) else {
-                return;
-            };
-            if self.is_connected {
-                self.main.disconnect();
-            }
-            std::mem::swap(&mut self.main, other);
-        }
-        self.is_connected = self.main.socket.connect(to).is_ok();
-    }
-
-    fn disconnect(&mut self) {
-        if self.is_connected {
-            self.is_connected = !self.main.disconnect();
-        }
-    }
-}
-
-impl MediaSocket {
     /// The kernel counts buffers. How many datagrams those held that it dropped, nobody knows: they
     /// are taken to have been like the one that tells of it.
     fn dropped_datagrams(&mut self, drops: u32, burst: u32) -> u64 {
@@ -270,18 +445,18 @@ impl MediaSocket {
 
     /// The kernel takes the port away with the connection, unless somebody asked for that very
     /// port: it is asked for again, because the other side sends there.
-    fn disconnect(&self) -> bool {
+    fn disconnect(&mut self) {
         let Ok(local) = self.socket.local_addr() else {
-            return false;
+            return;
         };
-        if rustix::net::connect_unspec(&self.socket).is_err() {
-            return false;
+        if !self.is_connected || rustix::net::connect_unspec(&self.socket).is_err() {
+            return;
         }
         let any = SocketAddr::new(self.family.any_address(), local.port());
         // Where somebody else has got the port in between, the next send draws another one, and
         // the other side learns it from our checks.
         let _ = rustix::net::bind(&self.socket, &any);
-        true
+        self.is_connected = false;
     }
 }
 
@@ -301,6 +476,9 @@ pub struct Unsent {
     pub too_long: u64,
     /// The route does not go from our address to the other end's, or anything else.
     pub mismatched: u64,
+    /// A TCP connection took them too slowly, so that too much waited already: the network, or the
+    /// server.
+    pub backlogged: u64,
 }
 
 impl Unsent {
@@ -348,6 +526,10 @@ pub fn unsent_note(session: &Session) -> Option<String> {
         (
             session.sends_mismatched,
             "the route to the server's media address does not fit our own address (EINVAL)",
+        ),
+        (
+            session.sends_backlogged,
+            "the TCP connection to the server took them too slowly, and too much waited already",
         ),
     ];
     let told: Vec<String> = kinds
@@ -431,9 +613,15 @@ mod tests {
         (socket, address)
     }
 
-    fn send(path: &Path, to: SocketAddr) -> Unsent {
+    fn send(path: &mut Path, to: SocketAddr) -> Unsent {
         let mut unsent = Unsent::default();
         path.send(to, b"hello", 5, &mut true, &mut unsent);
+        unsent
+    }
+
+    fn check(path: &mut Path, to: impl Into<FarEnd>) -> Unsent {
+        let mut unsent = Unsent::default();
+        path.send_setup(to.into(), b"hello", &mut unsent);
         unsent
     }
 
@@ -448,18 +636,18 @@ mod tests {
         let mut path = Path::open_udp(Family::V4, BUFFER).unwrap();
         let port = path.port().unwrap();
         for (socket, at) in [(&one, one_at), (&two, two_at)] {
-            assert_eq!(send(&path, at), Unsent::default());
+            assert_eq!(check(&mut path, at), Unsent::default());
             assert_eq!(heard(socket).port(), port);
         }
-        path.connect(two_at);
-        assert_eq!(send(&path, one_at), Unsent::default());
+        path.connect(two_at.into());
+        assert_eq!(send(&mut path, one_at), Unsent::default());
         assert_eq!(
             heard(&two).port(),
             port,
             "connected: there and nowhere else"
         );
         path.disconnect();
-        assert_eq!(send(&path, one_at), Unsent::default());
+        assert_eq!(send(&mut path, one_at), Unsent::default());
         assert_eq!(heard(&one).port(), port, "the port outlives the connection");
     }
 
@@ -470,21 +658,91 @@ mod tests {
         path.add(Path::open_udp(Family::V4, BUFFER).unwrap());
         assert_eq!(path.descriptors().count(), 2);
         for (socket, at) in [(&four, four_at), (&six, six_at)] {
-            assert_eq!(send(&path, at), Unsent::default());
+            assert_eq!(check(&mut path, at), Unsent::default());
             heard(socket);
         }
-        path.connect(four_at);
+        path.connect(four_at.into());
         // A check of the other family's pair still finds its way.
-        send(&path, six_at);
+        check(&mut path, six_at);
         heard(&six);
         assert_eq!(path.settle(), 0);
         assert_eq!(path.descriptors().count(), 1);
-        send(&path, four_at);
+        send(&mut path, four_at);
         heard(&four);
         // A later nomination that has no socket changes nothing.
-        path.connect(six_at);
-        send(&path, four_at);
+        path.connect(six_at.into());
+        send(&mut path, four_at);
         heard(&four);
+    }
+
+    /// Our end of a TCP connection as a path, its address, and the other end.
+    fn tcp_path() -> (Path, FarEnd, TcpStream) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (path, local) = Path::of_stream(TcpStream::connect(address).unwrap()).unwrap();
+        let far_end = FarEnd {
+            via: Via::Tcp(local),
+            address,
+        };
+        (path, far_end, listener.accept().unwrap().0)
+    }
+
+    fn heard_framed(stream: &mut TcpStream) {
+        let mut bytes = [0; 7];
+        std::io::Read::read_exact(stream, &mut bytes).expect("a frame");
+        assert_eq!(bytes, *b"\0\x05hello");
+    }
+
+    #[test]
+    fn udp_and_tcp_are_tried_side_by_side_and_the_nominated_one_stays() {
+        // The same number may be a port of both.
+        let (udp, udp_at) = listener("127.0.0.1:0");
+        let (tcp, by_tcp, mut theirs) = tcp_path();
+        let mut path = Path::open_udp(Family::V4, BUFFER).unwrap();
+        path.add(tcp);
+        assert_eq!((path.spare_count(), path.descriptors().count()), (1, 2));
+        check(&mut path, udp_at);
+        heard(&udp);
+        check(&mut path, by_tcp);
+        heard_framed(&mut theirs);
+        let elsewhere = FarEnd {
+            address: udp_at,
+            ..by_tcp
+        };
+        check(&mut path, elsewhere);
+        path.connect(by_tcp);
+        assert_eq!(path.via(Lane::Main), by_tcp.via);
+        // A check of the other pair still finds its way.
+        check(&mut path, udp_at);
+        heard(&udp);
+        path.settle();
+        assert_eq!((path.spare_count(), path.descriptors().count()), (0, 1));
+        send(&mut path, udp_at);
+        heard_framed(&mut theirs);
+        assert!(!path.is_closed());
+    }
+
+    #[test]
+    fn a_carrier_that_ends_leaves_the_others() {
+        let (udp, udp_at) = listener("127.0.0.1:0");
+        let (mut path, by_tcp, theirs) = tcp_path();
+        path.add(Path::open_udp(Family::V4, BUFFER).unwrap());
+        let mut batch = ReceiveBatch::default();
+        let error = path.receive(Lane::Main, &mut batch).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        assert_eq!(path.remove_ended(Lane::Main), None);
+        drop(theirs);
+        while path
+            .receive(Lane::Main, &mut batch)
+            .is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+        {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        assert_eq!(path.remove_ended(Lane::Main), Some(by_tcp.via));
+        assert!(!path.is_closed());
+        check(&mut path, udp_at);
+        heard(&udp);
+        assert!(Path::closed().is_closed());
     }
 
     #[test]
@@ -509,6 +767,7 @@ mod tests {
             blocked: 6,
             too_long: 7,
             mismatched: 8,
+            backlogged: 0,
         };
         assert_eq!(unsent, expected);
     }
@@ -517,20 +776,20 @@ mod tests {
     fn the_kernel_says_that_nobody_listens_and_that_a_family_has_no_socket() {
         let (gone, at) = listener("127.0.0.1:0");
         let mut path = Path::open_udp(Family::V4, BUFFER).unwrap();
-        path.connect(at);
+        path.connect(at.into());
         drop(gone);
-        let unsent = send(&path, at);
+        let unsent = send(&mut path, at);
         assert_eq!(unsent, Unsent::default(), "the first one leaves");
         let mut refused = 0;
         for _ in 0..20 {
-            let unsent = send(&path, at);
+            let unsent = send(&mut path, at);
             refused += unsent.refused;
             assert_eq!(unsent.no_room + unsent.mismatched, 0);
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
         assert!(refused > 0);
-        let path = Path::open_udp(Family::V4, BUFFER).unwrap();
-        let unsent = send(&path, "[::1]:9".parse().unwrap());
+        let mut path = Path::open_udp(Family::V4, BUFFER).unwrap();
+        let unsent = send(&mut path, "[::1]:9".parse().unwrap());
         assert_eq!(unsent.no_room, 0);
         assert_ne!(unsent, Unsent::default());
     }

@@ -10,6 +10,7 @@
 mod part;
 pub mod scenario;
 mod schedule;
+mod transport;
 
 use std::fmt;
 use std::net::IpAddr;
@@ -35,6 +36,7 @@ pub use part::{
 };
 use scenario::{ParticipantGroup, Scenario};
 pub use schedule::{Intent, Schedule, ScheduleBook, Span, Spans};
+pub use transport::{MediaTransport, TransportChoice};
 
 /// The most participants that one run takes; keeps every count and index within 32 bits, with room
 /// for arithmetic.
@@ -374,6 +376,8 @@ pub struct ParticipantPlan {
     pub publishes_audio: bool,
     pub publishes_video: bool,
     pub subscribes: bool,
+    /// What its media is to be carried by.
+    pub transport: TransportChoice,
     /// When the join is to start, counted from the start of joining: intended, whatever the
     /// generator manages.
     pub join_offset: Duration,
@@ -661,6 +665,7 @@ impl Plan {
             publishes_audio: does(|group| group.publishes_audio),
             publishes_video: does(|group| group.publishes_video),
             subscribes: does(|group| group.subscribes),
+            transport: group.map_or_else(TransportChoice::default, |group| group.transport),
             join_offset: Duration::from_secs_f64(
                 f64::from(position) / self.scenario.joins_per_second,
             ),

@@ -204,5 +204,5 @@ impl Io for Swallow {
         }
     }
 
-    fn connect(&mut self, _key: PeerKey, _to: SocketAddr) {}
+    fn connect(&mut self, _key: PeerKey, _to: throng::path::FarEnd) {}
 }

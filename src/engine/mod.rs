@@ -30,10 +30,10 @@ use std::time::Duration;
 use crate::codec::PayloadTypes;
 use crate::measure::Kind;
 use crate::media::identity::{FrameIdentity, Origin};
-use crate::path::{Path, Unsent};
+use crate::path::{FarEnd, Path, Unsent, Via};
 use crate::plan::{Member, Plan};
 use crate::recording::Tap;
-use crate::transport::peer::{IceCredentials, Identity, PeerFailure, PeerParameters};
+use crate::transport::peer::{IceCredentials, Identity, NearEnd, PeerFailure, PeerParameters};
 use crate::units::{Epoch, Time};
 pub use peer_key::PeerKey;
 use publisher::SendParameters;
@@ -53,8 +53,14 @@ pub trait Io {
     /// `segment` bytes (the last may be shorter).
     fn send(&mut self, key: PeerKey, to: SocketAddr, len: usize, segment: usize);
 
+    /// Sends the first `len` bytes of the lent buffer as one datagram of peer `key`'s set-up, by
+    /// any of its candidate pairs.
+    fn send_setup(&mut self, key: PeerKey, to: FarEnd, len: usize) {
+        self.send(key, to.address, len, len);
+    }
+
     /// From now on peer `key` talks to `to` only.
-    fn connect(&mut self, key: PeerKey, to: SocketAddr);
+    fn connect(&mut self, key: PeerKey, to: FarEnd);
 
     /// Peer `key` is up: what its path does not need any more may be closed.
     fn settle(&mut self, _key: PeerKey) {}
@@ -76,12 +82,12 @@ pub enum ShardCommand {
         /// Where this peer's events go.
         events: tokio::sync::mpsc::UnboundedSender<ShardEvent>,
     },
-    /// Candidates of the server want another socket, which is there until the peer is up. `local`
-    /// is our address on it.
+    /// Candidates of the server want another socket or connection, which is there until the peer
+    /// is up. `end` is ours of it.
     AddPath {
         key: PeerKey,
         path: Path,
-        local: SocketAddr,
+        end: NearEnd,
     },
     AddRemoteCandidate {
         key: PeerKey,
@@ -222,6 +228,8 @@ pub enum ShardEvent {
         /// When ICE had a path.
         ice_at: Option<Time>,
         at: Time,
+        /// By what of ours it goes.
+        via: Via,
     },
     Failed {
         key: PeerKey,

@@ -18,8 +18,9 @@ use super::{
 use crate::measure::Record;
 use crate::media::assemble::FrameEvent;
 use crate::media::identity::{FrameIdentity, Origin};
+use crate::path::{FarEnd, Via};
 use crate::recording::Tap;
-use crate::transport::peer::PeerEvent;
+use crate::transport::peer::{NearEnd, PeerEvent};
 use crate::transport::rtcp;
 use crate::units::Time;
 
@@ -121,6 +122,7 @@ impl Shard {
         session.sends_blocked += unsent.blocked;
         session.sends_too_long += unsent.too_long;
         session.sends_mismatched += unsent.mismatched;
+        session.sends_backlogged += unsent.backlogged;
         self.record.engine.send_errors += unsent.no_room;
         self.record.engine.receive_errors += receive_errors;
         self.record.engine.setup_datagrams_dropped += setup_dropped;
@@ -177,16 +179,26 @@ impl Shard {
         }
     }
 
-    /// The peer has another socket, on which it is reached at this address.
-    pub fn add_local_candidate(
+    /// The peer has another socket or connection, with this end of ours.
+    pub fn add_near_end(&mut self, key: PeerKey, end: NearEnd, now: Time, io: &mut impl Io) {
+        if let Some(peer) = self.peers[key].as_mut() {
+            peer.transport.add_near_end(end, now);
+            self.advance_setup(key, now, io);
+        }
+    }
+
+    /// A connection that might carry, or carried, the peer's datagrams has come to its end; with
+    /// `is_last` nothing else is left.
+    pub fn handle_path_end(
         &mut self,
         key: PeerKey,
-        address: SocketAddr,
+        via: Via,
+        is_last: bool,
         now: Time,
         io: &mut impl Io,
     ) {
         if let Some(peer) = self.peers[key].as_mut() {
-            peer.transport.add_local_candidate(address, now);
+            peer.transport.handle_path_end(via, is_last, now);
             self.advance_setup(key, now, io);
         }
     }
@@ -452,7 +464,7 @@ impl Shard {
         &mut self,
         key: PeerKey,
         datagram: &[u8],
-        from: SocketAddr,
+        from: impl Into<FarEnd>,
         arrival: Time,
         now: Time,
         io: &mut impl Io,
@@ -482,12 +494,12 @@ impl Shard {
         peer.transport.handle_timeout(now);
         let mut bytes_sent = 0;
         let mut happened = std::mem::take(&mut self.peer_events);
-        peer.transport.poll(
+        peer.transport.poll_by(
             now,
             |datagram, to| {
                 bytes_sent += datagram.len() as u64;
                 io.lend()[..datagram.len()].copy_from_slice(datagram);
-                io.send(key, to, datagram.len(), datagram.len());
+                io.send_setup(key, to, datagram.len());
             },
             |event| happened.push(event),
         );
@@ -507,7 +519,7 @@ impl Shard {
             return;
         };
         match event {
-            PeerEvent::Nominated(address) => io.connect(key, address),
+            PeerEvent::Nominated(end) => io.connect(key, end),
             PeerEvent::Connected => {
                 io.settle(key);
                 self.in_setup -= 1;
@@ -516,13 +528,15 @@ impl Shard {
                 let phase = Duration::from_millis(u64::from(peer.participant) * 37 % 200 + 100);
                 self.control_timers
                     .set(control(key, ControlTimer::Rtcp), now + phase);
-                let ice_at = peer.transport.nominated_at();
+                let (ice_at, via) = (peer.transport.nominated_at(), peer.transport.via());
+                let at = now;
                 self.events.push_back((
                     key,
                     ShardEvent::Connected {
                         key,
                         ice_at,
-                        at: now,
+                        at,
+                        via,
                     },
                 ));
                 self.take_early(key);

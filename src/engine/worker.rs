@@ -20,7 +20,7 @@ use crate::measure::Record;
 use crate::measure::presence::Marks;
 use crate::measure::stalls::{STALL_MIN, StillSpan};
 use crate::net;
-use crate::path::{Lane, Path};
+use crate::path::{FarEnd, Lane, Path};
 use crate::transport::rtp::{Datagram, classify};
 use crate::units::{Epoch, Time, arrival};
 
@@ -175,7 +175,7 @@ struct ShardWorker {
 
 struct SetupDatagram {
     key: PeerKey,
-    from: SocketAddr,
+    from: FarEnd,
     arrival: Time,
     bytes: Vec<u8>,
 }
@@ -285,14 +285,22 @@ impl ShardWorker {
         let Some(slot) = &self.io.slots[key] else {
             return taken;
         };
-        if !slot.path.has_other() {
-            return taken;
+        match slot.path.spare_count() {
+            0 => taken,
+            spare => taken + self.drain_spare(key, spare, now, unix_now),
         }
-        // While the path is not settled: set-up alone comes here.
-        let main_is_ready = slot.ready;
-        let taken = taken + self.drain_lane(key, Lane::Other, now, unix_now);
-        if let Some(slot) = &mut self.io.slots[key] {
-            slot.ready |= main_is_ready;
+    }
+
+    /// While the path is not settled: set-up alone comes here. The last one first, because one that
+    /// has ended is taken out of the row.
+    fn drain_spare(&mut self, key: PeerKey, spare: usize, now: Time, unix_now: u64) -> usize {
+        let mut taken = 0;
+        for index in (0..spare).rev() {
+            let is_ready = self.io.slots[key].as_ref().is_some_and(|slot| slot.ready);
+            taken += self.drain_lane(key, Lane::Spare(index), now, unix_now);
+            if let Some(slot) = &mut self.io.slots[key] {
+                slot.ready |= is_ready;
+            }
         }
         taken
     }
@@ -312,6 +320,9 @@ impl ShardWorker {
                 Err(error) => {
                     // One that goes on failing is looked at again with the next tick.
                     slot.ready = error.kind() != io::ErrorKind::WouldBlock;
+                    if slot.ready {
+                        self.end_lane(key, lane, &error, now);
+                    }
                     break;
                 }
             };
@@ -325,6 +336,24 @@ impl ShardWorker {
             }
         }
         taken
+    }
+
+    /// Where a connection has come to its end, and not only its turn, the peer is told.
+    #[cold]
+    fn end_lane(&mut self, key: PeerKey, lane: Lane, error: &io::Error, now: Time) {
+        let Some(slot) = self.io.slots[key].as_mut() else {
+            return;
+        };
+        let Some(via) = slot.path.remove_ended(lane) else {
+            return;
+        };
+        let is_last = slot.path.is_closed();
+        slot.ready &= !is_last;
+        if error.kind() == io::ErrorKind::InvalidData {
+            self.shard.reject();
+        }
+        self.shard
+            .handle_path_end(key, via, is_last, now, &mut self.io);
     }
 
     /// Notes a time in which this thread ought to have done something and did not. What overlaps is
@@ -364,12 +393,19 @@ impl ShardWorker {
                     self.io.counts.setup_dropped += 1;
                     return;
                 }
+                let Some(slot) = self.io.slots[key].as_ref() else {
+                    return;
+                };
+                let from = FarEnd {
+                    via: slot.path.via(lane),
+                    address: received.from,
+                };
                 let mut bytes = self.setup_spare.pop().unwrap_or_default();
                 bytes.clear();
                 bytes.extend_from_slice(datagram);
                 self.setup.push_back(SetupDatagram {
                     key,
-                    from: received.from,
+                    from,
                     arrival,
                     bytes,
                 });
@@ -425,15 +461,14 @@ impl ShardWorker {
                 self.subscribers[key] = Some(events);
                 self.shard.add_peer(key, *peer, now, &mut self.io);
             }
-            ShardCommand::AddPath { key, path, local } => {
+            ShardCommand::AddPath { key, path, end } => {
                 if self.io.slots[key].is_some() {
                     self.watch_path(key, &path)?;
                 }
                 if let Some(slot) = self.io.slots[key].as_mut() {
                     slot.path.add(path);
                 }
-                self.shard
-                    .add_local_candidate(key, local, now, &mut self.io);
+                self.shard.add_near_end(key, end, now, &mut self.io);
             }
             ShardCommand::RemovePeer { key } => {
                 self.shard.remove_peer(key);
@@ -463,8 +498,14 @@ impl ShardWorker {
     /// All sockets of a peer wake it alike.
     fn watch_path(&self, key: PeerKey, path: &Path) -> io::Result<()> {
         let registry = self.poll.registry();
+        // What has waited for room in a stream leaves when the peer has its turn.
+        let interest = if path.is_stream() {
+            Interest::READABLE | Interest::WRITABLE
+        } else {
+            Interest::READABLE
+        };
         path.descriptors().try_for_each(|descriptor| {
-            registry.register(&mut SourceFd(&descriptor), Token(key.0), Interest::READABLE)
+            registry.register(&mut SourceFd(&descriptor), Token(key.0), interest)
         })
     }
 
@@ -544,7 +585,7 @@ impl Io for ShardSocketIo {
     }
 
     fn send(&mut self, key: PeerKey, to: SocketAddr, len: usize, segment: usize) {
-        let Some(slot) = self.slots[key].as_ref() else {
+        let Some(slot) = self.slots[key].as_mut() else {
             return;
         };
         self.has_sent = true;
@@ -557,7 +598,15 @@ impl Io for ShardSocketIo {
         );
     }
 
-    fn connect(&mut self, key: PeerKey, to: SocketAddr) {
+    fn send_setup(&mut self, key: PeerKey, to: FarEnd, len: usize) {
+        if let Some(slot) = self.slots[key].as_mut() {
+            self.has_sent = true;
+            let unsent = &mut self.counts.unsent;
+            slot.path.send_setup(to, &self.buffer[..len], unsent);
+        }
+    }
+
+    fn connect(&mut self, key: PeerKey, to: FarEnd) {
         if let Some(slot) = self.slots[key].as_mut() {
             slot.path.connect(to);
         }

@@ -111,6 +111,9 @@ stats! {
             /// Datagrams that the network or the server did not take, by what the kernel says of it
             /// (`path::Unsent`).
             sends_refused, sends_unreachable, sends_blocked, sends_too_long, sends_mismatched,
+            sends_backlogged,
+            /// Joins by what carried their media.
+            joins_by_udp, joins_by_tcp,
         }
         histograms {
             join, signal_connect, signal_join, ice, dtls, first_media, rtt_stun, rtt_rtcp, rtt_signal, reconnect,

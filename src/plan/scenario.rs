@@ -14,7 +14,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{AudioSpec, ConnectionMode, PARTICIPANTS_MAX, Pacing, VideoSpec, ViewLayout};
+use super::{
+    AudioSpec, ConnectionMode, PARTICIPANTS_MAX, Pacing, TransportChoice, VideoSpec, ViewLayout,
+};
 use crate::codec::red;
 use crate::measure::Kind;
 use crate::media::vp8;
@@ -112,6 +114,9 @@ pub struct ParticipantGroup {
     pub publishes_video: bool,
     /// To everybody else of the room.
     pub subscribes: bool,
+    /// What carries their media.
+    #[serde(skip_serializing_if = "TransportChoice::is_auto")]
+    pub transport: TransportChoice,
 }
 
 /// A stretch of the run: participants come until it has as many as it wants, settle, and are held.
@@ -253,6 +258,7 @@ impl RoomPeople {
             publishes_audio,
             publishes_video,
             subscribes: self.meeting,
+            ..ParticipantGroup::default()
         };
         let groups = [
             publishers("audio and video", both, true, true),
@@ -308,6 +314,15 @@ impl Scenario {
         }
     }
 
+    /// Everybody's media is carried by this.
+    #[must_use]
+    pub fn over(mut self, transport: TransportChoice) -> Scenario {
+        for group in &mut self.groups {
+            group.transport = transport;
+        }
+        self
+    }
+
     /// All join, and are held.
     #[must_use]
     pub fn single(self, times: PhaseTimes) -> Scenario {
@@ -360,7 +375,11 @@ impl Scenario {
         scenario.rooms.count = rooms;
         let is_listener = |group: &ParticipantGroup| !group.is_publisher();
         if !scenario.groups.iter().any(is_listener) {
-            scenario.groups.push(ParticipantGroup::subscribers(0));
+            let transport = scenario.groups.first().map(|group| group.transport);
+            scenario.groups.push(ParticipantGroup {
+                transport: transport.unwrap_or_default(),
+                ..ParticipantGroup::subscribers(0)
+            });
         }
         // The last of several groups takes those beyond the original counts.
         let mut left = subscribers;

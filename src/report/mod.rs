@@ -30,7 +30,7 @@ pub use crate::measure::JoinTimeline;
 pub use crate::measure::second::{HostDrops, Second};
 pub use crate::measure::stalls::{Cause, Side, Stall};
 use crate::measure::{Histogram, Kind, Media, Record};
-use crate::plan::Plan;
+use crate::plan::{MediaTransport, Plan};
 use crate::server_metrics::{Account, NodeRow};
 use crate::sfu::SendMode;
 use crate::sfu::server::ServerStatistics;
@@ -278,6 +278,8 @@ pub struct ParticipantOutcome {
     pub timeline: JoinTimeline,
     /// Why the join failed.
     pub failure: Option<String>,
+    /// What carried its media when it was in last; `None`: it never was.
+    pub transport: Option<MediaTransport>,
     pub disconnects: u32,
     pub rtt_us: Option<u64>,
     pub audio: MediaQuality,

@@ -6,6 +6,7 @@
 use serde::Serialize;
 
 use super::{MediaQuality, Outcome, ParticipantOutcome};
+use crate::plan::MediaTransport;
 use crate::units::Time;
 
 #[derive(Serialize)]
@@ -17,6 +18,7 @@ struct ParticipantLine<'a> {
     publishes_video: bool,
     subscribes: bool,
     failure: Option<&'a str>,
+    transport: Option<MediaTransport>,
     disconnects: u32,
     intended_us: u64,
     started_us: Option<u64>,
@@ -51,6 +53,7 @@ fn line(participant: &ParticipantOutcome) -> ParticipantLine<'_> {
         publishes_video: participant.publishes_video,
         subscribes: participant.subscribes,
         failure: participant.failure.as_deref(),
+        transport: participant.transport,
         disconnects: participant.disconnects,
         intended_us: timeline.intended.as_micros(),
         started_us: timeline.started.map(Time::as_micros),

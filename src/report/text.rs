@@ -12,7 +12,7 @@ use super::{
     server_cost, tiers, worst,
 };
 use crate::codec::Codec;
-use crate::measure::{Bandwidth, Histogram, Kind, Media};
+use crate::measure::{Bandwidth, Histogram, Kind, Media, Session};
 use crate::plan::{Plan, Resources, VideoSpec};
 use crate::sfu::SendMode;
 use crate::units::Bitrate;
@@ -453,6 +453,19 @@ fn rate_line(packets_per_second: f64, bits_per_second: f64) -> String {
     )
 }
 
+/// What carried media, where that was not UDP alone.
+fn transports(session: &Session) -> String {
+    if session.joins_by_tcp == 0 {
+        return String::new();
+    }
+    let by = [(session.joins_by_udp, "UDP"), (session.joins_by_tcp, "TCP")];
+    let told = by.iter().filter(|(count, _)| *count > 0);
+    let told: Vec<String> = told
+        .map(|(count, name)| format!("{} over {name}", number(*count)))
+        .collect();
+    wrapped(&format!("media: {}", told.join(", ")), 11)
+}
+
 fn joins(outcome: &Outcome, style: Style) -> String {
     let session = &outcome.totals.record.session;
     let mut line = format!(
@@ -470,6 +483,7 @@ fn joins(outcome: &Outcome, style: Style) -> String {
         }
     }
     let mut text = format!("{} {line}\n", style.bold("Joins     "));
+    text.push_str(&transports(session));
     for (reason, times) in outcome.failures.iter().take(FAILURES_MAX) {
         text.push_str(&wrapped(&format!("{} x {reason}", number(*times)), 11));
     }

@@ -145,6 +145,7 @@ pub(super) fn state_of_all(step: &mut Record, all: &Record) {
         from.joins_planned,
     );
     (to.joins_ok, to.joins_failed) = (from.joins_ok, from.joins_failed);
+    (to.joins_by_udp, to.joins_by_tcp) = (from.joins_by_udp, from.joins_by_tcp);
     for (from, to) in [(&all.audio, &mut step.audio), (&all.video, &mut step.video)] {
         let Media {
             tracks_published,

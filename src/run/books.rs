@@ -11,7 +11,9 @@ use super::presence::Presence;
 use super::series::SecondBook;
 use crate::engine::PeerOutcome;
 use crate::engine::worker::{Occasion, WorkerReport};
-use crate::measure::Record;
+use crate::measure::{Record, Session};
+use crate::path::unsent_note;
+use crate::plan::MediaTransport;
 use crate::report::RunSample;
 use crate::signal::session::{Ended, JoinPhase, Notice};
 use crate::units::Time;
@@ -54,6 +56,8 @@ pub(super) struct SessionBook {
     pub server_version: Option<String>,
     pub embedded_sfu: bool,
     pub failures: BTreeMap<String, u64>,
+    /// Why media did not go over UDP, and of how many participants.
+    fallbacks: BTreeMap<String, u64>,
     pub ended: BTreeMap<u32, Ended>,
     /// Earlier visits of those who have come again.
     pub earlier: BTreeMap<u32, Ended>,
@@ -100,16 +104,20 @@ impl Books {
         report.record
     }
 
+    fn note_joined(&mut self, index: u32, transport: MediaTransport) {
+        self.sessions.joined += 1;
+        self.sessions.present.insert(index);
+        self.record.session.joins_ok += 1;
+        *joins_by_mut(&mut self.record.session, transport) += 1;
+    }
+
     /// Returns who has lost its session, or a track of its own.
     pub fn take_notice(&mut self, notice: Notice, now: Time) -> Option<u32> {
         let session = &mut self.record.session;
         match notice {
             Notice::Phase(phase, after) => self.note_phase(phase, after),
-            Notice::Joined { index } => {
-                self.sessions.joined += 1;
-                self.sessions.present.insert(index);
-                session.joins_ok += 1;
-            }
+            Notice::Joined { index, transport } => self.note_joined(index, transport),
+            Notice::FellBack { why } => self.sessions.note_fallback(why),
             Notice::JoinFailed {
                 reason, kept_out, ..
             } => self.note_join_failed(&reason, kept_out),
@@ -183,6 +191,13 @@ impl Books {
     }
 }
 
+fn joins_by_mut(session: &mut Session, transport: MediaTransport) -> &mut u64 {
+    match transport {
+        MediaTransport::Udp => &mut session.joins_by_udp,
+        MediaTransport::Tcp => &mut session.joins_by_tcp,
+    }
+}
+
 impl SessionBook {
     /// A participant is to join; if it was here before, that is kept.
     pub fn come(&mut self, index: u32) {
@@ -242,6 +257,7 @@ impl SessionBook {
             None => visit,
             Some(earlier) => Ended {
                 failure: visit.failure.or(earlier.failure),
+                transport: visit.transport.or(earlier.transport),
                 disconnects: visit.disconnects + earlier.disconnects,
                 video_shown: visit.video_shown.max(earlier.video_shown),
                 ..visit
@@ -251,6 +267,24 @@ impl SessionBook {
 
     fn note_failure(&mut self, why: String) {
         *self.failures.entry(why).or_default() += 1;
+    }
+
+    /// The reasons are as many as the server's addresses.
+    fn note_fallback(&mut self, why: String) {
+        *self.fallbacks.entry(why).or_default() += 1;
+    }
+
+    /// What media met on its way: datagrams that were not sent, and who did not go over UDP.
+    pub fn path_notes(&self, session: &Session) -> impl Iterator<Item = String> + '_ {
+        let fallbacks = self.fallbacks.iter().map(|(why, count)| {
+            let people = if *count == 1 {
+                "participant"
+            } else {
+                "participants"
+            };
+            format!("{count} {people} sent media over TCP: {why}")
+        });
+        unsent_note(session).into_iter().chain(fallbacks)
     }
 
     fn note_end(&mut self, ended: Ended) {

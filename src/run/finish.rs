@@ -14,7 +14,6 @@ use crate::engine::health;
 use crate::measure::second::HostDrops;
 use crate::measure::{JoinTimeline, Kind, Record};
 use crate::net;
-use crate::path::unsent_note;
 use crate::report::worst::is_healthy;
 use crate::report::{
     EngineHealth, Outcome, ParticipantOutcome, Side, Stall, Step, TargetInfo, TargetKind,
@@ -56,7 +55,7 @@ impl Test<'_> {
             ..
         } = self.books;
         let silence = silence_note(&engine.stalls).into_iter();
-        notes.extend(silence.chain(unsent_note(&record.session)));
+        notes.extend(silence.chain(sessions.path_notes(&record.session)));
         notes.extend(sessions.limit_notes().chain(run.warnings.iter().cloned()));
         let totals = total(record, presence.ever_count(), end);
         if steps.is_empty() {
@@ -263,6 +262,7 @@ impl Test<'_> {
                             ended.failure.clone().or_else(story)
                         },
                     ),
+                    transport: ended.and_then(|ended| ended.transport),
                     disconnects: ended.map_or(0, |ended| ended.disconnects),
                     rtt_us: peers
                         .iter()

@@ -187,6 +187,7 @@ mod tests {
             identity: format!("p-{index}"),
             publishes_video: false,
             subscribes: false,
+            transport: crate::plan::TransportChoice::Auto,
             join_offset: std::time::Duration::ZERO,
             seed: 0,
         }

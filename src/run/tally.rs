@@ -239,6 +239,8 @@ fn differences(began: &Record, held: &Record, end: &Record) -> Record {
     let mut tier = end.since(held);
     let (once, session) = (end.session.since(&began.session), &mut tier.session);
     session.joins_ok = once.joins_ok;
+    session.joins_by_udp = once.joins_by_udp;
+    session.joins_by_tcp = once.joins_by_tcp;
     session.joins_failed = once.joins_failed;
     session.joins_retried = once.joins_retried;
     session.disconnects = once.disconnects;

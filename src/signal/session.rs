@@ -19,13 +19,15 @@ mod viewer;
 
 use crate::transport::rtp::Ssrc;
 use std::collections::VecDeque;
-use std::net::IpAddr;
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use livekit_protocol::{self as proto, signal_request::Message as SignalRequest};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use tracing::{Instrument, debug, field, info, info_span, trace, warn};
 
 use super::Endpoint;
@@ -40,8 +42,8 @@ use crate::engine::{
     NewPeer, PeerKey, Roster, ShardCommand, ShardEvent, StreamParameters, track_number,
 };
 use crate::measure::{JoinTimeline, Kind};
-use crate::path::Routes;
-use crate::plan::{ParticipantPlan, VideoSpec, ViewLayout};
+use crate::path::{Routes, Via};
+use crate::plan::{MediaTransport, ParticipantPlan, VideoSpec, ViewLayout};
 use crate::transport::peer::PeerFailure;
 use crate::transport::sdp::{
     Answerer, Capabilities, DtlsSetup, Fingerprint, Offerer, RemoteTrack, RemoteTransport, Trickled,
@@ -49,7 +51,7 @@ use crate::transport::sdp::{
 use crate::units::{Epoch, Time};
 use failure::{Cure, SessionFailure};
 use pace::SignalPace;
-use peers::{DescriptionChange, PeerHalf, PeerRole};
+use peers::{DescriptionChange, PeerHalf, PeerRole, open_stream};
 use reconnect::{Lost, RESUME_TIMEOUT};
 use requests::RequestQueue;
 pub use tracks::{Media, TakingTurns};
@@ -138,6 +140,12 @@ pub enum Notice {
     Phase(JoinPhase, Duration),
     Joined {
         index: u32,
+        /// What carries its media; of two connections, the one further from UDP.
+        transport: MediaTransport,
+    },
+    /// It was to go over UDP, and goes over something else.
+    FellBack {
+        why: String,
     },
     JoinFailed {
         index: u32,
@@ -211,6 +219,8 @@ pub struct Ended {
     pub room: String,
     pub timeline: JoinTimeline,
     pub failure: Option<String>,
+    /// What carried its media when it was in last; `None`: it never was.
+    pub transport: Option<MediaTransport>,
     pub disconnects: u32,
     /// Video tracks that had a place in its layout at one time or another; 0 without a layout.
     pub video_shown: u32,
@@ -290,7 +300,11 @@ struct Session {
     tracks_ever: usize,
     viewer: Viewer,
     local_ip: Option<IpAddr>,
+    /// TCP connections for media that are being opened.
+    streams: JoinSet<OpenedStream>,
 }
+
+type OpenedStream = (PeerRole, SocketAddr, io::Result<TcpStream>);
 
 /// Our offers: one at a time, and what the next one has to have.
 #[derive(Default)]
@@ -408,8 +422,14 @@ impl Session {
             leaves_at: None,
             back: None,
             disconnects: 0,
-            publisher: PeerHalf::new(context.single_connection || !tracks.is_empty()),
-            subscriber: PeerHalf::new(!context.single_connection && plan.subscribes),
+            publisher: PeerHalf::new(
+                context.single_connection || !tracks.is_empty(),
+                plan.transport,
+            ),
+            subscriber: PeerHalf::new(
+                !context.single_connection && plan.subscribes,
+                plan.transport,
+            ),
             offering: Offering {
                 wanted: Some(tracks_ahead),
                 ..Offering::default()
@@ -420,6 +440,7 @@ impl Session {
             tracks_ever: 0,
             viewer: Viewer::new(context.layout, context.video_layers.clone()),
             local_ip: None,
+            streams: JoinSet::new(),
             context,
             plan,
             room,
@@ -523,6 +544,51 @@ impl Session {
         }
     }
 
+    /// Ends when TCP connections are to be opened.
+    fn time_of_streams(&self) -> impl Future<Output = ()> + use<> {
+        let halves = [&self.publisher, &self.subscriber];
+        let at = halves.iter().filter_map(|half| half.streams_due_at()).min();
+        let at = at.map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
+        async move {
+            match at {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Has those TCP connections opened that are due.
+    async fn open_streams(&mut self, sender: &mut SignalSender) -> Result<(), SessionFailure> {
+        let (context, now) = (self.context.clone(), self.context.epoch.now());
+        for role in PeerRole::BOTH {
+            let half = self.half_mut(role);
+            if half.streams_due_at().is_none_or(|at| at > now) {
+                continue;
+            }
+            for address in half.begin_streams(&context) {
+                self.streams
+                    .spawn(async move { (role, address, open_stream(address).await) });
+            }
+            self.tell_addresses(role, sender).await?;
+        }
+        Ok(())
+    }
+
+    fn handle_stream(&mut self, (role, address, opened): OpenedStream) {
+        debug!(connection = ?role, %address, open = opened.is_ok(), "a TCP connection for media");
+        self.half_mut(role).take_stream(address, opened);
+        self.hand_over_paths(role);
+    }
+
+    fn transport(&self) -> MediaTransport {
+        let halves = [&self.publisher, &self.subscriber];
+        let by = halves.iter().map(|half| match half.via {
+            Via::Udp => MediaTransport::Udp,
+            Via::Tcp(_) => MediaTransport::Tcp,
+        });
+        by.max().unwrap_or(MediaTransport::Udp)
+    }
+
     fn without_path(&self) -> String {
         let halves = [&self.publisher, &self.subscriber];
         let first = halves
@@ -552,6 +618,8 @@ impl Session {
                 () = leaving(&mut leave) => break,
                 () = self.time_to_leave() => break,
                 () = self.time_without_path(), if !self.joined => return Err(SessionFailure::lasting(self.without_path())),
+                () = self.time_of_streams() => self.open_streams(&mut signal.sender).await?,
+                Some(Ok(opened)) = self.streams.join_next() => self.handle_stream(opened),
                 () = &mut deadline, if !self.joined => return Err(SessionFailure::lost(self.timeout_reason())),
                 Some(event) = engine.receiver.recv() => {
                     if let Err(failure) = self.handle_engine(event, &mut signal.sender).await {
@@ -689,11 +757,26 @@ impl Session {
                     .for_each(|rtt| self.notify(Notice::SignalRtt(rtt)));
                 Ok(())
             }
-            SignalEvent::Leave(leave) => Err(SessionFailure::from(&leave)),
+            SignalEvent::Leave(leave) => Err(self.ended_by_server(&leave)),
             SignalEvent::Malformed { kind, .. } => self.handle_malformed(kind),
             SignalEvent::Closed { reason, .. } => Err(closed_by_server(&reason)),
             _ => Ok(()),
         }
+    }
+
+    /// The server's word, and what of the join was missing then: it ends one whose media does not
+    /// come up.
+    fn ended_by_server(&self, leave: &client::Leave) -> SessionFailure {
+        let mut failure = SessionFailure::from(leave);
+        let halves = [&self.publisher, &self.subscriber];
+        let missing = halves
+            .into_iter()
+            .find(|half| half.is_missing() && half.added);
+        if let Some(half) = missing.filter(|half| !self.joined && half.ice_at.is_none()) {
+            let (question, ends) = (half.port_question(), half.ends());
+            failure.reason += &format!("; ICE had no answer{ends} ({question})");
+        }
+        failure
     }
 
     /// Without its Join, an offer or an answer nothing goes on. All else is counted and left out.
@@ -1106,8 +1189,8 @@ impl Session {
     /// Gives the shard the sockets that candidates have asked for.
     fn hand_over_paths(&mut self, role: PeerRole) {
         let key = self.key(role);
-        for (path, local) in self.half_mut(role).take_paths() {
-            self.command(ShardCommand::AddPath { key, path, local });
+        for (path, end) in self.half_mut(role).take_paths() {
+            self.command(ShardCommand::AddPath { key, path, end });
         }
     }
 
@@ -1143,7 +1226,12 @@ impl Session {
                 self.half_of(key).ice_at = Some(at);
                 self.note_phases();
             }
-            ShardEvent::Connected { key, ice_at, at } => {
+            ShardEvent::Connected {
+                key,
+                ice_at,
+                at,
+                via,
+            } => {
                 let ice = ice_at.map(|at| at.since(self.timeline.intended));
                 debug!(
                     connection = ?self.role_of(key),
@@ -1152,7 +1240,7 @@ impl Session {
                     "ICE and DTLS are done"
                 );
                 let half = self.half_of(key);
-                (half.ice_at, half.connected_at) = (ice_at, Some(at));
+                (half.ice_at, half.connected_at, half.via) = (ice_at, Some(at), via);
                 if key == self.place.key {
                     self.publish();
                 }
@@ -1169,11 +1257,14 @@ impl Session {
             }
             ShardEvent::Failed { key, failure } => {
                 debug!(connection = ?self.role_of(key), ?failure, "a media connection ended");
-                let ends = match failure {
-                    PeerFailure::IceDisconnected => self.half_of(key).ends(),
-                    _ => String::new(),
+                let half = self.half_of(key);
+                let reason = match failure {
+                    PeerFailure::IceDisconnected => {
+                        let (question, ends) = (half.port_question(), half.ends());
+                        format!("{} ({question}){ends}", failure.describe())
+                    }
+                    _ => failure.describe().to_owned(),
                 };
-                let reason = format!("{}{ends}", failure.describe());
                 return Err(SessionFailure::of(reason, Cure::Rejoin));
             }
         }
@@ -1244,7 +1335,11 @@ impl Session {
             self.tell_phases();
             self.notify(Notice::Joined {
                 index: self.plan.index,
+                transport: self.transport(),
             });
+            let halves = [&self.publisher, &self.subscriber];
+            let why = halves.into_iter().find_map(PeerHalf::why_not_udp);
+            why.map(|why| self.notify(Notice::FellBack { why }));
         }
         Ok(())
     }
@@ -1363,31 +1458,32 @@ impl Session {
             room: self.room.clone(),
             timeline: self.first_timeline.unwrap_or(self.timeline),
             failure: failure.map(|failure| failure.reason),
+            transport: self.first_timeline.map(|_| self.transport()),
             disconnects: self.disconnects,
             video_shown: self.viewer.shown_ever(),
         })));
     }
 
     fn timeout_reason(&self) -> String {
-        let waiting_for = match () {
-            () if self.timeline.signal_joined.is_none() => "the server's Join",
-            () if self.publisher.wanted && !self.publisher.added => {
-                "the server's answer to our offer"
-            }
-            () if self.subscriber.wanted && !self.subscriber.added => "the server's offer",
-            () if self.publisher.is_missing() && self.context.single_connection => {
-                "ICE and DTLS (is the server's UDP port reachable?)"
-            }
-            () if self.publisher.is_missing() => {
-                "ICE and DTLS of the publisher connection (is the server's UDP port reachable?)"
-            }
-            () => "ICE and DTLS of the subscriber connection (is the server's UDP port reachable?)",
-        };
-        let ends = if self.publisher.is_missing() {
-            self.publisher.ends()
+        let half = if self.publisher.is_missing() {
+            &self.publisher
         } else {
-            self.subscriber.ends()
+            &self.subscriber
         };
+        let ice = |of: &str| format!("ICE and DTLS{of} ({})", half.port_question());
+        let waiting_for = match () {
+            () if self.timeline.signal_joined.is_none() => "the server's Join".to_owned(),
+            () if self.publisher.wanted && !self.publisher.added => {
+                "the server's answer to our offer".to_owned()
+            }
+            () if self.subscriber.wanted && !self.subscriber.added => {
+                "the server's offer".to_owned()
+            }
+            () if self.publisher.is_missing() && self.context.single_connection => ice(""),
+            () if self.publisher.is_missing() => ice(" of the publisher connection"),
+            () => ice(" of the subscriber connection"),
+        };
+        let ends = half.ends();
         format!(
             "no join within {} s: waiting for {waiting_for}{ends}",
             JOIN_TIMEOUT.as_secs()

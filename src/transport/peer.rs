@@ -23,6 +23,7 @@ use super::dtls_crypto;
 use super::sdp::Fingerprint;
 use super::srtp::{self, DtlsRole, Opener, Profile, Sealer};
 use crate::net;
+use crate::path::{FarEnd, Via};
 use crate::secrets::Secrets;
 use crate::units::{Epoch, Time};
 
@@ -42,6 +43,8 @@ const DTLS_BUFFER: usize = 2048;
 const LITE_SILENCE_MAX: Duration = Duration::from_secs(15);
 /// Until a lite agent hears the first check: LiveKit's limit for a participant's first connection.
 const LITE_FIRST_CHECK_MAX: Duration = Duration::from_secs(60);
+/// A server that restarts ICE ends its TCP connections before its description is here.
+const PATH_END_GRACE: Duration = Duration::from_secs(1);
 /// DTLS datagrams that come before ICE has nominated a path are kept: one flight at most.
 const EARLY_DTLS_MAX: usize = 8;
 
@@ -238,7 +241,7 @@ pub struct PeerParameters {
 pub enum PeerEvent {
     /// A path is nominated: datagrams go to this address from now on. May come again when the path
     /// changes.
-    Nominated(SocketAddr),
+    Nominated(FarEnd),
     /// SRTP keys are there: media may flow.
     Connected,
     Failed(PeerFailure),
@@ -254,19 +257,35 @@ pub enum PeerFailure {
     Dtls,
     /// The other side ended the DTLS session.
     ClosedByRemote,
+    /// The connection that carried datagrams ended: TCP, not UDP.
+    PathEnded,
+}
+
+/// An end of ours that datagrams leave from and come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NearEnd {
+    /// A socket with this address.
+    Udp(SocketAddr),
+    /// A connection from this address of ours to a passive candidate of the other side's (RFC
+    /// 6544, section 4.2).
+    Tcp {
+        local: SocketAddr,
+        remote: SocketAddr,
+    },
 }
 
 impl PeerFailure {
     pub fn describe(self) -> &'static str {
         match self {
-            PeerFailure::IceDisconnected => {
-                "ICE: no answer on any candidate pair (is the server's UDP port reachable?)"
-            }
+            PeerFailure::IceDisconnected => "ICE: no answer on any candidate pair",
             PeerFailure::FingerprintMismatch => {
                 "DTLS: the server's certificate does not match its SDP fingerprint"
             }
             PeerFailure::Dtls => "DTLS: handshake failed",
             PeerFailure::ClosedByRemote => "DTLS: closed by the server",
+            PeerFailure::PathEnded => {
+                "the TCP connection that carried media was closed by the server, or by something on the way"
+            }
         }
     }
 }
@@ -275,6 +294,7 @@ impl PeerFailure {
 pub struct Peer {
     sealer: Option<Sealer>,
     opener: Option<Opener>,
+    /// Where datagrams go, by `PeerSetup::via`.
     remote: Option<SocketAddr>,
     next_timeout: Time,
     setup: Box<PeerSetup>,
@@ -288,6 +308,8 @@ struct PeerSetup {
     local_address: SocketAddr,
     /// Ours in the other address family, where there is one.
     other_local_address: Option<SocketAddr>,
+    /// By what of ours the nominated path goes.
+    via: Via,
     remote_fingerprint: Fingerprint,
     dtls_active: bool,
     dtls_started: bool,
@@ -298,6 +320,9 @@ struct PeerSetup {
     /// A lite agent fails here unless a check comes before; [`Time::MAX`] for a full agent, which
     /// checks for itself.
     silent_until: Time,
+    /// What carried datagrams is gone: it fails here, unless the other side restarts ICE.
+    pathless_until: Time,
+    is_restarting: bool,
     nominated_at: Option<Time>,
     connected_at: Option<Time>,
     data: Option<DataService>,
@@ -352,6 +377,7 @@ impl Peer {
             epoch,
             local_address: parameters.local_address,
             other_local_address: None,
+            via: Via::Udp,
             remote_fingerprint: parameters.remote_fingerprint,
             dtls_active: parameters.dtls_active,
             dtls_started: false,
@@ -360,6 +386,8 @@ impl Peer {
             failure_told: false,
             responses_seen: 0,
             silent_until: Time::MAX,
+            pathless_until: Time::MAX,
+            is_restarting: false,
             nominated_at: None,
             connected_at: None,
             data: None,
@@ -373,19 +401,50 @@ impl Peer {
         }
     }
 
-    /// Our address in the other family. One address a family is enough: where datagrams leave from
-    /// is their path's to know, and any of them reaches us.
-    pub fn add_local_candidate(&mut self, address: SocketAddr, now: Time) {
-        if address.is_ipv6() == self.setup.local_address.is_ipv6()
-            || self.setup.other_local_address.is_some()
-        {
-            return;
+    /// Another end of ours, with the other side's where that is known.
+    ///
+    /// Of UDP one address a family is enough: where datagrams leave from is their path's to know,
+    /// and any of them reaches us.
+    pub fn add_near_end(&mut self, end: NearEnd, now: Time) {
+        let setup = &mut self.setup;
+        match end {
+            NearEnd::Udp(address) => {
+                if address.is_ipv6() == setup.local_address.is_ipv6()
+                    || setup.other_local_address.is_some()
+                {
+                    return;
+                }
+                if let Ok(candidate) = Candidate::host(address, Protocol::Udp) {
+                    setup.other_local_address = Some(address);
+                    setup.ice.add_local_candidate(candidate);
+                }
+            }
+            NearEnd::Tcp { local, remote } => {
+                let host = |address| Candidate::host(address, Protocol::Tcp);
+                if let (Ok(local), Ok(remote)) = (host(local), host(remote)) {
+                    setup.ice.add_local_candidate(local);
+                    setup.ice.add_remote_candidate(remote);
+                }
+            }
         }
-        if let Ok(candidate) = Candidate::host(address, Protocol::Udp) {
-            self.setup.other_local_address = Some(address);
-            self.setup.ice.add_local_candidate(candidate);
-            self.next_timeout = now;
+        self.next_timeout = now;
+    }
+
+    /// An end of ours is gone; with `is_last` there is no other.
+    pub fn handle_path_end(&mut self, via: Via, is_last: bool, now: Time) {
+        let setup = &mut self.setup;
+        let is_used = is_last || (setup.via == via && self.remote.is_some());
+        if is_used && !setup.is_restarting {
+            setup.pathless_until = setup.pathless_until.min(now + PATH_END_GRACE);
         }
+        if let Via::Tcp(local) = via {
+            let is_gone = |candidate: &Candidate| {
+                candidate.proto() == Protocol::Tcp && candidate.addr() == local
+            };
+            let gone = setup.ice.local_candidates().find(is_gone);
+            gone.map(|candidate| setup.ice.invalidate_candidate(&candidate));
+        }
+        self.next_timeout = now;
     }
 
     pub fn add_remote_candidate(&mut self, address: SocketAddr, now: Time) {
@@ -405,6 +464,7 @@ impl Peer {
                 .ice
                 .set_initial_stun_rto((rtt * 2).clamp(RESTART_RTO_MIN, STUN_RTO));
         }
+        (self.setup.pathless_until, self.setup.is_restarting) = (Time::MAX, true);
         self.setup.ice.ice_restart(creds(local), true);
         self.setup.ice.set_remote_credentials(creds(remote));
         if self.setup.ice.ice_lite() {
@@ -434,10 +494,15 @@ impl Peer {
     }
 
     /// A STUN or DTLS datagram. Anything malformed is dropped; returns whether it was taken.
-    pub fn handle_setup_datagram(&mut self, datagram: &[u8], from: SocketAddr, now: Time) -> bool {
+    pub fn handle_setup_datagram(
+        &mut self,
+        datagram: &[u8],
+        from: impl Into<FarEnd>,
+        now: Time,
+    ) -> bool {
         self.next_timeout = now;
         match datagram.first() {
-            Some(0..=3) => self.setup.handle_stun(datagram, from, now),
+            Some(0..=3) => self.setup.handle_stun(datagram, from.into(), now),
             Some(20..=63) => self.setup.handle_dtls(datagram, now),
             _ => false,
         }
@@ -450,6 +515,9 @@ impl Peer {
         if now >= self.setup.silent_until {
             self.setup.fail(PeerFailure::IceDisconnected);
         }
+        if now >= self.setup.pathless_until {
+            self.setup.fail(PeerFailure::PathEnded);
+        }
         if self.setup.dtls_started && self.setup.dtls.handle_timeout(instant).is_err() {
             self.setup.fail(PeerFailure::Dtls);
         }
@@ -458,12 +526,22 @@ impl Peer {
         }
     }
 
-    /// Hands every pending datagram to `send` and every event to `event`, then works out the next
-    /// time-out.
+    /// [`Peer::poll_by`] where all goes by UDP.
     pub fn poll(
         &mut self,
         now: Time,
         mut send: impl FnMut(&[u8], SocketAddr),
+        event: impl FnMut(PeerEvent),
+    ) {
+        self.poll_by(now, |datagram, to| send(datagram, to.address), event);
+    }
+
+    /// Hands every pending datagram to `send` and every event to `event`, then works out the next
+    /// time-out.
+    pub fn poll_by(
+        &mut self,
+        now: Time,
+        mut send: impl FnMut(&[u8], FarEnd),
         mut event: impl FnMut(PeerEvent),
     ) {
         self.poll_ice(now, &mut send, &mut event);
@@ -484,6 +562,7 @@ impl Peer {
             .min(dtls_timeout)
             .min(data_timeout)
             .min(self.setup.silent_until)
+            .min(self.setup.pathless_until)
             .max(now + Duration::from_millis(1));
         if let (false, Some(failure)) = (self.setup.failure_told, self.setup.failure) {
             self.setup.failure_told = true;
@@ -498,6 +577,11 @@ impl Peer {
     /// Where datagrams go, once a path is nominated.
     pub fn remote(&self) -> Option<SocketAddr> {
         self.remote
+    }
+
+    /// By what of ours they go there.
+    pub fn via(&self) -> Via {
+        self.setup.via
     }
 
     /// For RTP; `None` until the keys are there.
@@ -550,16 +634,22 @@ impl Peer {
     fn poll_ice(
         &mut self,
         now: Time,
-        send: &mut impl FnMut(&[u8], SocketAddr),
+        send: &mut impl FnMut(&[u8], FarEnd),
         event: &mut impl FnMut(PeerEvent),
     ) {
         while let Some(happened) = self.setup.ice.poll_event() {
             match happened {
-                IceAgentEvent::NominatedSend { destination, .. } => {
-                    self.remote = Some(destination);
+                IceAgentEvent::NominatedSend {
+                    proto,
+                    source,
+                    destination,
+                } => {
+                    let end = far_end(proto, source, destination);
+                    (self.remote, self.setup.via) = (Some(end.address), end.via);
+                    self.setup.is_restarting = false;
                     self.setup.nominated_at.get_or_insert(now);
                     self.setup.start_dtls(now);
-                    event(PeerEvent::Nominated(destination));
+                    event(PeerEvent::Nominated(end));
                 }
                 IceAgentEvent::IceConnectionStateChange(state) if state.is_disconnected() => {
                     self.setup.fail(PeerFailure::IceDisconnected)
@@ -568,7 +658,8 @@ impl Peer {
             }
         }
         while let Some(transmit) = self.setup.ice.poll_transmit() {
-            send(&transmit.contents, transmit.destination);
+            let to = far_end(transmit.proto, transmit.source, transmit.destination);
+            send(&transmit.contents, to);
         }
     }
 
@@ -576,7 +667,7 @@ impl Peer {
     fn poll_dtls(
         &mut self,
         now: Time,
-        send: &mut impl FnMut(&[u8], SocketAddr),
+        send: &mut impl FnMut(&[u8], FarEnd),
         event: &mut impl FnMut(PeerEvent),
     ) -> Time {
         if !self.setup.dtls_started {
@@ -586,8 +677,9 @@ impl Peer {
         loop {
             match self.setup.dtls.poll_output(&mut buffer) {
                 Output::Packet(packet) => {
-                    if let Some(remote) = self.remote {
-                        send(packet, remote);
+                    if let Some(address) = self.remote {
+                        let via = self.setup.via;
+                        send(packet, FarEnd { via, address });
                     }
                 }
                 Output::Timeout(at) => return self.setup.epoch.time(at),
@@ -641,14 +733,18 @@ impl Peer {
 }
 
 impl PeerSetup {
-    fn handle_stun(&mut self, datagram: &[u8], from: SocketAddr, now: Time) -> bool {
+    fn handle_stun(&mut self, datagram: &[u8], from: FarEnd, now: Time) -> bool {
         let Ok(message) = StunMessage::parse(datagram) else {
             return false;
         };
+        let (proto, destination) = match from.via {
+            Via::Udp => (Protocol::Udp, self.local_address_towards(from.address)),
+            Via::Tcp(local) => (Protocol::Tcp, local),
+        };
         let packet = StunPacket {
-            proto: Protocol::Udp,
-            source: from,
-            destination: self.local_address_towards(from),
+            proto,
+            source: from.address,
+            destination,
             message,
         };
         let taken = self.ice.handle_packet(self.epoch.instant(now), packet);
@@ -749,6 +845,15 @@ pub fn local_ufrag_of_check(datagram: &[u8]) -> Option<&str> {
         return None;
     }
     message.username()?.split_once(':').map(|(local, _)| local)
+}
+
+/// What the agent calls a pair: its destination, and the local candidate that it goes from.
+fn far_end(proto: Protocol, source: SocketAddr, address: SocketAddr) -> FarEnd {
+    let via = match proto {
+        Protocol::Tcp => Via::Tcp(source),
+        _ => Via::Udp,
+    };
+    FarEnd { via, address }
 }
 
 fn creds(credentials: &IceCredentials) -> IceCreds {

@@ -193,5 +193,5 @@ impl Io for Outlet {
         });
     }
 
-    fn connect(&mut self, _key: PeerKey, _to: SocketAddr) {}
+    fn connect(&mut self, _key: PeerKey, _to: throng::path::FarEnd) {}
 }

@@ -229,6 +229,7 @@ fn participant(index: u32) -> ParticipantPlan {
         publishes_audio: index == 0,
         publishes_video: index == 0,
         subscribes: index > 0,
+        transport: throng::plan::TransportChoice::Auto,
         join_offset: Duration::ZERO,
         seed: 0x5EED_0000_0000 + 0x1_0000_0000 * u64::from(index),
     }

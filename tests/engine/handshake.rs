@@ -224,7 +224,7 @@ fn garbage_and_foreign_datagrams_do_no_harm_to_a_peer() {
         }
         ends[0].peer.handle_setup_datagram(
             &bytes,
-            "198.51.100.9:9".parse().unwrap(),
+            "198.51.100.9:9".parse::<SocketAddr>().unwrap(),
             Time::from_micros(round),
         );
     }
@@ -247,7 +247,7 @@ impl Io for Outbox {
             .extend(self.buffer[..len].chunks(segment).map(<[u8]>::to_vec));
     }
 
-    fn connect(&mut self, _: PeerKey, _: SocketAddr) {}
+    fn connect(&mut self, _: PeerKey, _: throng::path::FarEnd) {}
 
     fn disconnect(&mut self, _: PeerKey) {}
 }

@@ -10,4 +10,5 @@ mod bandwidth;
 mod paths;
 mod places;
 mod server_metrics;
+mod transports;
 mod truth;

@@ -37,13 +37,18 @@ fn forward(listen: IpAddr, to: SocketAddr) -> SocketAddr {
     address
 }
 
-fn address_of(server: &Server) -> SocketAddr {
+pub(super) fn address_of(server: &Server) -> SocketAddr {
     let authority = server.url.strip_prefix("ws://").expect("our own URL");
     authority.parse().expect("an address and a port")
 }
 
 /// A run of one publisher and two subscribers through `url`.
-fn run_through(url: &str, server: &Server, connection: &str, more: &[&str]) -> (Finished, Report) {
+pub(super) fn run_through(
+    url: &str,
+    server: &Server,
+    connection: &str,
+    more: &[&str],
+) -> (Finished, Report) {
     let scratch = Scratch::new();
     let json = scratch.path("run.json");
     let mut command = throng();
@@ -61,12 +66,12 @@ fn run_through(url: &str, server: &Server, connection: &str, more: &[&str]) -> (
 }
 
 /// What it said, on one line.
-fn unwrapped(finished: &Finished) -> String {
+pub(super) fn unwrapped(finished: &Finished) -> String {
     let words = finished.stdout.split_whitespace();
     words.collect::<Vec<_>>().join(" ")
 }
 
-fn joins_and_flows(what: &str, finished: &Finished, report: &Report) {
+pub(super) fn joins_and_flows(what: &str, finished: &Finished, report: &Report) {
     assert_eq!(
         report.counter("session", "joins_ok"),
         3,
@@ -159,30 +164,6 @@ fn signalling_through_a_forwarded_port_and_media_by_the_servers_own_address() {
                 );
             }
         });
-    }
-}
-
-#[test]
-fn a_server_with_tcp_candidates_alone_is_named_within_two_seconds() {
-    let options = Options {
-        force_tcp: true,
-        ..Options::default()
-    };
-    let Some(server) = Server::livekit_with(&options) else {
-        return;
-    };
-    let _turn = alone();
-    for connection in ["single", "dual"] {
-        let (finished, report) = run_through(&server.url, &server, connection, &[]);
-        assert_eq!(report.counter("session", "joins_failed"), 3);
-        for said in ["only TCP candidates (127.0.0.1:", "ours: 127.0.0.1"] {
-            assert!(unwrapped(&finished).contains(said), "{}", finished.stdout);
-        }
-        assert!(
-            finished.took < Duration::from_secs(8),
-            "{connection}: {:?}",
-            finished.took
-        );
     }
 }
 

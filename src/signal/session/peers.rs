@@ -1,11 +1,13 @@
 //! One peer connection's part of a session: its path, its credentials, and how far its set-up is.
 
-use std::net::{IpAddr, SocketAddr};
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use super::{SessionContext, SessionFailure};
-use crate::path::{Family, Path};
-use crate::transport::peer::{IceCredentials, PeerParameters};
+use crate::path::{Family, Path, Via};
+use crate::plan::TransportChoice;
+use crate::transport::peer::{IceCredentials, NearEnd, PeerParameters};
 use crate::transport::sdp::{
     Candidate, CandidateTransport, DtlsSetup, LocalTransport, RemoteTransport, ice_ufrag,
 };
@@ -19,6 +21,16 @@ const LOCAL_CANDIDATES_MAX: usize = 8;
 const NAMED_MAX: usize = 4;
 /// How long to wait for candidates after a description without a usable one.
 const CANDIDATES_WAIT: Duration = Duration::from_millis(1_500);
+/// So long UDP is tried alone: twice the round trip of a bad path, and what a person hardly
+/// notices.
+const UDP_HEAD_START: Duration = Duration::from_millis(1_000);
+/// A server names its UDP addresses and its TCP one at the same time: so long the one may come
+/// after the other.
+const UDP_WAIT: Duration = Duration::from_millis(200);
+/// TCP connections of one peer connection: a server has an address a family, or two.
+const STREAMS_MAX: usize = 4;
+/// A connection that does not open in this time is of no use to a conversation.
+const STREAM_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The connections of a participant. With one connection for everything, that is the publisher's:
 /// LiveKit's signalling calls it so.
@@ -34,6 +46,7 @@ impl PeerRole {
 
 /// One peer connection's part of the session.
 pub(super) struct PeerHalf {
+    choice: TransportChoice,
     /// The participant is not in before this connection is up.
     pub(super) wanted: bool,
     pub(super) local: Option<LocalTransport>,
@@ -42,9 +55,9 @@ pub(super) struct PeerHalf {
     /// The families that have a socket, with its port.
     ports: Vec<(Family, u16)>,
     /// Sockets that the shard is to be given, with our address on them.
-    more_paths: Vec<(Path, SocketAddr)>,
-    /// Addresses of ours that no description has told the server.
-    untold: Vec<SocketAddr>,
+    more_paths: Vec<(Path, NearEnd)>,
+    /// Candidates of ours that no description has told the server.
+    untold: Vec<Candidate>,
     offered: OfferedCandidates,
     /// When the server's description came.
     described_at: Option<Time>,
@@ -52,6 +65,10 @@ pub(super) struct PeerHalf {
     pub(super) added: bool,
     pub(super) ice_at: Option<Time>,
     pub(super) connected_at: Option<Time>,
+    /// By what it was connected.
+    pub(super) via: Via,
+    /// It was connected by TCP, and ICE restarts: the server ends its connections then.
+    restarted_at: Option<Time>,
     early_candidates: Vec<Candidate>,
     /// Candidates that came on their own since the description.
     pub(super) trickled: u32,
@@ -73,8 +90,9 @@ pub(super) enum DescriptionChange {
 }
 
 impl PeerHalf {
-    pub(super) fn new(wanted: bool) -> PeerHalf {
+    pub(super) fn new(wanted: bool, choice: TransportChoice) -> PeerHalf {
         PeerHalf {
+            choice,
             wanted,
             local: None,
             path: None,
@@ -86,6 +104,8 @@ impl PeerHalf {
             added: false,
             ice_at: None,
             connected_at: None,
+            via: Via::Udp,
+            restarted_at: None,
             early_candidates: Vec::new(),
             trickled: 0,
             remote_ufrag: None,
@@ -111,24 +131,36 @@ impl PeerHalf {
             Some(local) => local,
             None => {
                 let ip = context.routes.usual(signalling_ip);
-                let opened = open_path(Family::of(ip), context)
-                    .map_err(|error| SessionFailure::lasting(format!("no UDP socket: {error}")))?;
-                let (path, port) = opened;
-                let address = SocketAddr::new(ip, port);
+                let candidate = self.open_first(ip, context)?;
                 let IceCredentials { ufrag, password } = IceCredentials::random();
-                self.path = Some(path);
-                self.ports.push((Family::of(ip), port));
                 LocalTransport {
                     ufrag,
                     pwd: password,
                     fingerprint: context.fingerprint,
                     setup: DtlsSetup::Active,
-                    candidates: vec![Candidate::host(address)],
+                    candidates: vec![candidate],
                     session_id,
                 }
             }
         };
         Ok(self.local.insert(local))
+    }
+
+    /// What there is before the server has said anything. TCP is opened towards what it says.
+    fn open_first(
+        &mut self,
+        ip: IpAddr,
+        context: &SessionContext,
+    ) -> Result<Candidate, SessionFailure> {
+        if !self.choice.allows_udp() {
+            self.path = Some(Path::closed());
+            return Ok(Candidate::tcp_active(ip));
+        }
+        let (path, port) = open_path(Family::of(ip), context)
+            .map_err(|error| SessionFailure::lasting(format!("no UDP socket: {error}")))?;
+        self.path = Some(path);
+        self.ports.push((Family::of(ip), port));
+        Ok(Candidate::host(SocketAddr::new(ip, port)))
     }
 
     /// For an ICE restart (RFC 8839, section 4.4.1.1.1): our next description has new credentials.
@@ -156,6 +188,7 @@ impl PeerHalf {
     ) -> Option<DescriptionChange> {
         self.described_at.get_or_insert(now);
         let mut remote_candidates = self.reach_all(&remote.candidates, context);
+        remote_candidates.extend(self.reach_all(&remote.tcp_candidates, context));
         let early = std::mem::take(&mut self.early_candidates);
         remote_candidates.extend(self.reach_all(&early, context));
         let local = self.local.as_ref()?;
@@ -169,6 +202,10 @@ impl PeerHalf {
         let is_other =
             self.remote_ufrag.replace(remote.ufrag.clone()).as_ref() != Some(&remote.ufrag);
         let Some(path) = self.path.take() else {
+            if is_other && matches!(self.via, Via::Tcp(_)) {
+                self.restarted_at = Some(now);
+                self.offered.streams.iter_mut().for_each(StreamOffer::reset);
+            }
             return is_other.then_some(DescriptionChange::Restart {
                 local: local_credentials,
                 remote: remote_credentials,
@@ -210,9 +247,19 @@ impl PeerHalf {
         context: &SessionContext,
     ) -> Option<SocketAddr> {
         let address = candidate.address;
-        if candidate.transport != CandidateTransport::Udp {
-            self.offered.tcp.push(address);
-            return None;
+        match candidate.transport {
+            CandidateTransport::Udp if self.choice.allows_udp() => {}
+            CandidateTransport::Udp => {
+                self.offered.unwanted.push(address);
+                return None;
+            }
+            CandidateTransport::TcpPassive => {
+                self.offered.add_stream(address);
+                return None;
+            }
+            // Who opens connections, as we do, cannot be reached by them; and nobody has both sides
+            // open one at the same time.
+            CandidateTransport::TcpActive | CandidateTransport::TcpSimultaneous => return None,
         }
         let reached = context
             .routes
@@ -248,32 +295,91 @@ impl PeerHalf {
             None => {
                 let (path, port) = open_path(family, context)?;
                 self.ports.push((family, port));
-                self.more_paths.push((path, SocketAddr::new(source, port)));
+                let end = NearEnd::Udp(SocketAddr::new(source, port));
+                self.more_paths.push((path, end));
                 port
             }
         };
-        let candidate = Candidate::host(SocketAddr::new(source, port));
+        self.tell(Candidate::host(SocketAddr::new(source, port)));
+        Ok(())
+    }
+
+    /// The server is to know of a candidate of ours.
+    fn tell(&mut self, candidate: Candidate) {
         if let Some(local) = &mut self.local
             && local.candidates.len() < LOCAL_CANDIDATES_MAX
             && !local.candidates.contains(&candidate)
         {
-            self.untold.push(candidate.address);
+            self.untold.push(candidate.clone());
             local.candidates.push(candidate);
         }
-        Ok(())
     }
 
-    /// Sockets that the shard does not know.
-    pub(super) fn take_paths(&mut self) -> Vec<(Path, SocketAddr)> {
+    /// When TCP connections are to be opened; `None` where there are none to open, or UDP does.
+    pub(super) fn streams_due_at(&self) -> Option<Time> {
+        let described_at = self.described_at.filter(|_| self.added)?;
+        let waits = |offer: &StreamOffer| offer.state == StreamState::Waiting;
+        if !self.choice.allows_tcp() || !self.offered.streams.iter().any(waits) {
+            return None;
+        }
+        if self.restarted_at.is_some() {
+            return self.restarted_at;
+        }
+        if self.connected_at.is_some() || self.ice_at.is_some() {
+            return None;
+        }
+        let head_start = match () {
+            () if !self.choice.allows_udp() => Duration::ZERO,
+            () if !self.offered.reached.is_empty() => UDP_HEAD_START,
+            () if self.offered.is_whole => Duration::ZERO,
+            () => UDP_WAIT,
+        };
+        Some(described_at + head_start)
+    }
+
+    /// The addresses to which connections are to be opened now.
+    pub(super) fn begin_streams(&mut self, context: &SessionContext) -> Vec<SocketAddr> {
+        let mut begun = Vec::new();
+        for offer in &mut self.offered.streams {
+            if offer.state == StreamState::Waiting {
+                offer.state = StreamState::Opening;
+                begun.push(offer.address);
+            }
+        }
+        for address in &begun {
+            if let Ok(source) = context.routes.source(*address) {
+                self.tell(Candidate::tcp_active(source));
+            }
+        }
+        begun
+    }
+
+    /// A connection is open, or will not be.
+    pub(super) fn take_stream(&mut self, address: SocketAddr, opened: io::Result<TcpStream>) {
+        let path = opened.and_then(|stream| {
+            let (path, local) = Path::of_stream(stream)?;
+            let remote = address;
+            self.more_paths.push((path, NearEnd::Tcp { local, remote }));
+            Ok(local)
+        });
+        let streams = &mut self.offered.streams;
+        if let Some(offer) = streams.iter_mut().find(|offer| offer.address == address) {
+            offer.state = match path {
+                Ok(local) => StreamState::Open(local.ip()),
+                Err(error) => StreamState::Failed(error.to_string()),
+            };
+        }
+    }
+
+    /// Sockets and connections that the shard does not know.
+    pub(super) fn take_paths(&mut self) -> Vec<(Path, NearEnd)> {
         std::mem::take(&mut self.more_paths)
     }
 
     /// Candidates of ours that the server does not know, as a trickle message has them.
     pub(super) fn take_untold(&mut self) -> Vec<String> {
         let untold = std::mem::take(&mut self.untold).into_iter();
-        untold
-            .map(|address| Candidate::host(address).to_init())
-            .collect()
+        untold.map(|candidate| candidate.to_init()).collect()
     }
 
     pub(super) fn has_all_candidates(&mut self) {
@@ -283,7 +389,9 @@ impl PeerHalf {
     /// When it is settled that no candidate of the server can be used, unless one comes; `None`
     /// where one can, or nothing is known yet.
     pub(super) fn without_path_at(&self) -> Option<Time> {
-        if self.connected_at.is_some() || !self.offered.reached.is_empty() {
+        let may_come = |offer: &StreamOffer| !matches!(offer.state, StreamState::Failed(_));
+        let by_stream = self.choice.allows_tcp() && self.offered.streams.iter().any(may_come);
+        if self.connected_at.is_some() || !self.offered.reached.is_empty() || by_stream {
             return None;
         }
         let wait = if self.offered.is_whole {
@@ -296,49 +404,114 @@ impl PeerHalf {
 
     /// Why no candidate of the server can be used: what it offers, and what we have.
     pub(super) fn without_path(&self) -> String {
-        let OfferedCandidates { tcp, unreached, .. } = &self.offered;
+        let OfferedCandidates {
+            streams,
+            unreached,
+            unwanted,
+            ..
+        } = &self.offered;
         let ours = self.our_addresses();
-        let tcp = named(tcp);
-        if unreached.is_empty() && tcp.is_empty() {
+        let tcp = named(streams.iter().map(|offer| offer.address));
+        let mut offers = Vec::new();
+        if !unreached.is_empty() {
+            let udp = named(unreached);
+            offers.push(format!("UDP at {udp}, to which this host has no route"));
+        }
+        if !unwanted.is_empty() {
+            let (udp, choice) = (named(unwanted), self.choice.name());
+            offers.push(format!(
+                "only UDP candidates ({udp}), and --transport {choice} was asked for (is rtc.tcp_port set at the server?)"
+            ));
+        }
+        match tcp {
+            tcp if tcp.is_empty() => {}
+            tcp if !self.choice.allows_tcp() && unreached.is_empty() => offers.push(format!(
+                "only TCP candidates ({tcp}), and --transport udp was asked for"
+            )),
+            tcp if !self.choice.allows_tcp() => offers.push(format!("TCP at {tcp}")),
+            _ => offers.push(format!("TCP at {}", self.failed_streams())),
+        }
+        if offers.is_empty() {
+            let protocol = if self.choice.allows_udp() {
+                "UDP"
+            } else {
+                "TCP"
+            };
             return format!(
-                "no path for media: the server offers no address for it (no ICE candidate), and this host is ready for UDP at {ours}"
+                "no path for media: the server offers no address for it (no ICE candidate), and this host is ready for {protocol} at {ours}"
             );
         }
-        if unreached.is_empty() {
-            return format!(
-                "no path for media: the server offers only TCP candidates ({tcp}), and this version sends media over UDP (ours: {ours})"
-            );
-        }
-        let and_tcp = if tcp.is_empty() {
-            String::new()
-        } else {
-            format!(", and TCP at {tcp}")
-        };
-        format!(
-            "no path for media: the server offers UDP at {}{and_tcp}, to which this host has no route (ours: {ours})",
-            named(unreached)
-        )
+        let offers = offers.join("; and ");
+        format!("no path for media: the server offers {offers} (ours: {ours})")
     }
 
-    /// The two ends of a path that does not work, without ports: those differ between participants.
-    pub(super) fn ends(&self) -> String {
-        let mut ends: Vec<String> = Vec::new();
-        for (ours, theirs) in &self.offered.reached {
-            let pair = format!("{ours} to {theirs}");
-            if !ends.contains(&pair) {
-                ends.push(pair);
+    fn failed_streams(&self) -> String {
+        let told = self.offered.streams.iter().map(|offer| {
+            let address = offer.address;
+            match &offer.state {
+                StreamState::Failed(why) => format!("{address}, which did not open ({why})"),
+                StreamState::Open(ours) => format!("{address} (open from {ours})"),
+                StreamState::Waiting | StreamState::Opening => address.to_string(),
             }
-        }
-        match named(&ends) {
+        });
+        named(told)
+    }
+
+    /// The two ends of a path that does not work, without ports of UDP: those differ between
+    /// participants.
+    pub(super) fn ends(&self) -> String {
+        let ends = self.offered.pairs();
+        let is_tried = |offer: &StreamOffer| offer.state != StreamState::Waiting;
+        let udp = match named(&ends) {
             none if none.is_empty() => String::new(),
             ends => format!(" over UDP from {ends}"),
+        };
+        if !self.offered.streams.iter().any(is_tried) {
+            return udp;
         }
+        let and = if udp.is_empty() { "" } else { ", and" };
+        format!("{udp}{and} over TCP to {}", self.failed_streams())
+    }
+
+    /// What is to be reachable at the server.
+    pub(super) fn port_question(&self) -> &'static str {
+        if self.offered.reached.is_empty() && !self.offered.streams.is_empty() {
+            "is the server's TCP port for media reachable?"
+        } else {
+            "is the server's UDP port reachable?"
+        }
+    }
+
+    /// Why TCP carries what UDP was to carry; `None` where it was asked for, or UDP does.
+    pub(super) fn why_not_udp(&self) -> Option<String> {
+        if !self.choice.is_auto() || self.via == Via::Udp {
+            return None;
+        }
+        let offered = &self.offered;
+        let ends = offered.pairs();
+        Some(if !ends.is_empty() {
+            let patience = UDP_HEAD_START.as_secs();
+            let ends = named(&ends);
+            format!("UDP from {ends} did not come up within {patience} s")
+        } else if !offered.unreached.is_empty() {
+            format!(
+                "this host has no route for UDP to {}",
+                named(&offered.unreached)
+            )
+        } else {
+            "the server offers no UDP candidate".to_owned()
+        })
     }
 
     fn our_addresses(&self) -> String {
         let candidates = self.local.iter().flat_map(|local| &local.candidates);
-        let addresses: Vec<IpAddr> = candidates.map(|candidate| candidate.address.ip()).collect();
-        named(&addresses)
+        let mut addresses: Vec<IpAddr> = Vec::new();
+        for candidate in candidates {
+            if !addresses.contains(&candidate.address.ip()) {
+                addresses.push(candidate.address.ip());
+            }
+        }
+        named(addresses)
     }
 }
 
@@ -349,9 +522,69 @@ struct OfferedCandidates {
     reached: Vec<(IpAddr, IpAddr)>,
     /// Addresses to which there is no route or no socket, with the reason.
     unreached: Vec<String>,
-    tcp: Vec<SocketAddr>,
+    /// UDP addresses that are not to be used.
+    unwanted: Vec<SocketAddr>,
+    streams: Vec<StreamOffer>,
     /// The server said that no more follow.
     is_whole: bool,
+}
+
+impl OfferedCandidates {
+    /// Our address and the server's, over UDP, each pair once.
+    fn pairs(&self) -> Vec<String> {
+        let mut pairs: Vec<String> = Vec::new();
+        for (ours, theirs) in &self.reached {
+            let pair = format!("{ours} to {theirs}");
+            if !pairs.contains(&pair) {
+                pairs.push(pair);
+            }
+        }
+        pairs
+    }
+
+    fn add_stream(&mut self, address: SocketAddr) {
+        let is_known = self.streams.iter().any(|offer| offer.address == address);
+        if !is_known && self.streams.len() < STREAMS_MAX {
+            self.streams.push(StreamOffer {
+                address,
+                state: StreamState::Waiting,
+            });
+        }
+    }
+}
+
+/// A passive TCP candidate of the server.
+struct StreamOffer {
+    address: SocketAddr,
+    state: StreamState,
+}
+
+#[derive(PartialEq, Eq)]
+enum StreamState {
+    /// UDP comes first.
+    Waiting,
+    Opening,
+    /// From this address of ours.
+    Open(IpAddr),
+    Failed(String),
+}
+
+impl StreamOffer {
+    fn reset(&mut self) {
+        self.state = StreamState::Waiting;
+    }
+}
+
+/// Opens a connection to a passive candidate.
+pub(super) async fn open_stream(address: SocketAddr) -> io::Result<TcpStream> {
+    let opening = tokio::net::TcpStream::connect(address);
+    match tokio::time::timeout(STREAM_TIMEOUT, opening).await {
+        Ok(stream) => stream?.into_std(),
+        Err(_) => Err(io::Error::other(format!(
+            "no answer within {} s",
+            STREAM_TIMEOUT.as_secs()
+        ))),
+    }
 }
 
 fn open_path(family: Family, context: &SessionContext) -> std::io::Result<(Path, u16)> {
@@ -361,10 +594,13 @@ fn open_path(family: Family, context: &SessionContext) -> std::io::Result<(Path,
 }
 
 /// The first few, and how many more.
-fn named<T: std::fmt::Display>(all: &[T]) -> String {
-    let mut names: Vec<String> = all.iter().take(NAMED_MAX).map(T::to_string).collect();
-    if all.len() > NAMED_MAX {
-        names.push(format!("{} more", all.len() - NAMED_MAX));
+fn named<T: std::fmt::Display>(all: impl IntoIterator<Item = T>) -> String {
+    let mut all = all.into_iter();
+    let taken = all.by_ref().take(NAMED_MAX);
+    let mut names: Vec<String> = taken.map(|name| name.to_string()).collect();
+    let more = all.count();
+    if more > 0 {
+        names.push(format!("{more} more"));
     }
     names.join(", ")
 }

@@ -193,8 +193,9 @@ impl Session {
         };
         self.answerer = Answerer::new(Capabilities::SUBSCRIBER);
         self.held_answer = None;
-        self.publisher = PeerHalf::new(self.publisher.wanted);
-        self.subscriber = PeerHalf::new(self.subscriber.wanted);
+        self.publisher = PeerHalf::new(self.publisher.wanted, self.plan.transport);
+        self.subscriber = PeerHalf::new(self.subscriber.wanted, self.plan.transport);
+        self.streams = JoinSet::new();
         self.tracks
             .iter_mut()
             .for_each(SessionTrack::forget_negotiation);

@@ -140,11 +140,45 @@ impl fmt::Display for Fingerprint {
     }
 }
 
-/// A candidate's transport: `udp`, or `tcp` with what RFC 6544 calls its type.
+/// A candidate's transport: `udp`, or `tcp` with its type (RFC 6544, section 4.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CandidateTransport {
     Udp,
-    Tcp,
+    /// It opens connections.
+    TcpActive,
+    /// It waits for connections.
+    TcpPassive,
+    /// Both sides open one connection at the same time.
+    TcpSimultaneous,
+}
+
+impl CandidateTransport {
+    /// As `tcptype` says it; `None` for `udp`.
+    fn tcp_type(self) -> Option<&'static str> {
+        match self {
+            CandidateTransport::Udp => None,
+            CandidateTransport::TcpActive => Some("active"),
+            CandidateTransport::TcpPassive => Some("passive"),
+            CandidateTransport::TcpSimultaneous => Some("so"),
+        }
+    }
+
+    /// What follows a candidate's type are pairs of a name and a value.
+    fn of_tcp<'a>(mut words: impl Iterator<Item = &'a str>) -> Option<CandidateTransport> {
+        while let (Some(name), Some(value)) = (words.next(), words.next()) {
+            if name == "tcptype" {
+                let types = [
+                    CandidateTransport::TcpActive,
+                    CandidateTransport::TcpPassive,
+                    CandidateTransport::TcpSimultaneous,
+                ];
+                return types
+                    .into_iter()
+                    .find(|known| known.tcp_type() == Some(value));
+            }
+        }
+        None
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,6 +207,9 @@ impl CandidateKind {
     }
 }
 
+/// The port of a candidate that listens nowhere: that of "discard".
+const TCP_ACTIVE_PORT: u16 = 9;
+
 /// One ICE candidate of component 1 (RFC 8839, section 5.1), without what nobody reads (related
 /// address, extensions).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -193,6 +230,18 @@ impl Candidate {
             transport: CandidateTransport::Udp,
             priority: 2_130_706_431,
             address,
+            kind: CandidateKind::Host,
+        }
+    }
+
+    /// A host candidate that opens TCP connections: its port says nothing, and is always 9 (RFC
+    /// 6544, section 4.5). The type preference of such ones is that of libwebrtc.
+    pub fn tcp_active(ip: IpAddr) -> Candidate {
+        Candidate {
+            foundation: "2".into(),
+            transport: CandidateTransport::TcpActive,
+            priority: 1_518_280_447,
+            address: SocketAddr::new(ip, TCP_ACTIVE_PORT),
             kind: CandidateKind::Host,
         }
     }
@@ -228,9 +277,9 @@ impl FromStr for Candidate {
         if word()? != "1" {
             return Err("not component 1");
         }
-        let transport = match word()? {
-            udp if udp.eq_ignore_ascii_case("udp") => CandidateTransport::Udp,
-            tcp if tcp.eq_ignore_ascii_case("tcp") => CandidateTransport::Tcp,
+        let is_tcp = match word()? {
+            udp if udp.eq_ignore_ascii_case("udp") => false,
+            tcp if tcp.eq_ignore_ascii_case("tcp") => true,
             _ => return Err("neither udp nor tcp"),
         };
         let priority = word()?.parse().map_err(|_| "the priority is no number")?;
@@ -244,6 +293,11 @@ impl FromStr for Candidate {
             .into_iter()
             .find(|known| known.as_str() == kind)
             .ok_or("an unknown type")?;
+        let transport = if is_tcp {
+            CandidateTransport::of_tcp(words).ok_or("tcp without its type")?
+        } else {
+            CandidateTransport::Udp
+        };
         Ok(Candidate {
             foundation: foundation.to_owned(),
             transport,
@@ -256,11 +310,8 @@ impl FromStr for Candidate {
 
 impl fmt::Display for Candidate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let transport = if self.transport == CandidateTransport::Udp {
-            "udp"
-        } else {
-            "tcp"
-        };
+        let tcp_type = self.transport.tcp_type();
+        let transport = if tcp_type.is_some() { "tcp" } else { "udp" };
         let (ip, port) = (self.address.ip(), self.address.port());
         write!(
             f,
@@ -268,7 +319,11 @@ impl fmt::Display for Candidate {
             self.foundation,
             self.priority,
             self.kind.as_str()
-        )
+        )?;
+        match tcp_type {
+            Some(tcp_type) => write!(f, " tcptype {tcp_type}"),
+            None => Ok(()),
+        }
     }
 }
 

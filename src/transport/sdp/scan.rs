@@ -183,7 +183,7 @@ impl TransportScan {
         if let Ok(candidate) = format!("candidate:{value}").parse::<Candidate>() {
             match candidate.transport {
                 CandidateTransport::Udp => self.candidates.push(candidate),
-                CandidateTransport::Tcp => self.tcp_candidates.push(candidate),
+                _ => self.tcp_candidates.push(candidate),
             }
         }
     }

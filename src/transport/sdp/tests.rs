@@ -955,6 +955,16 @@ fn candidates_are_read_written_and_refused() {
             ufrag: None
         }
     );
+    let tcp = "candidate:7 1 tcp 1671430143 127.0.0.1 7881 typ host tcptype passive ufrag abc";
+    let tcp: Candidate = tcp.parse().unwrap();
+    assert_eq!(tcp.transport, CandidateTransport::TcpPassive);
+    assert_eq!(tcp.to_string().parse::<Candidate>().unwrap(), tcp);
+    let ours = Candidate::tcp_active("10.0.0.1".parse().unwrap());
+    assert!(
+        ours.to_string()
+            .ends_with(" tcp 1518280447 10.0.0.1 9 typ host tcptype active")
+    );
+    assert_eq!(ours.to_string().parse::<Candidate>().unwrap(), ours);
     let six: Candidate = "a=candidate:1 1 UDP 5 ::1 9 typ relay raddr 0.0.0.0 rport 9"
         .parse()
         .unwrap();
@@ -971,6 +981,9 @@ fn candidates_are_read_written_and_refused() {
         "candidate:1 1 udp 5 4ad5c5c1.local 5 typ host",
         "candidate:1 1 udp 5 1.2.3.4 65536 typ host",
         "candidate:1 1 udp 5 1.2.3.4 5 typ guest",
+        "candidate:1 1 tcp 5 1.2.3.4 5 typ host",
+        "candidate:1 1 tcp 5 1.2.3.4 5 typ host tcptype idle",
+        "candidate:1 1 tcp 5 1.2.3.4 5 typ host tcptype",
         "candidate:\" 1 udp 5 1.2.3.4 5 typ host",
     ] {
         assert!(text.parse::<Candidate>().is_err(), "{text}");

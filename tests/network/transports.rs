@@ -1,0 +1,149 @@
+//! Media over what is not UDP: whole runs against a real LiveKit server.
+
+use std::time::Duration;
+
+use crate::common::network::{DEVICE, Network, SERVER};
+use crate::common::path::Conditions;
+use crate::common::program::{Report, Running, Scratch, against, alone, throng};
+use crate::common::server::{Options, Server, Site};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::paths::{joins_and_flows, run_through, unwrapped};
+
+/// Media over TCP alone, which LiveKit calls `force_tcp`.
+fn server_over_tcp() -> Option<Server> {
+    Server::livekit_with(&Options {
+        force_tcp: true,
+        ..Options::default()
+    })
+}
+
+/// Nothing is lost on the way over TCP, and nothing of it was dropped here.
+fn flows_whole(what: &str, report: &Report) {
+    for kind in ["audio", "video"] {
+        let counter = |name| report.counter(kind, name);
+        assert_eq!(counter("packets_lost_network"), 0, "{what}: {kind}");
+        assert_eq!(
+            counter("frames_delivered"),
+            counter("frames_expected"),
+            "{what}: {kind}"
+        );
+    }
+    assert_eq!(report.counter("session", "sends_backlogged"), 0, "{what}");
+    assert_eq!(report.counter("session", "packets_rejected"), 0, "{what}");
+}
+
+#[test]
+fn media_over_tcp_is_judged_as_over_udp() {
+    let Some(server) = server_over_tcp() else {
+        return;
+    };
+    let _turn = alone();
+    for connection in ["single", "dual"] {
+        for transport in ["tcp", "auto"] {
+            let what = format!("{connection}, {transport}");
+            let more = ["--video-publishers", "1", "--transport", transport];
+            let (finished, report) = run_through(&server.url, &server, connection, &more);
+            joins_and_flows(&what, &finished, &report);
+            flows_whole(&what, &report);
+            assert_eq!(report.counter("session", "joins_by_tcp"), 3, "{what}");
+            assert_eq!(report.counter("session", "joins_by_udp"), 0, "{what}");
+            let said = unwrapped(&finished);
+            assert!(said.contains("media: 3 over TCP"), "{what}: {said}");
+            let why = "3 participants sent media over TCP: the server offers no UDP candidate";
+            assert_eq!(said.contains(why), transport == "auto", "{what}: {said}");
+        }
+    }
+}
+
+#[test]
+fn what_the_server_does_not_offer_is_named_at_once() {
+    let Some(over_tcp) = server_over_tcp() else {
+        return;
+    };
+    let _turn = alone();
+    let (finished, report) =
+        run_through(&over_tcp.url, &over_tcp, "single", &["--transport", "udp"]);
+    assert_eq!(report.counter("session", "joins_failed"), 3);
+    for said in [
+        "only TCP candidates (127.0.0.1:",
+        "--transport udp was asked for",
+        "ours: 127.0.0.1",
+    ] {
+        assert!(unwrapped(&finished).contains(said), "{}", finished.stdout);
+    }
+    assert!(
+        finished.took < Duration::from_secs(8),
+        "{:?}",
+        finished.took
+    );
+}
+
+#[test]
+fn where_udp_does_not_come_up_it_falls_back_to_tcp_and_says_so() {
+    let name = "where_udp_does_not_come_up_it_falls_back_to_tcp_and_says_so";
+    let Some(network) = Network::for_test(module_path!(), name, 1) else {
+        return;
+    };
+    let options = Options {
+        site: Site {
+            address: SERVER,
+            device: DEVICE,
+        },
+        ..Options::default()
+    };
+    let Some(server) = network.server.run(|| Server::livekit_with(&options)) else {
+        return;
+    };
+    let _turn = alone();
+    network.clients.run(|| {
+        let (finished, report) = run_through(&server.url, &server, "single", &[]);
+        joins_and_flows("UDP passes", &finished, &report);
+        assert_eq!(report.counter("session", "joins_by_udp"), 3);
+        // A firewall that drops UDP and lets TCP through.
+        network.set_both(Conditions {
+            cut: true,
+            ..Conditions::default()
+        });
+        for connection in ["single", "dual"] {
+            let (finished, report) = run_through(&server.url, &server, connection, &[]);
+            joins_and_flows(connection, &finished, &report);
+            assert_eq!(report.counter("session", "joins_by_tcp"), 3, "{connection}");
+            let said = unwrapped(&finished);
+            let why = format!("to {SERVER} did not come up within 1 s");
+            assert!(said.contains(&why), "{connection}: {said}");
+        }
+        let only_udp = ["--transport", "udp"];
+        let (finished, report) = run_through(&server.url, &server, "single", &only_udp);
+        assert_eq!(report.counter("session", "joins_ok"), 0);
+        let said = unwrapped(&finished);
+        assert!(
+            said.contains(" over UDP from ")
+                && said.contains("is the server's UDP port reachable?"),
+            "{said}"
+        );
+    });
+}
+
+#[test]
+fn a_server_that_is_killed_ends_its_connections_and_is_not_the_generators_fault() {
+    let Some(server) = server_over_tcp() else {
+        return;
+    };
+    let _turn = alone();
+    let scratch = Scratch::new();
+    let json = scratch.path("run.json");
+    let mut command = throng();
+    against(&server, &mut command)
+        .args(["--publishers", "2", "--subscribers", "2", "--duration", "6"])
+        .arg("--json")
+        .arg(&json);
+    let running = Running::start(&mut command, &server.secret);
+    std::thread::sleep(Duration::from_secs(4));
+    kill_process(Pid::from_raw(server.pid() as i32).unwrap(), Signal::KILL).unwrap();
+    let finished = running.finish();
+    let report = Report::read(&json, &server.secret);
+    assert_eq!(report.0["engine"]["send_errors"], 0, "{}", finished.stdout);
+    assert_eq!(report.counter("session", "joins_by_tcp"), 4);
+    assert_ne!(finished.code, Some(0), "{}", finished.stdout);
+}
