@@ -1339,7 +1339,9 @@ impl Session {
             });
             let halves = [&self.publisher, &self.subscriber];
             let why = halves.into_iter().find_map(PeerHalf::why_not_udp);
-            why.map(|why| self.notify(Notice::FellBack { why }));
+            if let Some(why) = why {
+                self.notify(Notice::FellBack { why });
+            }
         }
         Ok(())
     }
