@@ -31,9 +31,7 @@ use crate::units::{Bitrate, Time, duration_text};
 /// its version for one of LiveKit's.
 pub const EMBEDDED_NODE_ID: &str = "throng";
 
-pub use part::{
-    HostRole, LostPublishers, Part, Placement, UndealtPlan, VANTAGES_MAX, VantagePlan, WEIGHT_MAX,
-};
+pub use part::{HostRole, Part, Placement, UndealtPlan, VANTAGES_MAX, VantagePlan, WEIGHT_MAX};
 use scenario::{ParticipantGroup, Scenario};
 pub use schedule::{Intent, Schedule, ScheduleBook, Span, Spans};
 pub use transport::{MediaTransport, TransportChoice};
@@ -805,23 +803,14 @@ impl Plan {
         }
     }
 
-    /// Tracks that `participant` ought to receive: those that it subscribes to, that are there, and
+    /// Tracks that `participant` receives if all goes as planned: those that it subscribes to and
     /// that its layout has room for.
-    pub fn expected_tracks(
-        &self,
-        participant: &ParticipantPlan,
-        kind: Kind,
-        lost: &LostPublishers,
-    ) -> u32 {
-        let subscribed = self.subscribed_tracks(participant, kind);
-        self.seen(
-            kind,
-            subscribed.saturating_sub(lost.of(participant.room, kind)),
-        )
+    pub fn planned_tracks(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
+        self.seen(kind, self.subscribed_tracks(participant, kind))
     }
 
     /// How many of so many tracks a layout has room for.
-    fn seen(&self, kind: Kind, tracks: u32) -> u32 {
+    pub fn seen(&self, kind: Kind, tracks: u32) -> u32 {
         match (kind, self.scenario.media.layout) {
             (Kind::Video, Some(layout)) => tracks.min(layout.tiles()),
             _ => tracks,
@@ -836,7 +825,7 @@ impl Plan {
     }
 
     /// Subscriptions of one kind that ought to go live, over all rooms.
-    pub fn total_expected_tracks(&self, kind: Kind) -> u64 {
+    pub fn total_planned_tracks(&self, kind: Kind) -> u64 {
         self.audience(kind)
             .into_iter()
             .map(|(participants, tracks)| participants * u64::from(tracks))
@@ -1231,11 +1220,9 @@ pub(crate) mod tests {
                 for kind in [Kind::Audio, Kind::Video] {
                     let expected: u64 = plan
                         .participants()
-                        .map(|p| {
-                            u64::from(plan.expected_tracks(&p, kind, &LostPublishers::default()))
-                        })
+                        .map(|p| u64::from(plan.planned_tracks(&p, kind)))
                         .sum();
-                    assert_eq!(plan.total_expected_tracks(kind), expected);
+                    assert_eq!(plan.total_planned_tracks(kind), expected);
                     assert_eq!(
                         plan.total_published_tracks(kind),
                         plan.participants().filter(|p| p.publishes(kind)).count() as u64

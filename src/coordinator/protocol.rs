@@ -57,6 +57,8 @@ pub const TIERS_MAX: usize = 100;
 pub const STAGES_MAX: usize = TIERS_MAX + 4;
 /// Tokens in one request.
 pub const TOKENS_MAX: u32 = 1_000;
+/// A prober bears so many times the silence after which a coordinator calls a prober missing.
+pub const PATIENCE_SILENCES: u32 = 4;
 /// Frame counts in one message: origins, tracks and layers.
 pub const FRAME_COUNTS_MAX: usize = 200_000;
 /// Longest name, label or other short text, in bytes.

@@ -73,7 +73,8 @@ impl RunSetup {
     /// A prober that hears nothing of its coordinator for so long ends its load. Longer than
     /// [`RunSetup::silence_us`]: a coordinator has to be started again by somebody.
     pub fn patience_us(&self) -> u64 {
-        self.silence_us.saturating_mul(4)
+        self.silence_us
+            .saturating_mul(protocol::PATIENCE_SILENCES.into())
     }
 }
 

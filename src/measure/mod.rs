@@ -259,6 +259,15 @@ pub enum Kind {
     Video,
 }
 
+impl Kind {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kind::Audio => "audio",
+            Kind::Video => "video",
+        }
+    }
+}
+
 /// Moments of one participant's join, on the run's clock; `None` never happened, or does not apply.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct JoinTimeline {

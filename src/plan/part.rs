@@ -8,8 +8,7 @@
 use std::sync::Arc;
 
 use super::scenario::Scenario;
-use super::{PARTICIPANTS_MAX, Plan, greatest_common_divisor};
-use crate::measure::Kind;
+use super::{PARTICIPANTS_MAX, greatest_common_divisor};
 
 /// More hosts than anybody gathers by hand, and few enough for a list that every one of them gets.
 pub const VANTAGES_MAX: usize = 256;
@@ -340,54 +339,6 @@ fn headcount(own: &[Own], scenario: &Scenario) -> Vec<u64> {
     headcount
 }
 
-/// Publishers who are not there any more, because their hosts went missing: nobody can be expected
-/// to receive them.
-#[derive(Clone, Debug, Default)]
-pub struct LostPublishers {
-    hosts: Vec<u32>,
-    /// By room: of audio and of video.
-    rooms: Vec<[u32; 2]>,
-}
-
-impl LostPublishers {
-    /// `hosts` are indices into the placement's vantages.
-    pub fn new(plan: &Plan, hosts: Vec<u32>) -> LostPublishers {
-        let scenario = &plan.scenario;
-        let mut lost = LostPublishers {
-            rooms: vec![[0, 0]; scenario.rooms.count as usize],
-            hosts,
-        };
-        for index in 0..scenario.publishers() * scenario.rooms.count {
-            let (room, place) = plan.place(index);
-            if lost.has(plan, index) {
-                let [audio, video] = &mut lost.rooms[room as usize];
-                let group = scenario.group_at(place);
-                *audio += u32::from(group.is_some_and(|group| group.publishes_audio));
-                *video += u32::from(group.is_some_and(|group| group.publishes_video));
-            }
-        }
-        lost
-    }
-
-    pub fn hosts(&self) -> &[u32] {
-        &self.hosts
-    }
-
-    /// Whether the participant with this global index is with one of the hosts.
-    pub fn has(&self, plan: &Plan, index: u32) -> bool {
-        let owner = plan.part.as_ref().and_then(|part| part.owner(index));
-        owner.is_some_and(|owner| self.hosts.contains(&(owner as u32)))
-    }
-
-    pub(super) fn of(&self, room: u32, kind: Kind) -> u32 {
-        let [audio, video] = self.rooms.get(room as usize).copied().unwrap_or_default();
-        match kind {
-            Kind::Audio => audio,
-            Kind::Video => video,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -395,7 +346,7 @@ mod tests {
 
     use super::super::scenario::RoomPeople;
     use super::super::tests::{plan, set_people};
-    use super::super::{ParticipantPlan, Subscribers};
+    use super::super::{Kind, ParticipantPlan, Plan, Subscribers};
     use super::HostRole::{Both, Publish, Subscribe};
     use super::*;
 
@@ -502,36 +453,6 @@ mod tests {
     }
 
     #[test]
-    fn nobody_expects_the_tracks_of_a_host_that_was_lost() {
-        for (plan, placement) in worlds() {
-            let hosts = hosts(&plan, &placement);
-            let (lost_host, rest) = hosts.split_first().unwrap();
-            let lost_tracks = |kind, room| {
-                lost_host
-                    .participants()
-                    .filter(|of| of.room == room && of.publishes(kind))
-                    .count() as u32
-            };
-            for host in rest {
-                let (none, lost) = (
-                    LostPublishers::default(),
-                    LostPublishers::new(host, vec![0]),
-                );
-                for participant in host
-                    .participants()
-                    .filter(|participant| participant.subscribes)
-                {
-                    for kind in [Kind::Audio, Kind::Video] {
-                        let all = host.expected_tracks(&participant, kind, &none);
-                        let left = host.expected_tracks(&participant, kind, &lost);
-                        assert_eq!(all - left, lost_tracks(kind, participant.room));
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
     fn every_host_has_its_role_and_knows_whose_everybody_is() {
         for (plan, placement) in worlds() {
             let hosts = hosts(&plan, &placement);
@@ -567,14 +488,10 @@ mod tests {
                 assert_eq!(host.total_participants() as usize, own.len());
                 assert_eq!(host.everybody().count() as u32, plan.total_participants());
                 for kind in [Kind::Audio, Kind::Video] {
-                    let expected = own.iter().map(|participant| {
-                        u64::from(host.expected_tracks(
-                            participant,
-                            kind,
-                            &LostPublishers::default(),
-                        ))
-                    });
-                    assert_eq!(host.total_expected_tracks(kind), expected.sum::<u64>());
+                    let expected = own
+                        .iter()
+                        .map(|participant| u64::from(host.planned_tracks(participant, kind)));
+                    assert_eq!(host.total_planned_tracks(kind), expected.sum::<u64>());
                     let published = own
                         .iter()
                         .filter(|participant| participant.publishes(kind))
@@ -599,8 +516,8 @@ mod tests {
                     hosts.iter().map(|host| of(host, kind)).sum::<u64>()
                 };
                 assert_eq!(
-                    sum(Plan::total_expected_tracks),
-                    plan.total_expected_tracks(kind)
+                    sum(Plan::total_planned_tracks),
+                    plan.total_planned_tracks(kind)
                 );
                 assert_eq!(
                     sum(Plan::total_published_tracks),
@@ -685,7 +602,7 @@ mod tests {
                 .map(|host| {
                     (
                         host.total_published_tracks(Kind::Audio),
-                        host.total_expected_tracks(Kind::Audio),
+                        host.total_planned_tracks(Kind::Audio),
                     )
                 })
                 .collect()

@@ -108,6 +108,16 @@ pub struct Span {
     pub to: Time,
 }
 
+impl Span {
+    /// Up to the end of the run.
+    pub const fn since(from: Time) -> Span {
+        Span {
+            from,
+            to: Time::MAX,
+        }
+    }
+}
+
 /// Stretches of time that neither overlap nor touch, in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Spans(Vec<Span>);
@@ -153,24 +163,21 @@ impl Spans {
         self.0.last().map(|span| span.to)
     }
 
-    /// What two have in common.
+    /// What two have in common, in order.
+    pub fn common<'a>(&'a self, other: &'a Spans) -> impl Iterator<Item = Span> + 'a {
+        let pairs = self
+            .iter()
+            .flat_map(|mine| other.iter().map(move |theirs| (mine, theirs)));
+        let common = pairs.map(|(a, b)| Span {
+            from: a.from.max(b.from),
+            to: a.to.min(b.to),
+        });
+        common.filter(|span| span.from < span.to)
+    }
+
     #[must_use]
     pub fn overlap(&self, other: &Spans) -> Spans {
-        let (mut mine, mut theirs) = (self.iter().peekable(), other.iter().peekable());
-        let mut common = Vec::new();
-        while let (Some(a), Some(b)) = (mine.peek().copied(), theirs.peek().copied()) {
-            let span = Span {
-                from: a.from.max(b.from),
-                to: a.to.min(b.to),
-            };
-            common.extend(Some(span).filter(|span| span.from < span.to));
-            if a.to <= b.to {
-                mine.next();
-            } else {
-                theirs.next();
-            }
-        }
-        Spans(common)
+        Spans(self.common(other).collect())
     }
 
     /// What lies in these and not in the others.
@@ -205,11 +212,12 @@ impl Spans {
     }
 }
 
-/// The schedules of everybody whom this host plays, by global index. The stages of a run write it
-/// as they decide, and the account reads it.
+/// The schedules of everybody whom this host plays, by global index, and of the publishers that
+/// other hosts play. The stages of a run write it as they decide, and the account reads it.
 #[derive(Clone, Debug, Default)]
 pub struct ScheduleBook {
     people: BTreeMap<u32, Schedule>,
+    elsewhere: BTreeMap<u32, Schedule>,
 }
 
 impl ScheduleBook {
@@ -217,11 +225,23 @@ impl ScheduleBook {
         self.people.entry(index).or_default().intend(at, intent);
     }
 
+    /// The same of somebody whom another host plays.
+    pub fn intend_elsewhere(&mut self, index: u32, at: Time, intent: Intent) {
+        let schedule = self.elsewhere.entry(index).or_default();
+        schedule.intend(at, intent);
+    }
+
+    /// Of somebody whom this host plays.
     pub fn schedule(&self, index: u32) -> Option<&Schedule> {
         self.people.get(&index)
     }
 
-    /// Everybody who is intended to be there at one time or another, in joining order.
+    /// Of somebody whom this host or another one plays.
+    pub fn of_anybody(&self, index: u32) -> Option<&Schedule> {
+        self.schedule(index).or_else(|| self.elsewhere.get(&index))
+    }
+
+    /// Everybody of this host who is intended to be there at one time or another, in joining order.
     pub fn everybody(&self) -> impl Iterator<Item = u32> + '_ {
         self.people.keys().copied()
     }
@@ -244,16 +264,6 @@ impl ScheduleBook {
     /// When somebody was last intended to join.
     pub fn last_join(&self, index: u32) -> Option<Time> {
         self.schedule(index)?.last_join()
-    }
-
-    /// When one is intended to receive what another one sends.
-    pub fn owed(&self, subscriber: u32, publisher: u32, kind: Kind) -> Spans {
-        match (self.schedule(subscriber), self.schedule(publisher)) {
-            (Some(subscriber), Some(publisher)) => {
-                subscriber.presence().overlap(&publisher.sending(kind))
-            }
-            _ => Spans::default(),
-        }
     }
 }
 
@@ -356,8 +366,12 @@ mod tests {
         book.intend(7, at(500), Intent::Join);
         book.intend(0, at(200), Intent::Mute(Kind::Audio));
         book.intend(0, at(250), Intent::Unmute(Kind::Audio));
+        let owed = |kind| {
+            let sending = book.of_anybody(0).unwrap().sending(kind);
+            book.schedule(7).unwrap().presence().overlap(&sending)
+        };
         assert_eq!(
-            book.owed(7, 0, Kind::Audio),
+            owed(Kind::Audio),
             Spans::of(
                 [
                     spans(&[(100, 200), (250, 300)]).0,
@@ -369,8 +383,8 @@ mod tests {
                 .concat()
             )
         );
-        assert!(book.owed(7, 0, Kind::Video).is_empty());
-        assert!(book.owed(0, 9, Kind::Audio).is_empty(), "nobody knows 9");
+        assert!(owed(Kind::Video).is_empty());
+        assert!(book.of_anybody(9).is_none(), "nobody knows 9");
         assert_eq!(book.last_join(7), Some(at(500)));
         assert_eq!(book.stayers().collect::<Vec<_>>(), [0, 7]);
         assert_eq!(

@@ -30,6 +30,7 @@ pub(super) struct Led {
     tiers_told: usize,
     /// This host ends the run, and the others hear of it.
     is_broken: bool,
+    missing_after: Duration,
 }
 
 /// The run ends before what was waited for, in the words of who ends it.
@@ -38,7 +39,13 @@ pub(super) struct Led {
 pub(super) struct CalledOff(String);
 
 impl Led {
-    pub fn new(shared: Arc<LinkShared>, stages: Vec<SharedStage>, clock: Epoch) -> Led {
+    /// `missing_after`: how long another host is silent before it is missing.
+    pub fn new(
+        shared: Arc<LinkShared>,
+        stages: Vec<SharedStage>,
+        clock: Epoch,
+        missing_after: Duration,
+    ) -> Led {
         Led {
             words: shared.words(),
             shared,
@@ -48,6 +55,7 @@ impl Led {
             clock,
             tiers_told: 0,
             is_broken: false,
+            missing_after,
         }
     }
 
@@ -196,6 +204,10 @@ impl Lead for Led {
         self.shared.inbox().missing.clone()
     }
 
+    fn missing_after(&self) -> Duration {
+        self.missing_after
+    }
+
     /// Gives our publishers' final counts and takes those of others: they come with the order to
     /// leave.
     async fn before_account(&mut self, roster: &Roster) {
@@ -303,7 +315,11 @@ mod tests {
 
     fn led() -> (Led, Arc<LinkShared>, Epoch) {
         let (shared, clock) = (LinkShared::new(), Epoch::read());
-        (Led::new(shared.clone(), stages(), clock), shared, clock)
+        (
+            Led::new(shared.clone(), stages(), clock, Duration::from_secs(5)),
+            shared,
+            clock,
+        )
     }
 
     /// What the next beat would say: the stage under way, what it is ready for, and the stages that

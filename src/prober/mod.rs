@@ -172,6 +172,7 @@ impl Prober {
     ) -> Result<Outcome> {
         let access = self.access(run)?;
         let stages = self.job().map(|job| job.stages.clone());
+        let missing_after = self.patience() / protocol::PATIENCE_SILENCES;
         let (start_at, interrupts) = (self.enlisted.job.start_at, &mut self.interrupts);
         let ended = |signal| anyhow!("{signal} before the run began");
         let Some(stages) = stages else {
@@ -190,7 +191,7 @@ impl Prober {
             )
             .await;
         };
-        let mut led = Led::new(self.shared.clone(), stages, self.clock);
+        let mut led = Led::new(self.shared.clone(), stages, self.clock, missing_after);
         tokio::select! {
             started = led.wait_for_start() => started?,
             signal = interrupts.next() => return Err(ended(signal)),

@@ -32,7 +32,7 @@ use book::Book;
 use tap::{PAGES, TapPage};
 
 use crate::measure::Kind;
-use crate::plan::{LostPublishers, ParticipantPlan, Plan};
+use crate::plan::{ParticipantPlan, Plan};
 
 /// How often the recorder looks for pages. It asks, instead of being woken, so that no packet costs
 /// the engine's thread a system call.
@@ -52,9 +52,8 @@ pub fn recorded(plan: &Plan) -> impl Iterator<Item = ParticipantPlan> + '_ {
 
 /// The files that a recording keeps open: one for each track that a recorded participant gets.
 pub fn files(plan: &Plan) -> u64 {
-    let tracks = |participant: &ParticipantPlan, kind| {
-        u64::from(plan.expected_tracks(participant, kind, &LostPublishers::default()))
-    };
+    let tracks =
+        |participant: &ParticipantPlan, kind| u64::from(plan.planned_tracks(participant, kind));
     recorded(plan)
         .map(|participant| tracks(&participant, Kind::Audio) + tracks(&participant, Kind::Video))
         .sum()

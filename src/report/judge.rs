@@ -298,7 +298,7 @@ fn failures(outcome: &Outcome) -> Vec<String> {
     }
     for kind in [Kind::Audio, Kind::Video] {
         let (planned, expected) = (
-            plan.total_expected_tracks(kind),
+            plan.total_planned_tracks(kind),
             outcome.totals.media(kind).tracks_expected,
         );
         if expected < planned {

@@ -121,7 +121,7 @@ fn load_rows(plan: &Plan) -> String {
     let tracks =
         plan.total_published_tracks(Kind::Audio) + plan.total_published_tracks(Kind::Video);
     let subscriptions =
-        plan.total_expected_tracks(Kind::Audio) + plan.total_expected_tracks(Kind::Video);
+        plan.total_planned_tracks(Kind::Audio) + plan.total_planned_tracks(Kind::Video);
     let tracks = format!(
         "{} published, {} subscriptions",
         number(tracks),

@@ -4,71 +4,55 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::engine::PeerOutcome;
-use crate::engine::subscriber::StreamOutcome;
 use crate::measure::{Kind, Media, Record, is_measured};
-use crate::plan::{LostPublishers, ParticipantPlan, Plan};
+use crate::plan::ParticipantPlan;
 use crate::report::MediaQuality;
 use crate::signal::session::Ended;
+use crate::units::Time;
+
+use super::dues::{Dues, OwedTracks};
 
 const KINDS: [Kind; 2] = [Kind::Audio, Kind::Video];
 
 /// How many tracks there ought to be, and how many went live: a track that came twice, on another
 /// SSRC, does not stand for one that never came.
 ///
-/// `admitted`: so many participants ought to have been in, at one time or another.
+/// `admitted`: who ought to have been in, at one time or another.
 pub(super) fn state_tracks(
     record: &mut Record,
-    plan: &Plan,
-    lost: &LostPublishers,
-    admitted: u32,
+    dues: &Dues<'_>,
+    admitted: &[ParticipantPlan],
     outcomes: &[PeerOutcome],
     ended: &BTreeMap<u32, Ended>,
 ) {
-    for kind in [Kind::Audio, Kind::Video] {
-        let streams = outcomes.iter().flat_map(|peer| {
-            peer.streams
-                .iter()
-                .map(move |stream| (peer.participant, stream))
-        });
-        let is_there = |stream: &StreamOutcome| {
-            !stream
-                .origin
-                .is_some_and(|origin| lost.has(plan, origin.publisher))
-        };
-        let live =
-            streams.filter(|(_, stream)| stream.kind == kind && stream.live && is_there(stream));
-        let distinct: BTreeSet<_> = live
-            .map(|(participant, stream)| (participant, stream.origin))
-            .collect();
+    for kind in KINDS {
+        let mut live: BTreeMap<u32, BTreeSet<u32>> = BTreeMap::new();
+        for peer in outcomes {
+            let streams = peer.streams.iter();
+            let streams = streams.filter(|stream| stream.kind == kind && stream.live);
+            let publishers = streams.filter_map(|stream| Some(stream.origin?.publisher));
+            live.entry(peer.participant).or_default().extend(publishers);
+        }
+        let (mut tracks_expected, mut tracks_live) = (0, 0);
+        for participant in admitted {
+            let owed = dues.of(participant, kind, Time::ZERO);
+            let index = participant.index;
+            tracks_expected += u64::from(expected_tracks(&owed, kind, ended.get(&index)));
+            let live = live.get(&index).into_iter().flatten();
+            tracks_live += live.filter(|publisher| owed.has(**publisher)).count() as u64;
+        }
         let media = record.media(kind);
-        let participants = (0..admitted).map(|position| plan.participant(position));
-        let expected = participants.map(|participant| {
-            expected_tracks(
-                plan,
-                lost,
-                &participant,
-                kind,
-                ended.get(&participant.index),
-            )
-        });
-        media.tracks_expected = expected.map(u64::from).sum();
-        media.tracks_live = distinct.len() as u64;
+        (media.tracks_expected, media.tracks_live) = (tracks_expected, tracks_live);
     }
 }
 
-/// Tracks that a participant ought to have received: those of the plan, and more where its layout
-/// had room for others later.
-pub(super) fn expected_tracks(
-    plan: &Plan,
-    lost: &LostPublishers,
-    participant: &ParticipantPlan,
-    kind: Kind,
-    ended: Option<&Ended>,
-) -> u32 {
+/// Tracks that a participant ought to have received: those that it was owed, and more where its
+/// layout had room for others later.
+pub(super) fn expected_tracks(owed: &OwedTracks, kind: Kind, ended: Option<&Ended>) -> u32 {
     let shown = ended
         .filter(|_| kind == Kind::Video)
         .map_or(0, |ended| ended.video_shown);
-    plan.expected_tracks(participant, kind, lost).max(shown)
+    owed.count.max(shown)
 }
 
 /// States how many frames ought to have been timed and how many streams heard, so that those that
@@ -94,8 +78,9 @@ pub(super) struct Joins {
 }
 
 impl Joins {
-    pub fn add(&mut self, plan: &Plan, lost: &LostPublishers, participant: &ParticipantPlan) {
-        let tracks = KINDS.map(|kind| u64::from(plan.expected_tracks(participant, kind, lost)));
+    /// One that is to join at that time, or is there.
+    pub fn add(&mut self, dues: &Dues<'_>, participant: &ParticipantPlan, since: Time) {
+        let tracks = KINDS.map(|kind| u64::from(dues.of(participant, kind, since).count));
         self.count += 1;
         self.receivers += u32::from(tracks != [0, 0]);
         (0..2).for_each(|kind| self.tracks[kind] += tracks[kind]);
@@ -159,12 +144,12 @@ pub(super) fn state_of_all(step: &mut Record, all: &Record) {
 }
 
 /// What a participant received of one kind of media, over all its connections. Tracks of those who
-/// are lost, by index, do not stand for others.
+/// owe it none, by index, do not stand for others.
 pub fn quality(
     peers: &[&PeerOutcome],
     kind: Kind,
     tracks_expected: u32,
-    is_lost: impl Fn(u32) -> bool,
+    is_owed: impl Fn(u32) -> bool,
 ) -> MediaQuality {
     let mut quality = MediaQuality {
         tracks_expected: tracks_expected.into(),
@@ -181,7 +166,7 @@ pub fn quality(
         live.extend(
             stream
                 .origin
-                .filter(|origin| stream.live && !is_lost(origin.publisher)),
+                .filter(|origin| stream.live && is_owed(origin.publisher)),
         );
         quality.packets_received += stream.counts.received;
         quality.packets_lost_network += stream.counts.lost_network;

@@ -56,11 +56,23 @@ pub(super) struct SessionBook {
     pub server_version: Option<String>,
     pub embedded_sfu: bool,
     pub failures: BTreeMap<String, u64>,
+    /// Why joins were tried again, and what else the server refused.
+    retried: BTreeMap<String, u64>,
+    refused: BTreeMap<String, u64>,
+    /// Those who lost their connection and came back, by whether they resumed their session and
+    /// why they had lost it.
+    back: BTreeMap<(bool, String), CameBack>,
     /// Why media did not go over UDP, and of how many participants.
     fallbacks: BTreeMap<String, u64>,
     pub ended: BTreeMap<u32, Ended>,
     /// Earlier visits of those who have come again.
     pub earlier: BTreeMap<u32, Ended>,
+}
+
+#[derive(Default)]
+struct CameBack {
+    count: u64,
+    longest: Duration,
 }
 
 impl Books {
@@ -121,19 +133,21 @@ impl Books {
             Notice::JoinFailed {
                 reason, kept_out, ..
             } => self.note_join_failed(&reason, kept_out),
-            Notice::HeldBack { reason } => {
-                *self.sessions.held_back.entry(reason).or_default() += 1;
+            Notice::HeldBack { reason } => self.sessions.note_held_back(reason),
+            Notice::JoinRetried { reason } => {
+                session.joins_retried += 1;
+                self.sessions.note_retry(reason);
             }
-            Notice::JoinRetried => session.joins_retried += 1,
             Notice::Reconnected {
                 index,
                 after,
                 resumed,
+                why,
             } => {
-                self.sessions.present.insert(index);
                 if !resumed {
                     self.presence.note_back(index, now);
                 }
+                self.sessions.note_back(index, resumed, why, after);
                 session.reconnects_ok += 1;
                 session.reconnect.record(after);
             }
@@ -152,10 +166,10 @@ impl Books {
                 return Some(index);
             }
             Notice::SignalMalformed => session.signal_malformed += 1,
-            Notice::TrackLost { index, kind, at } => {
-                self.presence.note_track_lost(index, kind, at);
-                return Some(index);
-            }
+            moderation @ (Notice::TrackLost { .. }
+            | Notice::MutedByServer { .. }
+            | Notice::Harmed { .. }
+            | Notice::Refused { .. }) => return self.take_moderation(moderation),
             Notice::SignalRtt(rtt) => session.rtt_signal.record(rtt),
             Notice::SpeakersChanged => session.speaker_updates += 1,
             Notice::Server {
@@ -166,6 +180,36 @@ impl Books {
                 self.sessions.embedded_sfu = embedded_sfu;
             }
             Notice::Ended(ended) => self.sessions.note_end(*ended),
+        }
+        None
+    }
+
+    /// What the server has done to somebody who is in. Returns who is not what the plan says.
+    fn take_moderation(&mut self, notice: Notice) -> Option<u32> {
+        match notice {
+            Notice::TrackLost {
+                index,
+                kind,
+                at,
+                story,
+            } => {
+                self.presence.note_track_lost(index, kind, at, story);
+                return Some(index);
+            }
+            Notice::MutedByServer {
+                index,
+                kind,
+                muted,
+                at,
+            } => self.presence.note_muted(index, kind, muted, at),
+            Notice::Harmed { index, at, story } => {
+                self.presence.note_harmed(index, at, story);
+                return Some(index);
+            }
+            Notice::Refused { reason } => {
+                *self.sessions.refused.entry(reason).or_default() += 1;
+            }
+            _ => {}
         }
         None
     }
@@ -232,8 +276,44 @@ impl SessionBook {
         ))
     }
 
+    /// What was no reason to fail, and is worth knowing.
+    pub fn notes(&self, session: &Session) -> Vec<String> {
+        let path = self.path_notes(session);
+        let trouble = self.trouble_notes().into_iter();
+        path.chain(trouble).chain(self.limit_notes()).collect()
+    }
+
+    /// What went wrong on the way and was got over.
+    fn trouble_notes(&self) -> Vec<String> {
+        let retried = self.retried.iter().map(|(why, count)| {
+            let joins = if *count == 1 {
+                "1 join was".to_owned()
+            } else {
+                format!("{} joins were", words::number(*count))
+            };
+            format!("{joins} tried again: {why}")
+        });
+        let back = self.back.iter().map(|((resumed, why), back)| {
+            let how = if *resumed {
+                "resumed the session"
+            } else {
+                "joined anew"
+            };
+            format!(
+                "{}: connection lost ({why}), then {how}, after {:.1} s at most",
+                words::count(back.count, "time"),
+                back.longest.as_secs_f64()
+            )
+        });
+        let refused = self
+            .refused
+            .iter()
+            .map(|(why, count)| format!("{}: {why}", words::count(*count, "time")));
+        retried.chain(back).chain(refused).collect()
+    }
+
     /// What limits there were to joins.
-    pub fn limit_notes(&self) -> impl Iterator<Item = String> {
+    fn limit_notes(&self) -> impl Iterator<Item = String> {
         self.held_back.iter().map(|(why, count)| {
             format!(
                 "{} told to come back later, and did (each join counts from when it was intended): {why}",
@@ -265,6 +345,21 @@ impl SessionBook {
         }
     }
 
+    fn note_back(&mut self, index: u32, resumed: bool, why: String, after: Duration) {
+        self.present.insert(index);
+        let back = self.back.entry((resumed, why)).or_default();
+        back.count += 1;
+        back.longest = back.longest.max(after);
+    }
+
+    fn note_held_back(&mut self, reason: String) {
+        *self.held_back.entry(reason).or_default() += 1;
+    }
+
+    fn note_retry(&mut self, reason: String) {
+        *self.retried.entry(reason).or_default() += 1;
+    }
+
     fn note_failure(&mut self, why: String) {
         *self.failures.entry(why).or_default() += 1;
     }
@@ -275,7 +370,7 @@ impl SessionBook {
     }
 
     /// What media met on its way: datagrams that were not sent, and who did not go over UDP.
-    pub fn path_notes(&self, session: &Session) -> impl Iterator<Item = String> + '_ {
+    fn path_notes(&self, session: &Session) -> impl Iterator<Item = String> + '_ {
         let fallbacks = self.fallbacks.iter().map(|(why, count)| {
             let people = if *count == 1 {
                 "participant"

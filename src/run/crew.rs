@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
+use super::dues::Dues;
 use super::threads::Home;
 use super::{Clips, Test};
 use crate::engine::{ShardCommand, ShardConfig};
 use crate::measure::Kind;
 use crate::path::Routes;
-use crate::plan::{ConnectionMode, ParticipantPlan, Plan, Subscribers};
+use crate::plan::{ConnectionMode, ParticipantPlan, Plan, Span, Subscribers};
 use crate::preflight;
 use crate::signal::session::{
     self, Media, Notice, Request, Sections, SessionContext, ShardPlace, TakingTurns,
@@ -142,22 +143,41 @@ impl Test<'_> {
         let Some(context) = self.crew.context.clone() else {
             return;
         };
-        let entrances = (0..).zip(joining);
-        let entrances =
-            entrances.map(|(place, position)| self.entrance(position, pace.moment(place)));
-        let entrances: Vec<Entrance> = entrances.collect();
+        let joining = (0..).zip(joining);
+        let joining: Vec<(u32, Time)> = joining
+            .map(|(place, position)| (position, pace.moment(place)))
+            .collect();
+        for (position, intended) in &joining {
+            let participant = self.plan.participant(*position);
+            self.books.presence.invite(&participant, *intended);
+        }
+        // What each is owed follows from when all of them are to be there.
+        self.expect(&joining);
+        let entrances = joining.into_iter();
+        let entrances: Vec<Entrance> = entrances
+            .map(|(position, intended)| self.entrance(position, intended))
+            .collect();
         let leave = self.crew.leave.subscribe();
         tokio::spawn(let_in(context, entrances, leave));
+    }
+
+    /// Notes what the joins of those at these positions are to bring.
+    fn expect(&mut self, joining: &[(u32, Time)]) {
+        let books = &mut self.books;
+        let window = Span::since(Time::ZERO);
+        let dues = Dues::within(self.plan, &books.presence.book, window);
+        for (position, intended) in joining {
+            let participant = self.plan.participant(*position);
+            books.joins_new.add(&dues, &participant, *intended);
+            books.joins_all.add(&dues, &participant, *intended);
+        }
     }
 
     /// Notes that a participant is to join.
     fn entrance(&mut self, position: u32, intended: Time) -> Entrance {
         let participant = self.plan.participant(position);
         let books = &mut self.books;
-        books.joins_new.add(self.plan, &self.lost, &participant);
-        books.joins_all.add(self.plan, &self.lost, &participant);
         books.sessions.come(participant.index);
-        books.presence.invite(&participant, intended);
         let (sender, requests) = mpsc::unbounded_channel();
         self.crew.requests.insert(participant.index, sender);
         let [audio, video] =

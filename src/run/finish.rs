@@ -7,6 +7,7 @@ use super::account::{
     expect_frames, expect_joins, expected_tracks, quality, state_of_all, state_tracks,
 };
 use super::books::Books;
+use super::dues::Dues;
 use super::stages::TierHold;
 use super::{RunSpec, Test, lead, unix_now};
 use crate::engine::PeerOutcome;
@@ -14,6 +15,7 @@ use crate::engine::health;
 use crate::measure::second::HostDrops;
 use crate::measure::{JoinTimeline, Kind, Record};
 use crate::net;
+use crate::plan::ParticipantPlan;
 use crate::report::worst::is_healthy;
 use crate::report::{
     EngineHealth, Outcome, ParticipantOutcome, Side, Stall, Step, TargetInfo, TargetKind,
@@ -29,7 +31,7 @@ impl Test<'_> {
         self.books.sessions.join_visits();
         self.books.join_former();
         let participants = self.participant_outcomes(end);
-        self.state_people(&participants);
+        self.state_people(&participants, end);
         let mut steps: Vec<Step> = self.books.tiers.drain(..).map(|tier| tier.step).collect();
         let unmeasured = self.unmeasured(steps.len());
         let mut complaints: Vec<String> = self.stages.abandoned.take().into_iter().collect();
@@ -54,9 +56,9 @@ impl Test<'_> {
             presence,
             ..
         } = self.books;
-        let silence = silence_note(&engine.stalls).into_iter();
-        notes.extend(silence.chain(sessions.path_notes(&record.session)));
-        notes.extend(sessions.limit_notes().chain(run.warnings.iter().cloned()));
+        let muted = presence.mute_notes(|index| self.plan.identity_at(index).unwrap_or_default());
+        notes.extend(silence_note(&engine.stalls));
+        notes.extend([muted, sessions.notes(&record.session), run.warnings.clone()].concat());
         let totals = total(record, presence.ever_count(), end);
         if steps.is_empty() {
             steps.push(totals.clone());
@@ -98,25 +100,32 @@ impl Test<'_> {
     }
 
     /// How many there were, how many fared well, and the tracks that they ought to have had.
-    fn state_people(&mut self, participants: &[ParticipantOutcome]) {
-        // A ramp that ended early never came to the others.
-        let admitted = self.books.presence.ever_count();
+    fn state_people(&mut self, participants: &[ParticipantOutcome], end: Time) {
+        let admitted = self.admitted();
         let max_loss_pct = self.judging.max_loss_pct;
         let healthy = participants
             .iter()
             .filter(|participant| is_healthy(participant, max_loss_pct));
         let session = &mut self.books.record.session;
-        session.participants_total = admitted.into();
+        session.participants_total = admitted.len() as u64;
         session.joins_planned = self.books.joins_all.count.into();
         session.participants_healthy = healthy.count() as u64;
+        let dues = Dues::until(self.plan, &self.books.presence.book, end);
         state_tracks(
             &mut self.books.record,
-            self.plan,
-            &self.lost,
-            admitted,
+            &dues,
+            &admitted,
             &self.books.outcomes,
             &self.books.sessions.ended,
         );
+    }
+
+    /// Who ought to have been in, at one time or another. A ramp that ended early never came to the
+    /// others.
+    fn admitted(&self) -> Vec<ParticipantPlan> {
+        let book = &self.books.presence.book;
+        let all = self.plan.participants();
+        all.filter(|of| book.schedule(of.index).is_some()).collect()
     }
 
     /// Tiers of the plan that the run did not come to.
@@ -229,19 +238,18 @@ impl Test<'_> {
                 .or_default()
                 .push(outcome)
         });
-        let admitted = self.books.presence.ever_count();
-        (0..admitted)
-            .map(|position| {
-                let plan = self.plan.participant(position);
+        let dues = Dues::until(self.plan, &self.books.presence.book, end);
+        let admitted = self.admitted().into_iter();
+        admitted
+            .map(|plan| {
                 let ended = self.books.sessions.ended.get(&plan.index);
                 let peers = by_participant
                     .get(&plan.index)
                     .map_or(&[][..], Vec::as_slice);
                 let fared = |kind| {
-                    let expected = expected_tracks(self.plan, &self.lost, &plan, kind, ended);
-                    quality(peers, kind, expected, |publisher| {
-                        self.lost.has(self.plan, publisher)
-                    })
+                    let owed = dues.of(&plan, kind, Time::ZERO);
+                    let expected = expected_tracks(&owed, kind, ended);
+                    quality(peers, kind, expected, |publisher| owed.has(publisher))
                 };
                 ParticipantOutcome {
                     index: plan.index,

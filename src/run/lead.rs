@@ -58,10 +58,15 @@ pub trait Lead: Send {
         None
     }
 
-    /// Hosts that play a part in the plan and went missing: their publishers are expected by nobody
-    /// any more.
+    /// Hosts that play a part in the plan and went missing: nobody is owed what their publishers do
+    /// not send any more.
     fn missing(&self) -> Vec<u32> {
         Vec::new()
+    }
+
+    /// How long a host is silent before it is missing: since then nobody knows what it sends.
+    fn missing_after(&self) -> Duration {
+        Duration::ZERO
     }
 
     /// The clock of the run.

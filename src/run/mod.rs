@@ -9,6 +9,7 @@ mod books;
 mod clips;
 mod crew;
 mod driver;
+mod dues;
 mod embedded;
 mod finish;
 mod former;
@@ -39,17 +40,18 @@ pub use spec::{Credentials, RunSpec};
 use books::Books;
 use crew::Crew;
 use driver::Driver;
+use dues::Dues;
 use lead::{Alone, Lead};
 use observer::Observer;
 use rooms::RoomsNotMade;
 use search::RunSearch;
-use stages::{Around, Stages};
+use stages::{Around, Stages, UnderWay};
 use tally::Survey;
 use threads::EngineThreads;
 
 use crate::engine::worker::WorkerReport;
 use crate::engine::{Roster, ShardCommand, ShardConfig};
-use crate::plan::{ConnectionMode, LostPublishers, Plan, Resources};
+use crate::plan::{ConnectionMode, Plan, Resources, Span};
 use crate::recording::{Recorder, Recording};
 use crate::report::progress::ProgressSnapshot;
 use crate::report::{Judging, Outcome};
@@ -265,8 +267,8 @@ struct Test<'a> {
     recorder: Option<Recorder>,
     /// The server's own pages, where they were asked for.
     server: Option<PageWatch>,
-    /// Publishers of hosts that went missing.
-    lost: LostPublishers,
+    /// Hosts that went missing.
+    missing: Vec<u32>,
 }
 
 impl<'a> Test<'a> {
@@ -305,7 +307,7 @@ impl<'a> Test<'a> {
             observer,
             recorder,
             server: None,
-            lost: LostPublishers::default(),
+            missing: Vec::new(),
         })
     }
 
@@ -344,7 +346,15 @@ impl<'a> Test<'a> {
         self.question(|| ShardCommand::Survey).await;
         let mut outcomes = std::mem::take(&mut self.books.surveyed);
         outcomes.extend(self.books.former.outcomes().cloned());
-        Survey::new(self.plan, &self.lost, &outcomes, &self.books.presence.book)
+        let book = &self.books.presence.book;
+        // What ended before the tier is not owed in it.
+        let began = self.stages.tier.as_ref().map(UnderWay::began_at);
+        let window = Span {
+            from: began.unwrap_or_default(),
+            to: self.epoch.now(),
+        };
+        let dues = Dues::within(self.plan, book, window);
+        Survey::new(self.plan, &dues, &outcomes, book)
     }
 
     async fn question(&mut self, command: impl Fn() -> ShardCommand) {

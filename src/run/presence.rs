@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 
 use crate::measure::Kind;
-use crate::plan::{Intent, ParticipantPlan, ScheduleBook};
+use crate::plan::{Intent, Member, ParticipantPlan, Plan, Schedule, ScheduleBook};
 use crate::units::Time;
 use crate::words;
 
@@ -22,6 +22,14 @@ pub(super) struct Presence {
     /// Who is intended to be in once all moves that have been decided are done.
     due: BTreeSet<u32>,
     gone: Vec<GoneSource>,
+    muted: Vec<MutedByServer>,
+}
+
+struct MutedByServer {
+    index: u32,
+    kind: Kind,
+    muted: bool,
+    at: Time,
 }
 
 /// A source that ended otherwise than its schedule says.
@@ -45,6 +53,43 @@ impl Presence {
             .filter(|kind| participant.publishes(*kind))
         {
             self.book.intend(index, at, Intent::Publish(kind));
+        }
+    }
+
+    /// The publishers of other hosts are to join.
+    pub fn expect_elsewhere(&mut self, plan: &Plan, at: Time) {
+        for (index, member, _) in sources_elsewhere(plan) {
+            self.book.intend_elsewhere(index, at, Intent::Join);
+            for (publishes, kind) in [
+                (member.publishes_audio, Kind::Audio),
+                (member.publishes_video, Kind::Video),
+            ] {
+                if publishes {
+                    let publish = Intent::Publish(kind);
+                    self.book.intend_elsewhere(index, at, publish);
+                }
+            }
+        }
+    }
+
+    /// Other hosts went missing, or are there again: which were missing and which are. Those that
+    /// went missing are silent since `silent_since`.
+    pub fn note_missing(
+        &mut self,
+        plan: &Plan,
+        [before, missing]: [&[u32]; 2],
+        silent_since: Time,
+        now: Time,
+    ) {
+        let is_among = |hosts: &[u32], host: usize| hosts.contains(&(host as u32));
+        for (index, _, host) in sources_elsewhere(plan) {
+            match (is_among(before, host), is_among(missing, host)) {
+                (false, true) => self
+                    .book
+                    .intend_elsewhere(index, silent_since, Intent::Leave),
+                (true, false) => self.book.intend_elsewhere(index, now, Intent::Join),
+                (true, true) | (false, false) => {}
+            }
         }
     }
 
@@ -79,17 +124,61 @@ impl Presence {
         }
     }
 
-    /// The server has taken one track out of the room.
-    pub fn note_track_lost(&mut self, index: u32, kind: Kind, at: Time) {
+    /// The server has taken one track out of the room, or never let it in.
+    pub fn note_track_lost(&mut self, index: u32, kind: Kind, at: Time, story: String) {
         if self.sends(index, kind, at) {
-            let name = if kind == Kind::Audio {
-                "audio"
-            } else {
-                "video"
-            };
-            let story = format!("lost its {name} track: the server unpublished it");
             self.add(index, at, story);
         }
+    }
+
+    /// The server has muted a track, or unmuted it: meanwhile nothing is intended to be sent.
+    pub fn note_muted(&mut self, index: u32, kind: Kind, muted: bool, at: Time) {
+        let intent = if muted {
+            Intent::Mute(kind)
+        } else {
+            Intent::Unmute(kind)
+        };
+        self.book.intend(index, at, intent);
+        self.muted.push(MutedByServer {
+            index,
+            kind,
+            muted,
+            at,
+        });
+    }
+
+    /// The server has made a participant something else than the plan says.
+    pub fn note_harmed(&mut self, index: u32, at: Time, story: String) {
+        if self.book.is_due(index, at) {
+            self.add(index, at, story);
+        }
+    }
+
+    /// What the server muted, and unmuted again.
+    pub fn mute_notes(&self, identity: impl Fn(u32) -> String) -> Vec<String> {
+        let mut notes: Vec<String> = Vec::new();
+        for change in self.muted.iter().take(NAMED_MAX) {
+            let what = if change.muted { "muted" } else { "unmuted" };
+            notes.push(format!(
+                "the server {what} the {} track of {} {:.1} s into the run: {}",
+                change.kind.name(),
+                identity(change.index),
+                change.at.since(Time::ZERO).as_secs_f64(),
+                if change.muted {
+                    "somebody asked it to; it sent nothing from then on, and nothing was owed"
+                } else {
+                    "it sends again"
+                },
+            ));
+        }
+        let others = self.muted.len().saturating_sub(NAMED_MAX);
+        if others > 0 {
+            notes.push(format!(
+                "the server muted or unmuted tracks {} more",
+                words::count(others as u64, "time")
+            ));
+        }
+        notes
     }
 
     fn add(&mut self, index: u32, at: Time, story: String) {
@@ -107,6 +196,19 @@ impl Presence {
         gone.for_each(|gone| {
             gone.back_at.get_or_insert(at);
         });
+    }
+
+    fn role(&self, index: u32) -> &'static str {
+        let publishes = |schedule: &Schedule| {
+            let mut moments = schedule.moments().iter();
+            moments.any(|(_, intent)| matches!(intent, Intent::Publish(_)))
+        };
+        let schedule = self.book.schedule(index);
+        if schedule.is_some_and(publishes) {
+            "publisher"
+        } else {
+            "subscriber"
+        }
     }
 
     fn sends(&self, index: u32, kind: Kind, at: Time) -> bool {
@@ -149,7 +251,8 @@ impl Presence {
             .gone_at(until)
             .map(|gone| {
                 format!(
-                    "publisher {} {} {} into the run, {} before {what} ended it",
+                    "{} {} {} {} into the run, {} before {what} ended it",
+                    self.role(gone.index),
                     identity(gone.index),
                     gone.story,
                     seconds(gone.at.since(Time::ZERO)),
@@ -162,11 +265,18 @@ impl Presence {
             named.truncate(NAMED_MAX);
             named.push(format!(
                 "{} more were gone, too",
-                words::count(others as u64, "publisher")
+                words::count(others as u64, "participant")
             ));
         }
         named
     }
+}
+
+/// Publishers of other hosts: index, and who plays them.
+fn sources_elsewhere(plan: &Plan) -> impl Iterator<Item = (u32, Member, usize)> + '_ {
+    let everybody = (0..).zip(plan.everybody());
+    let sources = everybody.filter(|(_, of)| of.publishes_audio || of.publishes_video);
+    sources.filter_map(|(index, of)| Some((index, of, of.elsewhere?)))
 }
 
 #[cfg(test)]
@@ -199,12 +309,37 @@ mod tests {
         })
     }
 
+    fn unpublished(kind: &str) -> String {
+        format!("lost its {kind} track: the server unpublished it")
+    }
+
+    #[test]
+    fn who_is_muted_by_the_server_owes_nothing_meanwhile_and_is_named() {
+        let mut presence = Presence::default();
+        presence.invite(&publisher(0), at(0));
+        presence.note_muted(0, Kind::Audio, true, at(6));
+        presence.note_muted(0, Kind::Audio, false, at(9));
+        let sending = presence.book.schedule(0).unwrap().sending(Kind::Audio);
+        assert_eq!(
+            [5, 6, 8, 9].map(|second| sending.contains(at(second))),
+            [true, false, false, true]
+        );
+        assert_eq!(told(&presence, 15), Vec::<String>::new());
+        assert_eq!(
+            presence.mute_notes(|index| format!("p-{index}")),
+            [
+                "the server muted the audio track of p-0 6.0 s into the run: somebody asked it to; it sent nothing from then on, and nothing was owed",
+                "the server unmuted the audio track of p-0 9.0 s into the run: it sends again"
+            ]
+        );
+    }
+
     #[test]
     fn a_source_that_is_gone_is_named_with_its_moment_and_the_servers_words() {
         let mut presence = Presence::default();
         (0..2).for_each(|index| presence.invite(&publisher(index), at(0)));
         presence.note_lost(0, at(6), "", Some("PARTICIPANT_REMOVED"));
-        presence.note_track_lost(1, Kind::Video, at(7));
+        presence.note_track_lost(1, Kind::Video, at(7), unpublished("video"));
         assert_eq!(
             told(&presence, 15),
             [
@@ -212,7 +347,7 @@ mod tests {
             ],
             "the other one publishes no video"
         );
-        presence.note_track_lost(1, Kind::Audio, at(7));
+        presence.note_track_lost(1, Kind::Audio, at(7), unpublished("audio"));
         assert!(told(&presence, 15)[1].starts_with(
             "publisher p-1 lost its audio track: the server unpublished it 7.0 s into the run"
         ));

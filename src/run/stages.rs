@@ -4,13 +4,14 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::account::Joins;
+use super::dues::Dues;
 use super::interrupts::Interrupts;
 use super::lead::{FinishedTier, Lead, LeadStep, Observation, RunStage, TierPlan, TierSeen};
 use super::tally::{GRACE, Stay, Survey, Tally, so_far};
 use super::{BEAT, DRAIN, PROGRESS_INTERVAL, Test};
 use crate::engine::ShardCommand;
 use crate::measure::{Histogram, Record};
-use crate::plan::{LostPublishers, Subscribers};
+use crate::plan::{Span, Subscribers};
 use crate::report::progress::ProgressSnapshot;
 use crate::report::watch::ThresholdWatch;
 use crate::report::{Step, TierFacts, judge};
@@ -45,6 +46,12 @@ pub(super) struct UnderWay {
     /// Where others leave.
     stay: Option<Stay>,
     hold: Option<TierHold>,
+}
+
+impl UnderWay {
+    pub fn began_at(&self) -> Time {
+        self.began_at
+    }
 }
 
 /// From when on a tier is measured, and the run's record and survey then.
@@ -142,7 +149,10 @@ impl Test<'_> {
         &mut self,
         around: &mut Around<'_, L, P>,
     ) -> bool {
-        self.stages.next_join_at = self.epoch.now() + FIRST_JOIN_DELAY;
+        let first_join_at = self.epoch.now() + FIRST_JOIN_DELAY;
+        self.stages.next_join_at = first_join_at;
+        let presence = &mut self.books.presence;
+        presence.expect_elsewhere(self.plan, first_join_at);
         self.admit(Subscribers::Total(0), None, None);
         self.observe(around);
         if !around.lead.waits_for_publishers() {
@@ -268,11 +278,13 @@ impl Test<'_> {
     /// That there ought to be, to audio and to video.
     fn subscriptions(&self) -> [u64; 2] {
         let mut all = Joins::default();
-        let due = self.books.presence.due();
+        let presence = &self.books.presence;
+        let now = self.epoch.now();
+        let dues = Dues::within(self.plan, &presence.book, Span::since(now));
         self.plan
             .participants()
-            .filter(|participant| due.contains(&participant.index))
-            .for_each(|participant| all.add(self.plan, &self.lost, &participant));
+            .filter(|participant| presence.due().contains(&participant.index))
+            .for_each(|participant| all.add(&dues, &participant, now));
         all.tracks
     }
 
@@ -641,8 +653,11 @@ impl Test<'_> {
         if now >= self.books.second.due {
             self.close_second(now);
             let missing = around.lead.missing();
-            if missing != self.lost.hosts() {
-                self.lost = LostPublishers::new(self.plan, missing);
+            if missing != self.missing {
+                let silent_since = now - around.lead.missing_after();
+                let presence = &mut self.books.presence;
+                presence.note_missing(self.plan, [&self.missing, &missing], silent_since, now);
+                self.missing = missing;
             }
             self.watch(now);
             self.observe(around);

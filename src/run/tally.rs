@@ -10,9 +10,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::account::{Joins, expect_joins, quality};
+use super::dues::Dues;
 use crate::engine::PeerOutcome;
 use crate::measure::{JoinTimeline, Kind, Media, Record};
-use crate::plan::{LostPublishers, Plan, ScheduleBook};
+use crate::plan::{Plan, ScheduleBook};
 use crate::report::worst::is_healthy;
 use crate::report::{MediaQuality, ParticipantOutcome};
 use crate::units::Time;
@@ -43,7 +44,7 @@ impl Survey {
     /// `book` says when each participant was last to join: what went live before that is not live.
     pub fn new(
         plan: &Plan,
-        lost: &LostPublishers,
+        dues: &Dues<'_>,
         outcomes: &[PeerOutcome],
         book: &ScheduleBook,
     ) -> Survey {
@@ -62,16 +63,17 @@ impl Survey {
                 .copied()
                 .filter(|peer| peer.intended_at >= visit)
                 .collect();
-            let is_lost = |publisher| lost.has(plan, publisher);
             let fares = |kind| {
-                let expected = plan.expected_tracks(&participant, kind, lost);
+                let owed = dues.of(&participant, kind, visit);
+                let expected = owed.count;
+                let is_owed = |publisher| owed.has(publisher);
                 MediaQuality {
                     // Where a layout has room for a part of them, others than at first may have
                     // come, too.
-                    tracks_live: quality(&here, kind, expected, is_lost)
+                    tracks_live: quality(&here, kind, expected, is_owed)
                         .tracks_live
                         .min(expected.into()),
-                    ..quality(&all, kind, expected, is_lost)
+                    ..quality(&all, kind, expected, is_owed)
                 }
             };
             let overdue = [Kind::Audio, Kind::Video].map(|kind| {

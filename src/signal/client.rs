@@ -621,6 +621,21 @@ pub enum SignalEvent {
     },
     /// Who began to speak, became louder or stopped.
     SpeakersChanged(Vec<proto::SpeakerInfo>),
+    /// The server mutes one of our tracks, or unmutes it.
+    Mute {
+        track_sid: String,
+        muted: bool,
+    },
+    /// Participants that changed, unread: [`permission_of`] looks for one of them.
+    ParticipantUpdate(Bytes),
+    /// What became of a request of ours that was not simply granted.
+    RequestResponse(Box<proto::RequestResponse>),
+    /// A track that we are to get cannot be given to us.
+    SubscriptionResponse {
+        track_sid: String,
+        error: proto::SubscriptionError,
+    },
+    RoomMoved(RoomMoved),
     /// A kind that a participant does not act on, unread: `SignalResponse`'s field number, and the
     /// length in bytes.
     Ignored {
@@ -637,6 +652,15 @@ pub enum SignalEvent {
         code: Option<u16>,
         reason: String,
     },
+}
+
+/// The server moved us to another room, where we go on under another name of the session.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RoomMoved {
+    pub room: String,
+    /// For a resume there.
+    pub token: Secret,
+    pub participant_sid: String,
 }
 
 /// A session description and its number.
@@ -746,7 +770,9 @@ mod response {
     pub const OFFER: u32 = 3;
     pub const TRICKLE: u32 = 4;
     pub const TRACK_PUBLISHED: u32 = 6;
+    pub const UPDATE: u32 = 5;
     pub const LEAVE: u32 = 8;
+    pub const MUTE: u32 = 9;
     pub const SPEAKERS_CHANGED: u32 = 10;
     pub const STREAM_STATE_UPDATE: u32 = 13;
     pub const SUBSCRIBED_QUALITY_UPDATE: u32 = 14;
@@ -754,13 +780,21 @@ mod response {
     pub const TRACK_UNPUBLISHED: u32 = 17;
     pub const RECONNECT: u32 = 19;
     pub const PONG_RESP: u32 = 20;
+    pub const SUBSCRIPTION_RESPONSE: u32 = 21;
+    pub const REQUEST_RESPONSE: u32 = 22;
+    pub const ROOM_MOVED: u32 = 24;
     pub const MEDIA_SECTIONS_REQUIREMENT: u32 = 25;
 
     /// What is decoded whole and may hold lists of messages.
     pub const fn has_lists(kind: u32) -> bool {
         matches!(
             kind,
-            TRACK_PUBLISHED | LEAVE | SPEAKERS_CHANGED | SUBSCRIBED_QUALITY_UPDATE | RECONNECT
+            TRACK_PUBLISHED
+                | LEAVE
+                | SPEAKERS_CHANGED
+                | SUBSCRIBED_QUALITY_UPDATE
+                | RECONNECT
+                | REQUEST_RESPONSE
         )
     }
 }
@@ -818,11 +852,6 @@ impl SignalEvent {
                     track: Box::new(published.track?),
                 }
             }
-            response::TRACK_UNPUBLISHED => SignalEvent::TrackUnpublished {
-                track_sid: proto::TrackUnpublishedResponse::decode(body)
-                    .ok()?
-                    .track_sid,
-            },
             response::LEAVE => SignalEvent::Leave(Leave::decode(body)?),
             response::SPEAKERS_CHANGED => {
                 SignalEvent::SpeakersChanged(proto::SpeakersChanged::decode(body).ok()?.speakers)
@@ -854,6 +883,37 @@ impl SignalEvent {
                     video: sections.num_videos,
                 }
             }
+            _ => return SignalEvent::decode_moderation(kind, body, message),
+        })
+    }
+
+    /// What the server does to a participant that is in.
+    fn decode_moderation(kind: u32, body: &[u8], message: &Bytes) -> Option<SignalEvent> {
+        Some(match kind {
+            response::TRACK_UNPUBLISHED => SignalEvent::TrackUnpublished {
+                track_sid: proto::TrackUnpublishedResponse::decode(body)
+                    .ok()?
+                    .track_sid,
+            },
+            response::MUTE => {
+                let mute = proto::MuteTrackRequest::decode(body).ok()?;
+                SignalEvent::Mute {
+                    track_sid: mute.sid,
+                    muted: mute.muted,
+                }
+            }
+            response::UPDATE => SignalEvent::ParticipantUpdate(message.slice_ref(body)),
+            response::REQUEST_RESPONSE => {
+                SignalEvent::RequestResponse(Box::new(proto::RequestResponse::decode(body).ok()?))
+            }
+            response::SUBSCRIPTION_RESPONSE => {
+                let response = proto::SubscriptionResponse::decode(body).ok()?;
+                SignalEvent::SubscriptionResponse {
+                    error: response.err(),
+                    track_sid: response.track_sid,
+                }
+            }
+            response::ROOM_MOVED => SignalEvent::RoomMoved(RoomMoved::decode(body)?),
             _ => SignalEvent::Ignored {
                 kind,
                 len: message.len(),
@@ -880,6 +940,46 @@ impl Description {
         Some(Description {
             sdp: sdp.to_owned(),
             id: rest.id,
+        })
+    }
+}
+
+/// What one participant may do, of an update of the server; `None` where it does not say.
+pub fn permission_of(
+    participant_sid: &str,
+    update: &[u8],
+) -> Option<Box<proto::ParticipantPermission>> {
+    const PARTICIPANTS: u32 = 1;
+    const SID: u32 = 1;
+    const PERMISSION: u32 = 11;
+    let participants = Fields(update).map_while(Result::ok);
+    let mut participants = participants
+        .filter(|field| field.number == PARTICIPANTS)
+        .filter_map(|field| field.bytes);
+    let own = participants.find(|info| first(info, SID) == Some(participant_sid.as_bytes()))?;
+    let permission = proto::ParticipantPermission::decode(first(own, PERMISSION)?).ok()?;
+    Some(Box::new(permission))
+}
+
+/// The content of the first field of that number.
+fn first(message: &[u8], number: u32) -> Option<&[u8]> {
+    let mut fields = Fields(message).map_while(Result::ok);
+    fields.find(|field| field.number == number)?.bytes
+}
+
+impl RoomMoved {
+    /// Of the other participants nothing is read: they are as many as the room has.
+    fn decode(body: &[u8]) -> Option<RoomMoved> {
+        const ROOM: u32 = 1;
+        const ROOM_NAME: u32 = 2;
+        const TOKEN: u32 = 2;
+        const PARTICIPANT: u32 = 3;
+        const PARTICIPANT_SID: u32 = 1;
+        let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
+        Some(RoomMoved {
+            room: text(first(first(body, ROOM)?, ROOM_NAME)?)?,
+            token: Secret::new(&text(first(body, TOKEN)?)?),
+            participant_sid: text(first(first(body, PARTICIPANT)?, PARTICIPANT_SID)?)?,
         })
     }
 }

@@ -10,6 +10,7 @@
 //! it lacks more.
 
 mod failure;
+mod moderation;
 mod pace;
 mod peers;
 mod reconnect;
@@ -44,6 +45,7 @@ use crate::engine::{
 use crate::measure::{JoinTimeline, Kind};
 use crate::path::{Routes, Via};
 use crate::plan::{MediaTransport, ParticipantPlan, VideoSpec, ViewLayout};
+use crate::secrets::Secret;
 use crate::transport::peer::PeerFailure;
 use crate::transport::sdp::{
     Answerer, Capabilities, DtlsSetup, Fingerprint, Offerer, RemoteTrack, RemoteTransport, Trickled,
@@ -159,7 +161,9 @@ pub enum Notice {
         reason: String,
     },
     /// A failed join is tried again.
-    JoinRetried,
+    JoinRetried {
+        reason: String,
+    },
     /// Was in, and was thrown out or lost its connection for good; it may come back by joining
     /// anew.
     Disconnected {
@@ -170,11 +174,31 @@ pub enum Notice {
         /// `PARTICIPANT_REMOVED`.
         server_reason: Option<&'static str>,
     },
-    /// The server took one of its tracks out of the room; the participant is still in.
+    /// The server took one of its tracks out of the room, or never let it in; the participant is
+    /// still in.
     TrackLost {
         index: u32,
         kind: Kind,
         at: Time,
+        /// What happened: `lost its audio track: the server unpublished it`.
+        story: String,
+    },
+    /// The server has muted one of its tracks, or unmuted it.
+    MutedByServer {
+        index: u32,
+        kind: Kind,
+        muted: bool,
+        at: Time,
+    },
+    /// The server has made it something else than the plan says: `lost its right to subscribe: ..`.
+    Harmed {
+        index: u32,
+        at: Time,
+        story: String,
+    },
+    /// The server refused something that does not end the participant.
+    Refused {
+        reason: String,
     },
     /// Was in, lost its connection and has it again, so long after: the old session, or a new one
     /// after [`Notice::Disconnected`].
@@ -182,6 +206,8 @@ pub enum Notice {
         index: u32,
         after: Duration,
         resumed: bool,
+        /// Why it had lost its connection.
+        why: String,
     },
     /// Has tried to come back, and given up.
     ReconnectFailed {
@@ -281,6 +307,8 @@ struct Session {
     /// What the server calls this session, to resume it.
     sid: String,
     join_retries: u32,
+    /// Why the first attempt to join failed.
+    first_failure: Option<String>,
     lost: Option<Lost>,
     /// It was asked to leave, and does at this time.
     leaves_at: Option<Time>,
@@ -296,6 +324,10 @@ struct Session {
     /// An answer and its number, until the shard has restarted ICE.
     held_answer: Option<(String, u32)>,
     tracks: Vec<SessionTrack>,
+    /// The server has taken away the right to.
+    may_not_subscribe: bool,
+    /// What the server gave last, for a resume and for joining anew.
+    fresh_token: Option<Secret>,
     /// Of the server's, in this session.
     tracks_ever: usize,
     viewer: Viewer,
@@ -418,6 +450,7 @@ impl Session {
             joined: false,
             sid: String::new(),
             join_retries: 0,
+            first_failure: None,
             lost: None,
             leaves_at: None,
             back: None,
@@ -437,6 +470,8 @@ impl Session {
             answerer: Answerer::new(Capabilities::SUBSCRIBER),
             held_answer: None,
             tracks,
+            may_not_subscribe: false,
+            fresh_token: None,
             tracks_ever: 0,
             viewer: Viewer::new(context.layout, context.video_layers.clone()),
             local_ip: None,
@@ -493,7 +528,11 @@ impl Session {
                 why = failure.reason,
                 restart_ice, "lost its signalling connection, and resumes"
             );
-            self.lost = Some(Lost::at(self.context.epoch.now(), self.back));
+            self.lost = Some(Lost::at(
+                self.context.epoch.now(),
+                self.back,
+                &failure.reason,
+            ));
             signal = tokio::select! {
                 resumed = self.resume(failure, restart_ice) => resumed?,
                 () = leaving(&mut leave) => return Ok(()),
@@ -669,11 +708,7 @@ impl Session {
         };
         let context = self.context.clone();
         let deadline = DialDeadline::after(timeout);
-        let asking = context
-            .access
-            .join_token(&self.plan, &self.room, permissions);
-        let token = tokio::time::timeout(timeout, asking).await;
-        let token = token.map_err(|_| SignalError::NoTokenInTime { after: timeout })??;
+        let token = self.token(permissions, timeout).await?;
         let dialled = Box::pin(Dialled::dial(&context.endpoint, deadline)).await?;
         if !resume {
             self.local_ip = Some(dialled.local_ip);
@@ -703,6 +738,21 @@ impl Session {
         Ok(Signal::new(sender, receiver, now))
     }
 
+    /// What it shows to get in: what the server gave it last, or what the run has for it.
+    async fn token(
+        &self,
+        permissions: Permissions,
+        timeout: Duration,
+    ) -> Result<Secret, SessionFailure> {
+        if let Some(token) = &self.fresh_token {
+            return Ok(token.clone());
+        }
+        let access = &self.context.access;
+        let asking = access.join_token(&self.plan, &self.room, permissions);
+        let token = tokio::time::timeout(timeout, asking).await;
+        Ok(token.map_err(|_| SignalError::NoTokenInTime { after: timeout })??)
+    }
+
     async fn handle_signal(
         &mut self,
         event: SignalEvent,
@@ -714,10 +764,6 @@ impl Session {
             SignalEvent::TrackPublished { cid, track } => {
                 self.handle_track_published(&cid, track, &mut signal.sender)
                     .await
-            }
-            SignalEvent::TrackUnpublished { track_sid } => {
-                self.handle_track_unpublished(&track_sid);
-                Ok(())
             }
             SignalEvent::Offer(offer) => {
                 trace!(bytes = offer.sdp.len(), "the server's offer");
@@ -760,7 +806,7 @@ impl Session {
             SignalEvent::Leave(leave) => Err(self.ended_by_server(&leave)),
             SignalEvent::Malformed { kind, .. } => self.handle_malformed(kind),
             SignalEvent::Closed { reason, .. } => Err(closed_by_server(&reason)),
-            _ => Ok(()),
+            other => self.handle_moderation(other, &mut signal.sender).await,
         }
     }
 
@@ -826,34 +872,22 @@ impl Session {
         if let Some(track) = self.tracks.iter_mut().find(|track| track.local.cid == cid) {
             track.info = Some(info);
         }
-        if self.offering.id > 0 || !self.tracks.iter().all(|track| track.info.is_some()) {
+        self.offer_tracks(sender).await
+    }
+
+    /// The first offer, where it has not gone out and every track is taken or refused.
+    async fn offer_tracks(&mut self, sender: &mut SignalSender) -> Result<(), SessionFailure> {
+        let is_settled = |track: &SessionTrack| track.info.is_some() || track.is_refused;
+        if self.offering.id > 0 || !self.tracks.iter().all(is_settled) {
             return Ok(());
+        }
+        if self.tracks.iter().all(|track| track.is_refused) {
+            // Nothing is left to send.
+            self.publisher.wanted = false;
+            return self.check_joined();
         }
         let (offer, id) = self.next_offer()?;
         Ok(sender.offer(offer, id).await?)
-    }
-
-    /// The server has taken a track of ours out of the room: the right to publish was withdrawn. It
-    /// stops, as a client's does.
-    fn handle_track_unpublished(&mut self, sid: &str) {
-        let Some(kind) = self
-            .tracks
-            .iter()
-            .find(|track| track.sid() == Some(sid))
-            .map(SessionTrack::kind)
-        else {
-            return;
-        };
-        warn!(?kind, "the server took a track of it out of the room");
-        self.command(ShardCommand::LoseTrack {
-            key: self.place.key,
-            track: track_number(kind),
-        });
-        self.notify(Notice::TrackLost {
-            index: self.plan.index,
-            kind,
-            at: self.context.epoch.now(),
-        });
     }
 
     /// What the join itself says where there is one connection: all our tracks, and an offer.
@@ -890,9 +924,10 @@ impl Session {
                 .map_err(refused)?;
         }
         if *id == 0 {
-            self.tracks
-                .iter()
-                .for_each(|track| offerer.send(track.local.clone()));
+            for track in self.tracks.iter_mut().filter(|track| !track.is_refused) {
+                track.is_offered = true;
+                offerer.send(track.local.clone());
+            }
         }
         *id += 1;
         *is_open = true;
@@ -930,14 +965,11 @@ impl Session {
             .offerer
             .handle_answer(&answer.sdp)
             .map_err(|error| SessionFailure::lasting(format!("the server's answer: {error}")))?;
-        for (track, media) in self.tracks.iter_mut().zip(&negotiated.media) {
+        let offered = self.tracks.iter_mut().filter(|track| track.is_offered);
+        for (track, media) in offered.zip(&negotiated.media) {
             track.negotiated = Some(media.clone()).filter(|media| media.accepted);
         }
-        if self.tracks.iter().any(|track| track.negotiated.is_none()) {
-            return Err(SessionFailure::lasting(
-                "the server did not accept a track that we publish (is its codec enabled?)",
-            ));
-        }
+        self.handle_left_out();
         self.take_remote(
             PeerRole::Publisher,
             &negotiated.remote,
@@ -1112,24 +1144,7 @@ impl Session {
         sender: &mut SignalSender,
     ) -> Result<(), SessionFailure> {
         match request {
-            Request::SetMuted { kind, muted } => {
-                let Some(sid) = self
-                    .tracks
-                    .iter()
-                    .find(|track| track.kind() == kind)
-                    .and_then(|track| track.sid().map(str::to_owned))
-                else {
-                    return Ok(());
-                };
-                self.command(ShardCommand::SetMuted {
-                    key: self.place.key,
-                    track: track_number(kind),
-                    muted,
-                });
-                Ok(sender
-                    .send(SignalRequest::Mute(proto::MuteTrackRequest { sid, muted }))
-                    .await?)
-            }
+            Request::SetMuted { kind, muted } => self.set_muted(kind, muted, sender).await,
             Request::Show(size) => {
                 self.viewer.show_all(size);
                 self.tell_what_is_watched(sender).await
@@ -1400,7 +1415,10 @@ impl Session {
                     cname: self.plan.identity.clone(),
                     // Media is waited for from when the participant ought to have joined, or was
                     // lost.
-                    intended_at: self.lost.map_or(self.timeline.intended, |lost| lost.at),
+                    intended_at: self
+                        .lost
+                        .as_ref()
+                        .map_or(self.timeline.intended, |lost| lost.at),
                 };
                 ShardCommand::AddPeer {
                     key,
@@ -1427,7 +1445,11 @@ impl Session {
         if failure.is_some() || self.leaves_at.is_some() {
             self.remove_peers();
         }
-        match (&failure, self.lost) {
+        let failure = failure.map(|failure| SessionFailure {
+            reason: self.whole_story(&failure.reason),
+            ..failure
+        });
+        match (&failure, &self.lost) {
             (Some(failure), _) if self.first_timeline.is_none() => {
                 warn!(why = failure.reason, "could not join");
                 self.tell_phases();
@@ -1439,15 +1461,15 @@ impl Session {
             }
             (None, Some(lost)) if !lost.is_gone => {
                 self.disconnects += 1;
+                let end = match self.leaves_at {
+                    Some(_) => "not resumed before it was to leave",
+                    None => "not resumed before the end of the run",
+                };
                 self.notify(Notice::Disconnected {
                     index,
                     at: lost.at,
                     server_reason: None,
-                    reason: match self.leaves_at {
-                        Some(_) => "not resumed before it was to leave",
-                        None => "not resumed before the end of the run",
-                    }
-                    .into(),
+                    reason: format!("{}; {end}", lost.why),
                 });
             }
             (Some(failure), _) => warn!(why = failure.reason, "is gone for good"),
@@ -1464,6 +1486,18 @@ impl Session {
             disconnects: self.disconnects,
             video_shown: self.viewer.shown_ever(),
         })));
+    }
+
+    /// A last failure together with what was the beginning of it.
+    fn whole_story(&self, last: &str) -> String {
+        match (&self.first_failure, &self.lost) {
+            (Some(first), _) if self.first_timeline.is_none() && first != last => format!(
+                "{last} (attempt {}; the first one: {first})",
+                self.join_retries + 1
+            ),
+            (_, Some(lost)) => lost.chain(last),
+            (_, None) => last.to_owned(),
+        }
     }
 
     fn timeout_reason(&self) -> String {

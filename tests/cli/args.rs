@@ -263,7 +263,7 @@ fn shape_flags_mean_what_they_mean_in_lk() {
     assert_eq!(
         (
             plan.total_participants(),
-            plan.total_expected_tracks(Kind::Audio),
+            plan.total_planned_tracks(Kind::Audio),
             plan.total_sockets()
         ),
         (12, 36, 24)

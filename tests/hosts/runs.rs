@@ -411,11 +411,11 @@ fn a_host_that_dies_leaves_what_it_said_and_the_others_go_on() {
         let whole = prober.report.as_ref().unwrap().throng.as_ref().unwrap();
         let record = Record::from(&whole.totals.record);
         assert_eq!(whole.tiers.len(), 4, "{:?}", whole.partial);
-        // The one who died speaks to the first two, too, as far as he got; the third comes later,
+        // The one who died spoke to the first two: they were there together. The third comes later,
         // and nobody expects him any more.
         assert_eq!(
             (record.audio.tracks_expected, record.audio.tracks_live),
-            (6, 6)
+            (8, 8)
         );
         let last = &whole.tiers[3];
         let of_last = Record::from(&last.measured.record);

@@ -84,28 +84,8 @@ impl<'a> Disturbed<'a> {
         publishers.map(|one| one.identity).collect()
     }
 
-    /// Asks the server for something that no run ever asks for.
-    fn ask(&self, method: &str, mut request: Value) {
-        request["room"] = self.room.into();
-        let authority = self.server.url.strip_prefix("ws://").unwrap();
-        let token = self
-            .server
-            .api_key()
-            .service_token(Some(self.room))
-            .unwrap();
-        let body = request.to_string();
-        let mut stream = TcpStream::connect(authority).unwrap();
-        write!(
-            stream,
-            "POST /twirp/livekit.RoomService/{method} HTTP/1.0\r\nHost: {authority}\r\nAuthorization: Bearer {}\r\n\
-             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            token.expose(),
-            body.len()
-        )
-        .unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        assert!(answer.contains(" 200 "), "{answer}");
+    fn ask(&self, method: &str, request: Value) {
+        ask(self.server, self.room, method, request);
     }
 
     fn remove(&self, identity: &str) {
@@ -127,6 +107,26 @@ impl<'a> Disturbed<'a> {
         );
         (finished, report)
     }
+}
+
+/// Asks the server for something that no run ever asks for.
+fn ask(server: &Server, room: &str, method: &str, mut request: Value) {
+    request["room"] = room.into();
+    let authority = server.url.strip_prefix("ws://").unwrap();
+    let token = self.server.api_key().service_token(Some(room)).unwrap();
+    let body = request.to_string();
+    let mut stream = TcpStream::connect(authority).unwrap();
+    write!(
+            stream,
+            "POST /twirp/livekit.RoomService/{method} HTTP/1.0\r\nHost: {authority}\r\nAuthorization: Bearer {}\r\n\
+             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            token.expose(),
+            body.len()
+        )
+        .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains(" 200 "), "{answer}");
 }
 
 const PLACES: [&str; 5] = [
@@ -230,4 +230,113 @@ fn a_room_that_somebody_deletes_fails_the_run(server: &Server) {
         "{reasons}"
     );
     account(&report, "audio");
+}
+
+impl Disturbed<'_> {
+    /// The name of the only track of a participant.
+    fn track_of(&self, identity: &str) -> String {
+        let all = self.active();
+        let one = all.iter().find(|one| one.identity == identity).unwrap();
+        one.tracks[0].sid.clone()
+    }
+
+    /// The run passes, unless this host was too busy to say.
+    fn passes(self) -> (Finished, Report) {
+        let finished = self.running.finish();
+        let report = Report::read(&self.scratch.path("run.json"), &self.server.secret);
+        let expected = if report.result() == "INVALID" { 98 } else { 0 };
+        assert_eq!(
+            finished.code,
+            Some(expected),
+            "{}\n{}",
+            report.reasons(),
+            finished.stdout
+        );
+        (finished, report)
+    }
+}
+
+/// The embedded SFU's room service mutes nobody.
+#[test]
+fn a_track_that_is_muted_from_outside_owes_nothing_from_then_on_and_is_named() {
+    let Some(server) = &Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let args =
+        "--publishers 2 --video-publishers 0 --subscribers 2 --duration 10 --num-per-second 50";
+    let run = Disturbed::start(server, "muted", args, 2, 4);
+    std::thread::sleep(Duration::from_secs(3));
+    let victim = run.publishers().remove(0);
+    let track = run.track_of(&victim);
+    run.ask(
+        "MutePublishedTrack",
+        json!({ "identity": victim, "trackSid": track, "muted": true }),
+    );
+    let (finished, report) = run.passes();
+    let note = format!("the server muted the audio track of {victim} ");
+    assert!(finished.stdout.contains(&note), "{}", finished.stdout);
+    // The other publisher's ten seconds, and three of the one who was muted, for two subscribers.
+    let (expected, lost, _) = account(&report, "audio");
+    assert!(
+        expected > 2 * 12 * 50 && expected < 2 * 17 * 50,
+        "{expected}"
+    );
+    // What was under way when the server muted it.
+    assert!(lost <= 2 * 5, "{lost}");
+}
+
+#[test]
+fn whose_right_to_subscribe_is_taken_is_named() {
+    let Some(server) = &Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let args =
+        "--publishers 1 --video-publishers 0 --subscribers 2 --duration 10 --num-per-second 50";
+    let run = Disturbed::start(server, "listens", args, 1, 3);
+    std::thread::sleep(Duration::from_secs(3));
+    let listens = |one: &proto::ParticipantInfo| one.tracks.is_empty();
+    let victim = run.active().into_iter().find(listens).unwrap().identity;
+    let permission = json!({ "canSubscribe": false, "canPublish": true, "canPublishData": false });
+    run.ask(
+        "UpdateParticipant",
+        json!({ "identity": victim, "permission": permission }),
+    );
+    let (_, report) = run.fails();
+    let reasons = report.reasons();
+    let named =
+        format!("subscriber {victim} lost its right to subscribe: the server took it away ");
+    assert!(reasons.contains(&named), "{reasons}");
+    let (expected, lost, _) = account(&report, "audio");
+    assert!(expected > 2 * 8 * 50, "{expected}: what it was owed stays");
+    assert!(lost > 3 * 50, "{lost}");
+}
+
+#[test]
+fn a_codec_that_the_room_lacks_does_not_take_the_other_track_with_it() {
+    let Some(server) = &Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    ask(
+        server,
+        "h264-only",
+        "CreateRoom",
+        json!({ "name": "h264-only", "enabledCodecs": [{ "mime": "audio/opus" }, { "mime": "video/h264" }] }),
+    );
+    let args = "--publishers 1 --subscribers 2 --duration 6 --num-per-second 50";
+    let run = Disturbed::start(server, "h264-only", args, 1, 3);
+    let (_, report) = run.fails();
+    let reasons = report.reasons();
+    assert!(
+        reasons.contains("could not publish its video track: the server refused it: "),
+        "{reasons}"
+    );
+    let (expected, lost, _) = account(&report, "audio");
+    assert!(expected > 2 * 4 * 50, "{expected}");
+    assert!(lost <= expected / 50, "{lost} of {expected}");
+    assert_eq!(report.counter("audio", "tracks_live"), 2);
+    assert_eq!(report.counter("video", "tracks_expected"), 2);
+    assert_eq!(report.counter("video", "tracks_live"), 0);
 }

@@ -40,6 +40,7 @@ impl SignalPace {
                 | SignalEvent::TrackPublished { .. }
                 | SignalEvent::SubscribedQuality(_)
                 | SignalEvent::MediaSections { .. }
+                | SignalEvent::Mute { .. }
         );
         let cost = Duration::from_secs(1) / PER_SECOND * if costly { COSTLY } else { 1 };
         self.even_at = self.even_at.max(now) + cost;

@@ -25,10 +25,12 @@ const LIMIT_PAUSE: Duration = Duration::from_secs(1);
 const LIMIT_SCATTER: Duration = Duration::from_millis(500);
 
 /// A participant that was in has lost its connection, and is on its way back.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct Lost {
     pub(super) at: Time,
-    tries: u32,
+    /// What was the beginning of it.
+    pub(super) why: String,
+    pub(super) tries: u32,
     /// The session is gone: only joining anew helps.
     pub(super) is_gone: bool,
 }
@@ -36,13 +38,23 @@ pub(super) struct Lost {
 impl Lost {
     /// `back` is when it came back from its last loss, and how many tries that took: one who is
     /// thrown out again at once does not come back ever faster.
-    pub(super) fn at(at: Time, back: Option<(Time, u32)>) -> Lost {
+    pub(super) fn at(at: Time, back: Option<(Time, u32)>, why: &str) -> Lost {
         Lost {
             at,
+            why: why.to_owned(),
             tries: back
                 .filter(|(back, _)| at.since(*back) < RECONNECT_TIMEOUT)
                 .map_or(0, |(_, tries)| tries),
             is_gone: false,
+        }
+    }
+
+    /// What was the beginning of it, and what came of trying to come back.
+    pub(super) fn chain(&self, last: &str) -> String {
+        if self.why == last {
+            last.to_owned()
+        } else {
+            format!("{}; then, on coming back: {last}", self.why)
         }
     }
 }
@@ -123,15 +135,19 @@ impl Session {
         }
         let (index, now) = (self.plan.index, self.context.epoch.now());
         let has_tried = self.lost.is_some();
-        let lost = self.lost.get_or_insert(Lost::at(now, self.back));
+        let back = self.back;
+        let lost = self
+            .lost
+            .get_or_insert_with(|| Lost::at(now, back, &failure.reason));
         let at = lost.at;
         if !std::mem::replace(&mut lost.is_gone, true) {
             self.disconnects += 1;
             warn!(why = failure.reason, "lost its session");
+            let reason = lost.chain(&failure.reason);
             self.notify(Notice::Disconnected {
                 index,
                 at,
-                reason: failure.reason.clone(),
+                reason,
                 server_reason: failure.server_reason,
             });
         }
@@ -153,7 +169,9 @@ impl Session {
             return None;
         }
         self.join_retries += 1;
-        self.notify(Notice::JoinRetried);
+        let reason = failure.reason.clone();
+        self.first_failure.get_or_insert_with(|| reason.clone());
+        self.notify(Notice::JoinRetried { reason });
         Some(retry_pause(self.join_retries, self.plan.seed))
     }
 
@@ -212,6 +230,7 @@ impl Session {
                 index: self.plan.index,
                 after: self.context.epoch.now().since(lost.at),
                 resumed: !lost.is_gone,
+                why: lost.why,
             });
         }
     }
@@ -247,7 +266,7 @@ mod tests {
     fn who_is_thrown_out_as_soon_as_it_is_back_waits_ever_longer() {
         let (mut now, mut back, mut pauses) = (Time::from_millis(1_000), None, Vec::new());
         for _ in 0..8 {
-            let mut lost = Lost::at(now, back);
+            let mut lost = Lost::at(now, back, "");
             let pause = retry_pause(lost.tries, 7);
             lost.tries += 1;
             pauses.push(pause);
@@ -262,7 +281,7 @@ mod tests {
             "{pauses:?}"
         );
         assert_eq!(
-            Lost::at(now + RECONNECT_TIMEOUT, back).tries,
+            Lost::at(now + RECONNECT_TIMEOUT, back, "").tries,
             0,
             "who stayed for long begins anew"
         );

@@ -55,6 +55,10 @@ pub(super) struct SessionTrack {
     pub(super) local: LocalTrack,
     /// The server's answer to AddTrack.
     pub(super) info: Option<Box<proto::TrackInfo>>,
+    /// It is in our offer.
+    pub(super) is_offered: bool,
+    /// The server does not take it.
+    pub(super) is_refused: bool,
     /// What the server took of it, once it has answered the offer.
     pub(super) negotiated: Option<NegotiatedMedia>,
     layers: Vec<Layer>,
@@ -109,10 +113,7 @@ impl SessionTrack {
         pacing: Pacing,
     ) -> SessionTrack {
         let kind = codec.kind();
-        let name = match kind {
-            Kind::Audio => "audio",
-            Kind::Video => "video",
-        };
+        let name = kind.name();
         // Distinct for the participant's few SSRCs by the low bits, and unguessable enough to be
         // distinct in a room.
         let base = (plan.seed >> 16) as u32 & !0xF;
@@ -144,6 +145,8 @@ impl SessionTrack {
                 },
             },
             info: None,
+            is_offered: false,
+            is_refused: false,
             negotiated: None,
             layers,
             redundancy: 0,
@@ -159,6 +162,7 @@ impl SessionTrack {
 
     pub(super) fn forget_negotiation(&mut self) {
         (self.negotiated, self.info) = (None, None);
+        (self.is_offered, self.is_refused) = (false, false);
     }
 
     pub(super) fn kind(&self) -> Kind {
