@@ -37,6 +37,11 @@ pub fn stalls(observed: &Observed<'_>) -> Vec<Stall> {
         Time::ZERO,
         observed.until,
     );
+    // Where no media came before, none was owed: what is missing then is a matter of joins.
+    let silent: Vec<StillSpan> = silent
+        .into_iter()
+        .filter(|gap| media_came_before(gap, observed.seconds))
+        .collect();
     let theirs = gathered(&silent).into_iter().map(|pieces| {
         told(
             Cause::Silence,
@@ -47,6 +52,13 @@ pub fn stalls(observed: &Observed<'_>) -> Vec<Stall> {
     let mut stalls: Vec<Stall> = ours.chain(theirs).collect();
     stalls.sort_by(|a, b| a.at.total_cmp(&b.at));
     stalls
+}
+
+/// In the row in which it began, or in the one before.
+fn media_came_before(gap: &StillSpan, seconds: &[Second]) -> bool {
+    let began = seconds.partition_point(|second| second.from <= gap.from);
+    let rows = seconds[..began].iter().rev().take(2);
+    rows.into_iter().any(|second| second.media_packets > 0)
 }
 
 fn told(cause: Cause, pieces: &[StillSpan], evidence: String) -> Stall {
@@ -179,6 +191,7 @@ mod tests {
             engine_busy: Some(0.2),
             run_queue_us_max: Some(4_000),
             steal_us: Some(0),
+            media_packets: 100,
             ..Second::default()
         };
         let mut rows: Vec<Second> = (0..20).map(row).collect();
@@ -304,5 +317,11 @@ mod tests {
             &seconds,
         );
         assert_eq!(both, [(Side::Host, Cause::Stopped, 1_200)]);
+        // Nobody had subscribed to anything: a server may be silent for as long as it likes.
+        let mut nothing_owed = seconds;
+        nothing_owed
+            .iter_mut()
+            .for_each(|row| row.media_packets = 0);
+        assert_eq!(found((0, 0), (7_000, 8_200), &[], &[], &nothing_owed), []);
     }
 }

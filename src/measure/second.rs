@@ -11,6 +11,9 @@ pub struct Second {
     pub from: Time,
     #[serde(skip)]
     pub to: Time,
+    /// Media packets that came, of all subscriptions.
+    #[serde(skip)]
+    pub media_packets: u64,
     /// The latest beat of any engine thread.
     pub tick_late_us_max: Option<u64>,
     /// The frame that left latest behind its slot.

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::account::Joins;
 use super::former::Former;
 use super::lead::FinishedTier;
+use super::outage::Outages;
 use super::presence::Presence;
 use super::series::SecondBook;
 use crate::engine::PeerOutcome;
@@ -56,6 +57,7 @@ pub(super) struct SessionBook {
     pub server_version: Option<String>,
     pub embedded_sfu: bool,
     pub failures: BTreeMap<String, u64>,
+    pub outages: Outages,
     /// Why joins were tried again, and what else the server refused.
     retried: BTreeMap<String, u64>,
     refused: BTreeMap<String, u64>,
@@ -160,9 +162,7 @@ impl Books {
             } => {
                 session.disconnects += 1;
                 self.presence.note_lost(index, at, &reason, server_reason);
-                self.sessions.present.remove(&index);
-                self.sessions
-                    .note_failure(format!("disconnected: {reason}"));
+                self.sessions.note_lost(index, at, reason, server_reason);
                 return Some(index);
             }
             Notice::SignalMalformed => session.signal_malformed += 1,
@@ -350,6 +350,21 @@ impl SessionBook {
         let back = self.back.entry((resumed, why)).or_default();
         back.count += 1;
         back.longest = back.longest.max(after);
+    }
+
+    /// `server_reason`: the server has ended the session itself, and said so.
+    fn note_lost(
+        &mut self,
+        index: u32,
+        at: Time,
+        reason: String,
+        server_reason: Option<&'static str>,
+    ) {
+        if server_reason.is_none() {
+            self.outages.note(at, &reason, self.present.len() as u32);
+        }
+        self.present.remove(&index);
+        self.note_failure(format!("disconnected: {reason}"));
     }
 
     fn note_held_back(&mut self, reason: String) {

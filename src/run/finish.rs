@@ -34,7 +34,9 @@ impl Test<'_> {
         self.state_people(&participants, end);
         let mut steps: Vec<Step> = self.books.tiers.drain(..).map(|tier| tier.step).collect();
         let unmeasured = self.unmeasured(steps.len());
+        let outage = self.books.sessions.outages.complaint(end);
         let mut complaints: Vec<String> = self.stages.abandoned.take().into_iter().collect();
+        complaints.extend(outage);
         if let Some(hold) = self.take_whole_hold() {
             let (step, more) = self.close_whole_hold(hold, end);
             steps.push(step);
@@ -47,18 +49,15 @@ impl Test<'_> {
         }
         let engine = self.engine_health(end);
         let target = self.target();
+        let notes = self.notes(&engine.stalls, run);
         let nobody_came = self.books.sessions.why_nobody_came();
         let Books {
             record,
             series,
-            mut notes,
             sessions,
             presence,
             ..
         } = self.books;
-        let muted = presence.mute_notes(|index| self.plan.identity_at(index).unwrap_or_default());
-        notes.extend(silence_note(&engine.stalls));
-        notes.extend([muted, sessions.notes(&record.session), run.warnings.clone()].concat());
         let totals = total(record, presence.ever_count(), end);
         if steps.is_empty() {
             steps.push(totals.clone());
@@ -84,6 +83,17 @@ impl Test<'_> {
             failures: sessions.failures.into_iter().collect(),
             participants,
         }
+    }
+
+    /// What is worth knowing, and no reason to fail.
+    fn notes(&mut self, stalls: &[Stall], run: &RunSpec) -> Vec<String> {
+        let mut notes = std::mem::take(&mut self.books.notes);
+        notes.extend(silence_note(stalls));
+        notes.extend(self.books.sessions.notes(&self.books.record.session));
+        let identity = |index| self.plan.identity_at(index).unwrap_or_default();
+        notes.extend(self.books.presence.mute_notes(identity));
+        notes.extend(run.warnings.iter().cloned());
+        notes
     }
 
     fn target(&self) -> TargetInfo {

@@ -16,6 +16,7 @@ mod former;
 mod interrupts;
 pub mod lead;
 mod observer;
+mod outage;
 mod presence;
 pub(crate) mod rooms;
 mod search;

@@ -111,6 +111,7 @@ impl Observer {
         let second = Second {
             from,
             to,
+            media_packets: counted.audio.packets_received + counted.video.packets_received,
             tick_late_us_max: counted.engine.tick_late.max(),
             send_lag_us_max: counted.engine.send_lag.max(),
             floor_late_us_max: floor.late_max.max(self.floor_late_max.take()).map(micros),

@@ -113,7 +113,7 @@ impl<'a> Disturbed<'a> {
 fn ask(server: &Server, room: &str, method: &str, mut request: Value) {
     request["room"] = room.into();
     let authority = server.url.strip_prefix("ws://").unwrap();
-    let token = self.server.api_key().service_token(Some(room)).unwrap();
+    let token = server.api_key().service_token(Some(room)).unwrap();
     let body = request.to_string();
     let mut stream = TcpStream::connect(authority).unwrap();
     write!(

@@ -1,0 +1,117 @@
+//! When a server was lost to many at once: what that says about the server, and not about each of
+//! them.
+
+use std::time::Duration;
+
+use crate::units::Time;
+use crate::words;
+
+/// Losses that lie so close together have one cause: a server that stops without a word is noticed
+/// by each participant's own time-outs.
+const TOGETHER: Duration = Duration::from_secs(5);
+/// So many are kept: more than a run has participants, in all of their visits.
+const LOSSES_MAX: usize = 400_000;
+
+/// Participants that lost their connection, though nobody had asked them to leave.
+#[derive(Default)]
+pub(super) struct Outages {
+    losses: Vec<Loss>,
+}
+
+struct Loss {
+    at: Time,
+    why: String,
+    /// How many were in as far as was known then, this one included.
+    present: u32,
+    /// In the order in which losses became known.
+    number: u32,
+}
+
+impl Outages {
+    pub fn note(&mut self, at: Time, why: &str, present: u32) {
+        if self.losses.len() < LOSSES_MAX {
+            self.losses.push(Loss {
+                at,
+                why: why.to_owned(),
+                present,
+                number: self.losses.len() as u32,
+            });
+        }
+    }
+
+    /// Why a run fails in which at least half of those who were in lost the server at once. `end`:
+    /// what media was owed until.
+    pub fn complaint(&mut self, end: Time) -> Option<String> {
+        self.losses.sort_by_key(|loss| loss.at);
+        let before_end = self.losses.partition_point(|loss| loss.at < end);
+        let losses = &self.losses[..before_end];
+        let together = |first: usize| {
+            let from = losses[first].at;
+            let count = losses[first..].partition_point(|loss| loss.at < from + TOGETHER);
+            &losses[first..first + count]
+        };
+        let worst = (0..losses.len())
+            .map(together)
+            .max_by_key(|losses| losses.len())?;
+        let (present, count) = (present_before(worst)?, worst.len() as u32);
+        if count * 2 < present {
+            return None;
+        }
+        let first = worst.first()?;
+        Some(format!(
+            "the server was lost {:.1} s into the run: {} of {} lost it, the last one {:.1} s later ({})",
+            first.at.since(Time::ZERO).as_secs_f64(),
+            words::number(count.into()),
+            words::count(present.into(), "participant"),
+            worst.last()?.at.since(first.at).as_secs_f64(),
+            commonest(worst)
+        ))
+    }
+}
+
+/// How many were in before the first of these: each that became known was counted out.
+fn present_before(losses: &[Loss]) -> Option<u32> {
+    let mut known: Vec<&Loss> = losses.iter().collect();
+    known.sort_by_key(|loss| loss.number);
+    let counted = (0..).zip(known).map(|(before, loss)| loss.present + before);
+    counted.max()
+}
+
+fn commonest(losses: &[Loss]) -> &str {
+    let count = |why: &str| losses.iter().filter(|loss| loss.why == why).count();
+    // The reasons are few, and most look alike.
+    let mut reasons: Vec<&str> = losses.iter().map(|loss| loss.why.as_str()).collect();
+    reasons.sort_unstable();
+    reasons.dedup();
+    let most = reasons.into_iter().max_by_key(|why| count(why));
+    most.unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(losses: &[(u64, &str)], present: u32) -> Option<String> {
+        let mut outages = Outages::default();
+        for ((ms, why), here) in losses.iter().zip((0..=present).rev()) {
+            outages.note(Time::from_millis(*ms), why, here);
+        }
+        outages.complaint(Time::from_millis(30_000))
+    }
+
+    #[test]
+    fn a_server_that_most_lost_at_once_is_named_with_its_moment() {
+        let losses = [(4_100, "closed"), (4_300, "closed"), (4_200, "silent")];
+        assert_eq!(
+            told(&losses, 4).as_deref(),
+            Some(
+                "the server was lost 4.1 s into the run: 3 of 4 participants lost it, the last one 0.2 s later (closed)"
+            )
+        );
+        assert_eq!(told(&losses, 7), None, "fewer than half of them");
+        assert_eq!(told(&[(1_000, "closed"), (9_000, "closed")], 3), None);
+        assert_eq!(told(&[(31_000, "closed")], 1), None, "after the end");
+        assert_eq!(told(&[], 3), None);
+        assert!(told(&[(2_000, "closed")], 1).is_some());
+    }
+}
