@@ -39,7 +39,7 @@ impl Outages {
         }
     }
 
-    /// Why a run fails in which at least half of those who were in lost the server at once. `end`:
+    /// Why a run fails in which more than half of those who were in lost the server at once. `end`:
     /// what media was owed until.
     pub fn complaint(&mut self, end: Time) -> Option<String> {
         self.losses.sort_by_key(|loss| loss.at);
@@ -54,7 +54,7 @@ impl Outages {
             .map(together)
             .max_by_key(|losses| losses.len())?;
         let (present, count) = (present_before(worst)?, worst.len() as u32);
-        if count * 2 < present {
+        if count * 2 <= present {
             return None;
         }
         let first = worst.first()?;

@@ -384,6 +384,6 @@ mod tests {
         }
         let told = told(&presence, 2);
         assert_eq!(told.len(), 1 + NAMED_MAX);
-        assert_eq!(told[NAMED_MAX], "7 publishers more were gone, too");
+        assert_eq!(told[NAMED_MAX], "7 participants more were gone, too");
     }
 }

@@ -9,12 +9,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, anyhow};
 use livekit_protocol as proto;
+use tracing::warn;
 
 use super::interrupts::Interrupts;
+use crate::codec::Codec;
+use crate::measure::Kind;
 use crate::plan::Plan;
 use crate::signal::probe::{self, ServedPath};
 use crate::signal::rooms::{RoomError, RoomService};
 use crate::signal::{ApiKey, Endpoint};
+use crate::words;
 
 /// A room that nobody joined goes away by itself, should we die before deleting it.
 const ROOM_EMPTY_TIMEOUT: Duration = Duration::from_secs(300);
@@ -235,6 +239,7 @@ impl Rooms {
                 return Err(why);
             }
         };
+        self.note_codecs(plan, &room);
         if is_unique {
             if let Some(made) = self.made.last_mut() {
                 made.sid = Some(room.sid).filter(|sid| !sid.is_empty());
@@ -248,6 +253,37 @@ impl Rooms {
             self.note_foreign(&name);
         }
         Ok(())
+    }
+
+    /// A codec that the plan sends and the room does not take: its tracks will be refused.
+    fn note_codecs(&mut self, plan: &Plan, room: &proto::Room) {
+        if room.enabled_codecs.is_empty() {
+            return;
+        }
+        let takes = |codec: Codec| {
+            let mut enabled = room.enabled_codecs.iter();
+            enabled.any(|enabled| enabled.mime.eq_ignore_ascii_case(codec.mime()))
+        };
+        let refused: Vec<&str> = [(Kind::Audio, Codec::Opus), (Kind::Video, Codec::Vp8)]
+            .into_iter()
+            .filter(|(kind, codec)| plan.total_published_tracks(*kind) > 0 && !takes(*codec))
+            .map(|(_, codec)| codec.mime())
+            .collect();
+        if refused.is_empty() {
+            return;
+        }
+        let enabled = room.enabled_codecs.iter();
+        let enabled: Vec<String> = enabled.map(|codec| words::one_line(&codec.mime)).collect();
+        let note = format!(
+            "the server's rooms do not take {}, which this run sends: they take {} (room.enabled_codecs in the server's configuration)",
+            refused.join(" nor "),
+            enabled.join(", ")
+        );
+        // All rooms of a server take the same.
+        if !self.notes.contains(&note) {
+            warn!("{note}");
+            self.notes.push(note);
+        }
     }
 
     fn note_foreign(&mut self, name: &str) {

@@ -1520,14 +1520,86 @@ mod tests {
         ] {
             assert_eq!(SignalEvent::decode(&response(message)), expected);
         }
+        // Whoever is not looked for is not read.
         let message = response(Response::Update(update));
+        let SignalEvent::ParticipantUpdate(body) = SignalEvent::decode(&message) else {
+            panic!("no update")
+        };
+        assert_eq!(permission_of("PA_1", &body), None);
+    }
+
+    #[test]
+    fn what_a_server_does_to_a_participant_is_read() {
+        use proto::signal_response::Message as Response;
+        let of = |sid: &str, can_subscribe| proto::ParticipantInfo {
+            sid: sid.into(),
+            permission: Some(proto::ParticipantPermission {
+                can_subscribe,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let refused = proto::RequestResponse {
+            reason: proto::request_response::Reason::NotAllowed.into(),
+            message: "no".into(),
+            ..Default::default()
+        };
+        let moved = proto::RoomMovedResponse {
+            room: Some(proto::Room {
+                sid: "RM_2".into(),
+                name: "annex".into(),
+                ..Default::default()
+            }),
+            token: "t2".into(),
+            participant: Some(of("PA_2", true)),
+            other_participants: vec![of("PA_9", true); 3],
+        };
+        for (message, expected) in [
+            (
+                Response::Mute(proto::MuteTrackRequest {
+                    sid: "TR_1".into(),
+                    muted: true,
+                }),
+                SignalEvent::Mute {
+                    track_sid: "TR_1".into(),
+                    muted: true,
+                },
+            ),
+            (
+                Response::RequestResponse(refused.clone()),
+                SignalEvent::RequestResponse(Box::new(refused)),
+            ),
+            (
+                Response::SubscriptionResponse(proto::SubscriptionResponse {
+                    track_sid: "TR_1".into(),
+                    err: proto::SubscriptionError::SeCodecUnsupported.into(),
+                }),
+                SignalEvent::SubscriptionResponse {
+                    track_sid: "TR_1".into(),
+                    error: proto::SubscriptionError::SeCodecUnsupported,
+                },
+            ),
+            (
+                Response::RoomMoved(moved),
+                SignalEvent::RoomMoved(RoomMoved {
+                    room: "annex".into(),
+                    token: Secret::new("t2"),
+                    participant_sid: "PA_2".into(),
+                }),
+            ),
+        ] {
+            assert_eq!(SignalEvent::decode(&response(message)), expected);
+        }
+        let update = proto::ParticipantUpdate {
+            participants: vec![of("PA_1", true), of("PA_2", false)],
+        };
+        let update = update.encode_to_vec();
+        let may_subscribe = |sid| permission_of(sid, &update).map(|of| of.can_subscribe);
         assert_eq!(
-            SignalEvent::decode(&message),
-            SignalEvent::Ignored {
-                kind: 5,
-                len: message.len()
-            }
+            ["PA_1", "PA_2", "PA_3"].map(may_subscribe),
+            [Some(true), Some(false), None]
         );
+        (0..update.len()).for_each(|len| drop(permission_of("PA_2", &update[..len])));
     }
 
     #[test]

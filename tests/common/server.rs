@@ -48,6 +48,8 @@ pub struct Options {
     pub signalling: Option<IpAddr>,
     /// Media over TCP alone.
     pub force_tcp: bool,
+    /// Codecs that rooms take, as the server's configuration names them; empty: all.
+    pub codecs: &'static [&'static str],
     /// Set where the server is to allocate by bandwidth, pausing tracks included.
     pub congestion: Option<Congestion>,
     /// How long packets are in the server is measured.
@@ -87,6 +89,7 @@ impl Default for Options {
             site: Site::LOOPBACK,
             signalling: None,
             force_tcp: false,
+            codecs: &[],
             congestion: None,
             forward_stats: false,
         }
@@ -355,10 +358,20 @@ fn config(ports: &Ports, options: &Options) -> String {
     } else {
         ""
     };
+    let codecs = if options.codecs.is_empty() {
+        String::new()
+    } else {
+        let mimes: Vec<String> = options
+            .codecs
+            .iter()
+            .map(|mime| format!("{{mime: {mime}}}"))
+            .collect();
+        format!(", enabled_codecs: [{}]", mimes.join(", "))
+    };
     format!(
         "port: {}\nbind_addresses: [\"{signalling}\"]\nkeys: {{{KEY}: {SECRET}}}\n\
          rtc:\n  node_ip: {address}\n  enable_loopback_candidate: {}\n  interfaces: {{includes: [{device}]}}\n  tcp_port: {}\n  {udp}\n  use_ice_lite: {}\n{congestion}{forward_stats}{force_tcp}\
-         room: {{auto_create: {}}}\nprometheus: {{port: {}}}\nlogging: {{level: {}, pion_level: error}}\n",
+         room: {{auto_create: {}{codecs}}}\nprometheus: {{port: {}}}\nlogging: {{level: {}, pion_level: error}}\n",
         ports.signal,
         address.is_loopback(),
         ports.tcp,

@@ -9,7 +9,7 @@ use crate::common::on_both_servers;
 use crate::common::program::{
     Finished, PATIENCE, Report, Running, Scratch, against, beside_one_other, throng,
 };
-use crate::common::server::Server;
+use crate::common::server::{Options, Server};
 use livekit_protocol as proto;
 use serde_json::{Value, json};
 use throng::signal::rooms::RoomService;
@@ -315,19 +315,23 @@ fn whose_right_to_subscribe_is_taken_is_named() {
 
 #[test]
 fn a_codec_that_the_room_lacks_does_not_take_the_other_track_with_it() {
-    let Some(server) = &Server::livekit() else {
+    let options = Options {
+        codecs: &["audio/opus", "video/h264"],
+        ..Options::default()
+    };
+    let Some(server) = &Server::livekit_with(&options) else {
         return;
     };
     let _turn = beside_one_other();
-    ask(
-        server,
-        "h264-only",
-        "CreateRoom",
-        json!({ "name": "h264-only", "enabledCodecs": [{ "mime": "audio/opus" }, { "mime": "video/h264" }] }),
-    );
-    let args = "--publishers 1 --subscribers 2 --duration 6 --num-per-second 50";
+    let args =
+        "--publishers 1 --video-publishers 1 --subscribers 2 --duration 6 --num-per-second 50";
     let run = Disturbed::start(server, "h264-only", args, 1, 3);
-    let (_, report) = run.fails();
+    let (finished, report) = run.fails();
+    let stdout = finished.stdout.replace("\n  ", " ");
+    assert!(
+        stdout.contains("the server's rooms do not take video/VP8"),
+        "{stdout}"
+    );
     let reasons = report.reasons();
     assert!(
         reasons.contains("could not publish its video track: the server refused it: "),
