@@ -508,6 +508,10 @@ struct JudgingArgs {
     /// Most round-trip time: the 95th percentile of session.rtt_rtcp [default: not judged]
     #[arg(long, value_name = "MS", value_parser = target_rtt)]
     target_rtt_ms: Option<Duration>,
+    /// Lets a run pass in which nothing came that could be judged: nobody publishes, and nobody
+    /// else does
+    #[arg(long)]
+    allow_unjudged: bool,
     /// A limit on any figure of the report, as 'audio.one_way_latency.p95<150ms'; repeatable.
     /// Behind it 'for 2m': over every stretch of that length; ':abort': ends the run as failed
     /// as soon as it does not hold
@@ -709,6 +713,7 @@ impl RunArgs {
                 max_loss_pct: self.judging.max_loss,
                 target_rtt: self.judging.target_rtt_ms,
                 thresholds: self.judging.threshold,
+                allow_unjudged: self.judging.allow_unjudged,
             },
             destinations: self.output.destinations()?,
             server_metrics,

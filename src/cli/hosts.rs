@@ -166,6 +166,7 @@ impl RunArgs {
             ("--ramp-time", pace.ramp_time.is_some()),
             ("--warmup", pace.warmup.is_some()),
             ("--target-rtt-ms", judging.target_rtt_ms.is_some()),
+            ("--allow-unjudged", judging.allow_unjudged),
             ("--seed", self.engine.seed.is_some()),
             ("--dry-run", self.engine.dry_run),
             ("--server-metrics", !self.output.server_metrics.is_empty()),

@@ -423,6 +423,8 @@ pub struct WireJudging {
     pub target_rtt_us: Option<u64>,
     /// As they are written on the command line.
     pub thresholds: Vec<String>,
+    #[serde(default)]
+    pub allow_unjudged: bool,
 }
 
 impl WireJudging {
@@ -435,6 +437,7 @@ impl WireJudging {
                 .iter()
                 .map(Threshold::to_string)
                 .collect(),
+            allow_unjudged: judging.allow_unjudged,
         }
     }
 
@@ -456,6 +459,7 @@ impl WireJudging {
                 .iter()
                 .map(threshold)
                 .collect::<Result<_, _>>()?,
+            allow_unjudged: self.allow_unjudged,
         })
     }
 }
@@ -1101,6 +1105,7 @@ mod tests {
     #[test]
     fn judging_survives_the_trip_and_thresholds_are_read_where_they_arrive() {
         let wire = WireJudging {
+            allow_unjudged: false,
             max_loss_pct: 2.5,
             target_rtt_us: Some(50_000),
             thresholds: vec!["audio.one_way_latency.p95<150ms".to_owned()],
@@ -1112,6 +1117,7 @@ mod tests {
             (Vec::new(), -1.0),
         ] {
             let wire = WireJudging {
+                allow_unjudged: false,
                 max_loss_pct,
                 target_rtt_us: None,
                 thresholds,

@@ -67,6 +67,8 @@ pub struct StreamOutcome {
     /// Once a frame has told.
     pub origin: Option<Origin>,
     pub live: bool,
+    /// It carries media that nobody of this run sends.
+    pub foreign: bool,
     /// The simulcast layer that was decoded last.
     pub layer: Option<u8>,
     pub counts: ReceiveCounts,
@@ -98,6 +100,7 @@ impl StreamOutcome {
             ssrc,
             origin: _,
             live,
+            foreign,
             layer,
             counts,
             frames_expected,
@@ -116,6 +119,7 @@ impl StreamOutcome {
         } = later;
         self.ssrc = *ssrc;
         self.live |= live;
+        self.foreign |= foreign;
         self.layer = layer.or(self.layer);
         self.counts.add(counts);
         self.losses.add(losses);
@@ -179,7 +183,18 @@ pub struct RecvStream {
     accounted: Accounted,
     frames_late_for_playout: u32,
     mos_thousandths: Option<u16>,
+    foreign: ForeignFrames,
 }
+
+/// Whole frames without an identity of this run.
+#[derive(Clone, Copy, Default)]
+struct ForeignFrames {
+    count: u64,
+    first_at: Time,
+}
+
+/// Servers make a few frames themselves, where a track is muted or closed: fewer than these.
+const FOREIGN_FRAMES_MIN: u64 = 10;
 
 /// What only video needs: reassembly, and the retransmission stream beside the media.
 struct VideoState {
@@ -268,6 +283,9 @@ struct Accounted {
     losses: Losses,
     played_us: u64,
     concealed_us: u64,
+    /// Of a stream that nobody of this run sends.
+    foreign: ReceiveCounts,
+    foreign_frames: u64,
 }
 
 impl Accounted {
@@ -331,6 +349,33 @@ impl Accounted {
             add_difference(sum, now, then);
         }
     }
+
+    fn add_foreign_since(&self, told: &Accounted, media: &mut Media) {
+        for (sum, now, then) in [
+            (
+                &mut media.foreign_packets_received,
+                self.foreign.received,
+                told.foreign.received,
+            ),
+            (
+                &mut media.foreign_packets_lost_network,
+                self.foreign.lost_network,
+                told.foreign.lost_network,
+            ),
+            (
+                &mut media.foreign_packets_lost,
+                self.foreign.lost,
+                told.foreign.lost,
+            ),
+            (
+                &mut media.foreign_frames,
+                self.foreign_frames,
+                told.foreign_frames,
+            ),
+        ] {
+            add_difference(sum, now, then);
+        }
+    }
 }
 
 impl RecvStream {
@@ -375,6 +420,7 @@ impl RecvStream {
             accounted: Accounted::default(),
             frames_late_for_playout: 0,
             mos_thousandths: None,
+            foreign: ForeignFrames::default(),
             video,
             playout: (codec.kind() == Kind::Audio).then(Box::default),
             redundancy: (codec == Codec::Red).then(Box::default),
@@ -599,9 +645,40 @@ impl RecvStream {
             let recovered = &mut context.record.audio.packets_recovered_red;
             *recovered = recovered.wrapping_sub(1);
         }
-        if let Some(identity) = FrameIdentity::parse_audio(payload) {
-            self.deliver(&identity, (seq, seq), arrival, true, context);
+        match FrameIdentity::parse_audio(payload) {
+            Some(identity) => self.deliver(&identity, (seq, seq), arrival, true, context),
+            None => self.note_foreign_audio(payload, arrival, context),
         }
+    }
+
+    #[cold]
+    fn note_foreign_audio(&mut self, payload: &[u8], at: Time, context: &mut StreamContext<'_>) {
+        // What a server makes itself while a track is muted: silence, filled up.
+        let made_by_server = payload
+            .strip_prefix(&[0xF8, 0xFF, 0xFE])
+            .is_some_and(|rest| rest.iter().all(|byte| *byte == 0));
+        if !made_by_server && !payload.is_empty() {
+            self.note_foreign(at, context);
+        }
+    }
+
+    /// A whole frame that nobody of this run has sent.
+    #[cold]
+    fn note_foreign(&mut self, at: Time, context: &mut StreamContext<'_>) {
+        if self.foreign.count == 0 {
+            self.foreign.first_at = at;
+        }
+        self.foreign.count += 1;
+        if self.foreign.count == FOREIGN_FRAMES_MIN && self.origin.is_none() {
+            let since = self.foreign.first_at.since(context.intended_at);
+            let media = context.record.media(self.kind());
+            media.foreign_first_frame.record(since);
+        }
+    }
+
+    /// It carries media that nobody of this run sends.
+    fn is_foreign(&self) -> bool {
+        self.origin.is_none() && self.foreign.count >= FOREIGN_FRAMES_MIN
     }
 
     /// The primary block first: what is missing before it shows then.
@@ -723,6 +800,11 @@ impl RecvStream {
 
     fn handle_frame_event(&mut self, event: FrameEvent, context: &mut StreamContext<'_>) {
         match event {
+            FrameEvent::Complete(frame) if frame.identity.is_none() => {
+                if frame.decodable {
+                    self.note_foreign(frame.completed_at, context);
+                }
+            }
             FrameEvent::Complete(frame) => {
                 if let Some(identity) = frame.identity {
                     let first_seq = frame.last_seq + 1 - u64::from(frame.packets);
@@ -804,6 +886,9 @@ impl RecvStream {
         context: &mut StreamContext<'_>,
     ) {
         if identity.run != context.roster.run {
+            if self.kind() == Kind::Audio || decodable {
+                self.note_foreign(at, context);
+            }
             return;
         }
         let origin = identity.origin;
@@ -1137,8 +1222,19 @@ impl RecvStream {
             losses: self.losses,
             played_us,
             concealed_us,
+            foreign: if self.is_foreign() {
+                counts
+            } else {
+                ReceiveCounts::default()
+            },
+            foreign_frames: if self.is_foreign() {
+                self.foreign.count
+            } else {
+                0
+            },
         };
         now.add_since(&self.accounted, media);
+        now.add_foreign_since(&self.accounted, media);
         self.accounted = now;
         if counts.received > 0 && !self.ended {
             media.jitter.record(self.receive.jitter());
@@ -1204,6 +1300,7 @@ impl RecvStream {
             ssrc: self.parameters.ssrc,
             origin: self.origin,
             live: self.live,
+            foreign: self.is_foreign(),
             layer: self.video.as_ref().and_then(|video| video.layer),
             counts: self.receive.counts(),
             frames_expected: self.frames_expected(roster),

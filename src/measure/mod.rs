@@ -137,6 +137,10 @@ stats! {
             packets_received_red, packets_recovered_red, frames_recovered,
             /// Where those were lost that were expected and not delivered.
             frames_lost_source, frames_lost_uplink, frames_lost_sfu, frames_lost_downlink, frames_lost_unattributed,
+            /// Media that nobody of this run sends: tracks that there ought to be and that came,
+            /// their packets, which the counters above have too, and whole frames.
+            foreign_tracks_expected, foreign_tracks_live,
+            foreign_packets_received, foreign_packets_lost_network, foreign_packets_lost, foreign_frames,
             key_frames_sent, freezes,
             /// By the playout model.
             frames_late_for_playout, played_us, concealed_us,
@@ -144,6 +148,8 @@ stats! {
         histograms {
             track_subscribe, first_packet, first_frame, one_way_latency, jitter, frame_interval, freeze, loss_to_repair,
             pli_received_to_key_sent, pli_sent_to_key_received, layer_switch,
+            /// From the intended join to the first whole frame of a track of others.
+            foreign_first_frame,
             /// By the playout model.
             playout_delay,
         }

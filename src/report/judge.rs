@@ -20,6 +20,8 @@ pub struct Judging {
     /// For the 95th percentile of `session.rtt_rtcp`; `None`: not judged.
     pub target_rtt: Option<Duration>,
     pub thresholds: Vec<Threshold>,
+    /// A run in which nothing came that could be judged may pass.
+    pub allow_unjudged: bool,
 }
 
 impl Default for Judging {
@@ -28,6 +30,7 @@ impl Default for Judging {
             max_loss_pct: 1.0,
             target_rtt: None,
             thresholds: Vec::new(),
+            allow_unjudged: false,
         }
     }
 }
@@ -250,15 +253,24 @@ impl LossShares {
     /// Over several kinds of media together.
     pub fn counted<'a>(media: impl IntoIterator<Item = &'a Media> + Clone) -> LossShares {
         let sum = |counter: fn(&Media) -> u64| media.clone().into_iter().map(counter).sum::<u64>();
-        let lost_network = sum(|m| m.packets_lost_network);
-        let packets = sum(|m| m.packets_received) + lost_network;
+        // What others send is theirs.
+        let own = |all: fn(&Media) -> u64, foreign: fn(&Media) -> u64| {
+            sum(all).saturating_sub(sum(foreign))
+        };
+        let lost_network = own(
+            |m| m.packets_lost_network,
+            |m| m.foreign_packets_lost_network,
+        );
+        let received = own(|m| m.packets_received, |m| m.foreign_packets_received);
+        let lost = own(|m| m.packets_lost, |m| m.foreign_packets_lost);
+        let packets = received + lost_network;
         let frames = sum(|m| m.frames_expected);
         LossShares {
             network: share(lost_network, packets),
             repaired: share(sum(|m| m.packets_repaired), packets),
             recovered: share(sum(|m| m.packets_recovered_red), packets),
             residual: share(
-                sum(|m| m.packets_lost).saturating_sub(sum(|m| m.packets_recovered_red)),
+                lost.saturating_sub(sum(|m| m.packets_recovered_red)),
                 packets,
             ),
             undelivered: share(frames.saturating_sub(sum(|m| m.frames_delivered)), frames),
@@ -327,6 +339,7 @@ fn step_failures(step: &Step, complaints: &[String], judging: &Judging) -> Vec<S
         reasons.extend(tracks_dead(kind, step.media(kind)));
         reasons.extend(loss_exceeded(kind, step.media(kind), judging.max_loss_pct));
     }
+    reasons.extend(others_failed(step, judging));
     reasons.extend(rtt_exceeded(&step.record, judging));
     // Some figures are never known for one of several tiers.
     let judged = judging
@@ -405,6 +418,55 @@ fn loss_exceeded(kind: Kind, media: &Media, max_loss_pct: f64) -> Option<String>
             words::percent(worse)
         )
     })
+}
+
+/// Where nobody of this run is to be heard, what others send is judged, by what packets tell.
+fn others_failed(step: &Step, judging: &Judging) -> Vec<String> {
+    let kinds = [Kind::Audio, Kind::Video].map(|kind| (kind, step.media(kind)));
+    if kinds.iter().any(|(_, media)| media.tracks_expected > 0) {
+        return Vec::new();
+    }
+    let mut reasons = Vec::new();
+    for (kind, media) in kinds {
+        let missing = media
+            .foreign_tracks_expected
+            .saturating_sub(media.foreign_tracks_live);
+        if missing > 0 {
+            reasons.push(format!(
+                "{} of {} {} tracks of others never came",
+                words::number(missing),
+                words::number(media.foreign_tracks_expected),
+                name(kind)
+            ));
+        }
+        let packets = media.foreign_packets_received + media.foreign_packets_lost_network;
+        let loss = share(media.foreign_packets_lost, packets);
+        if let Some(loss) = loss.filter(|loss| loss * 100.0 > judging.max_loss_pct) {
+            reasons.push(format!(
+                "{} loss {} (packets of others lost), more than {} %",
+                name(kind),
+                words::percent(loss),
+                judging.max_loss_pct
+            ));
+        }
+    }
+    let live = |media: &Media| media.foreign_tracks_live;
+    let nothing_came = kinds.iter().all(|(_, media)| live(media) == 0);
+    if nothing_came && is_audience(step) && !judging.allow_unjudged {
+        reasons.push(
+            "nothing was judged: nobody of this run is to be heard, and nothing of others came (is somebody publishing in this room? --allow-unjudged lets such a run pass)"
+                .into(),
+        );
+    }
+    reasons
+}
+
+/// Somebody joined, and none of them published.
+fn is_audience(step: &Step) -> bool {
+    let published = |kind| step.media(kind).tracks_published;
+    step.record.session.participants_total > 0
+        && published(Kind::Audio) == 0
+        && published(Kind::Video) == 0
 }
 
 fn rtt_exceeded(record: &Record, judging: &Judging) -> Option<String> {

@@ -566,6 +566,7 @@ impl Columns<'_> {
         ]
         .concat();
         let [audio, _] = self.media;
+        text.push_str(&self.of_others());
         if audio.packets_received_red > 0 {
             text.push_str(&self.loss("  recovered (RED)", |loss| maybe(loss.recovered, percent)));
         }
@@ -576,6 +577,34 @@ impl Columns<'_> {
             share,
         ));
         text
+    }
+
+    /// What nobody of this run sends, as far as any came.
+    fn of_others(&self) -> String {
+        if self.media.iter().all(|media| media.foreign_frames == 0) {
+            return String::new();
+        }
+        let share =
+            |part: u64, whole: u64| maybe((whole > 0).then(|| part as f64 / whole as f64), percent);
+        let packets: MediaCount = |m| m.foreign_packets_received + m.foreign_packets_lost_network;
+        [
+            self.ratio(
+                "Of others: tracks live",
+                |m| m.foreign_tracks_live,
+                |m| m.foreign_tracks_expected,
+                |a, b| format!("{}/{}", number(a), number(b)),
+            ),
+            self.sum("  packets", |m| m.foreign_packets_received, number),
+            self.ratio(
+                "  missing on arrival",
+                |m| m.foreign_packets_lost_network,
+                packets,
+                share,
+            ),
+            self.ratio("  lost", |m| m.foreign_packets_lost, packets, share),
+            self.sum("  whole frames", |m| m.foreign_frames, number),
+        ]
+        .concat()
     }
 
     fn frames(&self) -> String {

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::engine::PeerOutcome;
+use crate::engine::subscriber::StreamOutcome;
 use crate::measure::{Kind, Media, Record, is_measured};
 use crate::plan::ParticipantPlan;
 use crate::report::MediaQuality;
@@ -43,6 +44,53 @@ pub(super) fn state_tracks(
         }
         let media = record.media(kind);
         (media.tracks_expected, media.tracks_live) = (tracks_expected, tracks_live);
+    }
+}
+
+pub(super) fn by_participant(outcomes: &[PeerOutcome]) -> BTreeMap<u32, Vec<&PeerOutcome>> {
+    let mut peers: BTreeMap<u32, Vec<&PeerOutcome>> = BTreeMap::new();
+    outcomes
+        .iter()
+        .for_each(|peer| peers.entry(peer.participant).or_default().push(peer));
+    peers
+}
+
+/// Tracks that nobody of this run sends. Everybody in a room is to get what anybody there got.
+pub(super) fn foreign_tracks<'a>(
+    people: impl Iterator<Item = (u32, Vec<&'a PeerOutcome>)>,
+) -> [ForeignTracks; 2] {
+    let mut rooms: BTreeMap<u32, [(u64, u64, u64); 2]> = BTreeMap::new();
+    for (room, peers) in people {
+        let kinds = rooms.entry(room).or_default();
+        for (kind, (people, most, sum)) in KINDS.into_iter().zip(kinds) {
+            let streams = peers.iter().flat_map(|peer| &peer.streams);
+            let is_foreign = |stream: &&StreamOutcome| stream.kind == kind && stream.foreign;
+            let live = streams.filter(is_foreign).count() as u64;
+            *people += 1;
+            *most = live.max(*most);
+            *sum += live;
+        }
+    }
+    let mut all = [ForeignTracks::default(); 2];
+    for kinds in rooms.values() {
+        for (of_kind, (people, most, sum)) in all.iter_mut().zip(kinds) {
+            of_kind.expected += people * most;
+            of_kind.live += sum;
+        }
+    }
+    all
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct ForeignTracks {
+    pub expected: u64,
+    pub live: u64,
+}
+
+impl ForeignTracks {
+    pub fn state(self, media: &mut Media) {
+        media.foreign_tracks_expected = self.expected;
+        media.foreign_tracks_live = self.live;
     }
 }
 
@@ -136,10 +184,14 @@ pub(super) fn state_of_all(step: &mut Record, all: &Record) {
             tracks_published,
             tracks_expected,
             tracks_live,
+            foreign_tracks_expected,
+            foreign_tracks_live,
             ..
         } = from;
         (to.tracks_published, to.tracks_expected, to.tracks_live) =
             (*tracks_published, *tracks_expected, *tracks_live);
+        (to.foreign_tracks_expected, to.foreign_tracks_live) =
+            (*foreign_tracks_expected, *foreign_tracks_live);
     }
 }
 

@@ -1,16 +1,15 @@
 //! The account of a run that is over.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::account::{
-    expect_frames, expect_joins, expected_tracks, quality, state_of_all, state_tracks,
+    by_participant, expect_frames, expect_joins, expected_tracks, foreign_tracks, quality,
+    state_of_all, state_tracks,
 };
 use super::books::Books;
 use super::dues::Dues;
 use super::stages::TierHold;
 use super::{RunSpec, Test, lead, unix_now};
-use crate::engine::PeerOutcome;
 use crate::engine::health;
 use crate::measure::second::HostDrops;
 use crate::measure::{JoinTimeline, Kind, Record};
@@ -128,6 +127,12 @@ impl Test<'_> {
             &self.books.outcomes,
             &self.books.sessions.ended,
         );
+        let mut peers = by_participant(&self.books.outcomes);
+        let subscribers = admitted.iter().filter(|of| of.subscribes);
+        let people = subscribers.map(|of| (of.room, peers.remove(&of.index).unwrap_or_default()));
+        let [audio, video] = foreign_tracks(people);
+        audio.state(&mut self.books.record.audio);
+        video.state(&mut self.books.record.video);
     }
 
     /// Who ought to have been in, at one time or another. A ramp that ended early never came to the
@@ -241,13 +246,7 @@ impl Test<'_> {
     }
 
     fn participant_outcomes(&self, end: Time) -> Vec<ParticipantOutcome> {
-        let mut by_participant: BTreeMap<u32, Vec<&PeerOutcome>> = BTreeMap::new();
-        self.books.outcomes.iter().for_each(|outcome| {
-            by_participant
-                .entry(outcome.participant)
-                .or_default()
-                .push(outcome)
-        });
+        let by_participant = by_participant(&self.books.outcomes);
         let dues = Dues::until(self.plan, &self.books.presence.book, end);
         let admitted = self.admitted().into_iter();
         admitted

@@ -64,6 +64,7 @@ mod tests {
     fn outcome(participant: u32, at: u64) -> PeerOutcome {
         let stream = |number: u64| StreamOutcome {
             kind: Kind::Audio,
+            foreign: false,
             layer: None,
             counts: ReceiveCounts::default(),
             losses: Default::default(),

@@ -9,7 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::account::{Joins, expect_joins, quality};
+use super::account::{ForeignTracks, Joins, by_participant, expect_joins, foreign_tracks, quality};
 use super::dues::Dues;
 use crate::engine::PeerOutcome;
 use crate::measure::{JoinTimeline, Kind, Media, Record};
@@ -29,6 +29,8 @@ pub(super) struct Survey {
     fares: BTreeMap<u32, Fare>,
     /// Audio and video frames that were under way at the survey before, and have come since.
     overdue: [u64; 2],
+    /// Tracks that nobody of this run sends, of those who are intended to be in.
+    foreign: [ForeignTracks; 2],
 }
 
 /// How one participant fared.
@@ -48,11 +50,9 @@ impl Survey {
         outcomes: &[PeerOutcome],
         book: &ScheduleBook,
     ) -> Survey {
-        let mut peers: BTreeMap<u32, Vec<&PeerOutcome>> = BTreeMap::new();
-        outcomes
-            .iter()
-            .for_each(|peer| peers.entry(peer.participant).or_default().push(peer));
+        let mut peers = by_participant(outcomes);
         let mut survey = Survey::default();
+        let mut people: Vec<(u32, Vec<&PeerOutcome>)> = Vec::new();
         for participant in plan.participants() {
             let Some(visit) = book.last_join(participant.index) else {
                 continue;
@@ -63,6 +63,9 @@ impl Survey {
                 .copied()
                 .filter(|peer| peer.intended_at >= visit)
                 .collect();
+            if participant.subscribes && book.stays(participant.index) {
+                people.push((participant.room, here.clone()));
+            }
             let fares = |kind| {
                 let owed = dues.of(&participant, kind, visit);
                 let expected = owed.count;
@@ -94,6 +97,7 @@ impl Survey {
                 },
             );
         }
+        survey.foreign = foreign_tracks(people.into_iter());
         survey
     }
 
@@ -157,6 +161,11 @@ impl Tally<'_> {
             media.tracks_expected = fares().map(|quality| quality.tracks_expected).sum();
             media.tracks_live = fares().map(|quality| quality.tracks_live).sum();
             media.frames_delivered = media.frames_delivered.saturating_add_signed(overdue);
+            let [audio, video] = self.surveys[2].foreign;
+            match kind {
+                Kind::Audio => audio.state(media),
+                Kind::Video => video.state(media),
+            }
             expect_frames_of(media);
         }
         expect_joins(&mut tier, &self.joins);
@@ -359,6 +368,7 @@ mod tests {
                 .map(|index| (index, fare.clone()))
                 .collect(),
             overdue: [overdue * count; 2],
+            foreign: Default::default(),
         }
     }
 

@@ -7,6 +7,7 @@ mod common;
 mod bad_input;
 mod calibrate;
 mod door;
+mod foreign;
 mod front;
 mod go_sdk;
 mod layers;
