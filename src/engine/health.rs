@@ -133,6 +133,8 @@ pub struct Evidence<'a> {
     pub host_drops: u64,
     /// The busiest worker's share of its core while media flowed.
     pub busiest_worker: f64,
+    /// The server under test runs on this host, too.
+    pub server_is_here: bool,
     /// One row a second; none where nobody kept them: then only the run as a whole is judged.
     pub seconds: &'a [Second],
     /// Late beats of all engine threads.
@@ -217,7 +219,14 @@ fn still_seconds(evidence: &Evidence<'_>) -> Vec<String> {
         .iter()
         .map(|(cause, seconds, worst)| {
             let touched = |row: &&Second| seconds.iter().any(|second| row.covers(*second));
-            let (why, what_to_do) = explanation(*cause, evidence.seconds.iter().filter(touched).any(busy_sfu));
+            let beside = if evidence.seconds.iter().filter(touched).any(busy_sfu) {
+                Neighbour::EmbeddedSfu
+            } else if evidence.server_is_here {
+                Neighbour::Server
+            } else {
+                Neighbour::Unknown
+            };
+            let (why, what_to_do) = explanation(*cause, beside);
             format!(
                 "{}: the generator stood still for {}{:.2} s of a second (limit {:.2} s): {why}; {what_to_do}",
                 names(seconds),
@@ -247,30 +256,44 @@ fn stillness(gaps: &[StillSpan]) -> Vec<(u64, Duration)> {
     seconds
 }
 
+/// What runs beside the generator.
+#[derive(Clone, Copy)]
+enum Neighbour {
+    /// Busy at that time.
+    EmbeddedSfu,
+    /// The server under test.
+    Server,
+    Unknown,
+}
+
 /// Why, and what to do.
-const fn explanation(cause: Cause, embedded_sfu: bool) -> (&'static str, &'static str) {
-    match cause {
-        Cause::Stopped => (
+const fn explanation(cause: Cause, beside: Neighbour) -> (&'static str, &'static str) {
+    match (cause, beside) {
+        (Cause::Stopped, _) => (
             "the process, or the machine under it, was stopped",
             "run it again where nothing suspends it",
         ),
-        Cause::Throttled => (
+        (Cause::Throttled, _) => (
             "its control group had used up its CPU quota",
             "raise the container's CPU limit (cpu.max), or use more hosts",
         ),
-        Cause::Stolen => (
+        (Cause::Stolen, _) => (
             "the hypervisor gave the CPU to others",
             "use a machine with CPUs of its own",
         ),
-        Cause::RunQueue if embedded_sfu => (
+        (Cause::RunQueue, Neighbour::EmbeddedSfu) => (
             "other threads had the CPU, the embedded SFU's among them",
             "take other load off this host, or fewer subscribers, or a server elsewhere",
         ),
-        Cause::RunQueue => (
+        (Cause::RunQueue, Neighbour::Server) => (
+            "other work of this host had the CPU, and the server under test runs on this host",
+            "give server and generator hosts of their own, or ask for fewer participants",
+        ),
+        (Cause::RunQueue, Neighbour::Unknown) => (
             "other work of this host had the CPU",
             "take it off this host, or give the generator cores of its own",
         ),
-        Cause::Engine | Cause::Silence => (
+        (Cause::Engine | Cause::Silence, _) => (
             "the engine had more to do than time",
             "fewer participants a host, or more cores",
         ),
@@ -380,10 +403,19 @@ mod tests {
             floor: &floor,
             host_drops,
             busiest_worker,
+            server_is_here: false,
             seconds,
             gaps,
             stalls,
         })
+    }
+
+    #[test]
+    fn a_server_on_this_host_is_named_beside_other_work() {
+        let why = |beside| explanation(Cause::RunQueue, beside).0;
+        assert!(why(Neighbour::Server).ends_with("the server under test runs on this host"));
+        assert!(!why(Neighbour::Unknown).contains("server"));
+        assert!(why(Neighbour::EmbeddedSfu).contains("the embedded SFU's"));
     }
 
     fn judged(change: impl Fn(&mut Record), host_drops: u64, busiest_worker: f64) -> Vec<String> {

@@ -45,6 +45,9 @@ pub struct Ledger {
     /// layer had left unsent when this one began.
     settled_unsent: u64,
     unsent_before: u32,
+    /// Packets that the server missed itself, in the same way.
+    settled_asked: u64,
+    asked_before: u32,
     /// How far each layer was at the last mark, and how many frames from before it have come
     /// since.
     mark: [u32; LAYERS_MAX],
@@ -142,7 +145,8 @@ impl Ledger {
         let Some(last) = self.current.last() else {
             self.current.layer = identity.layer;
             self.publications = roster.publications(identity.origin, identity.layer);
-            self.unsent_before = roster.owed(identity.origin, identity.layer).unsent;
+            let owed = roster.owed(identity.origin, identity.layer);
+            (self.unsent_before, self.asked_before) = (owed.unsent, owed.asked);
             return self.current.deliver(identity);
         };
         if identity.layer == self.current.layer {
@@ -215,7 +219,8 @@ impl Ledger {
         self.settled_delivered += self.previous.window.delivered();
         self.current.sent = self.owed(origin, self.current.layer, roster).frames;
         self.settle_unsent(origin, roster);
-        self.unsent_before = roster.owed(origin, identity.layer).unsent;
+        let owed = roster.owed(origin, identity.layer);
+        (self.unsent_before, self.asked_before) = (owed.unsent, owed.asked);
         let next = FrameStretch {
             layer: identity.layer,
             after_pause: self.resumed,
@@ -251,9 +256,22 @@ impl Ledger {
     }
 
     fn settle_unsent(&mut self, origin: Origin, roster: &Roster) {
-        let unsent = self.owed(origin, self.current.layer, roster).unsent;
+        let owed = self.owed(origin, self.current.layer, roster);
         self.settled_unsent = self.unsent(Some(origin), roster);
-        self.unsent_before = unsent;
+        self.settled_asked = self.asked(Some(origin), roster);
+        (self.unsent_before, self.asked_before) = (owed.unsent, owed.asked);
+    }
+
+    /// Packets of the layers that this subscription was given, which the server missed itself.
+    pub fn asked(&self, origin: Option<Origin>, roster: &Roster) -> u64 {
+        let of_current = match origin {
+            Some(origin) if !self.owes_nothing() => {
+                let asked = self.owed(origin, self.current.layer, roster).asked;
+                asked.saturating_sub(self.asked_before).into()
+            }
+            _ => 0,
+        };
+        self.settled_asked + of_current
     }
 
     /// Nothing has come yet, or nothing is asked for.

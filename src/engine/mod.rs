@@ -329,6 +329,8 @@ struct LayerCell {
     /// Frames that the plan meant the layer to send while its source was gone: they were never
     /// made.
     unsent: AtomicU32,
+    /// Packets that the server has asked for again, each counted once.
+    asked: AtomicU32,
     /// How often the layer began: once, and again each time that its source came back.
     publications: AtomicU32,
     /// What had been made and left unsent when it began last.
@@ -340,6 +342,8 @@ struct LayerCell {
 struct Owed {
     frames: u32,
     unsent: u32,
+    /// Packets that the server has asked for again, each counted once.
+    asked: u32,
 }
 
 /// How many frames one layer of one track has sent since it began.
@@ -537,6 +541,7 @@ impl Roster {
         (cell.publications.load(Relaxed) > publications).then(|| Owed {
             frames: cell.began_with[0].load(Relaxed),
             unsent: cell.began_with[1].load(Relaxed),
+            asked: cell.asked.load(Relaxed),
         })
     }
 
@@ -554,6 +559,13 @@ impl Roster {
         let cell = self.cell(identity.origin, identity.layer);
         if let Some((cell, lacking)) = cell.and_then(|cell| Some((cell, cell.lacking.get()?))) {
             lacking.set_asked(frame, asked, cell.frames.load(Relaxed));
+        }
+    }
+
+    /// The server has asked for a packet for the first time.
+    fn add_asked_packet(&self, identity: &FrameIdentity) {
+        if let Some(cell) = self.cell(identity.origin, identity.layer) {
+            cell.asked.fetch_add(1, Relaxed);
         }
     }
 
@@ -641,6 +653,7 @@ impl LayerCell {
         Owed {
             frames: self.frames.load(Relaxed),
             unsent: self.unsent.load(Relaxed),
+            asked: self.asked.load(Relaxed),
         }
     }
 }

@@ -12,7 +12,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::uplink::FrameRequests;
+use super::uplink::{AskedPackets, FrameRequests};
 use super::{Io, PeerKey, Roster, TICK};
 use crate::codec::vp8::{PictureId, Vp8Descriptor};
 use crate::codec::{Codec, red};
@@ -242,6 +242,7 @@ pub struct SendTrack {
     ring: ResendRing,
     limiter: ResendLimiter,
     requests: FrameRequests,
+    asked: AskedPackets,
     /// The next frame begins something: a video track (anew), or a talkspurt.
     fresh: bool,
     /// The number of the frame that is to repeat the first key frame.
@@ -400,6 +401,7 @@ impl SendTrack {
             }),
             limiter: ResendLimiter::new(sent_bitrate(&parameters), RESEND_BURST_BYTES),
             requests: FrameRequests::default(),
+            asked: AskedPackets::default(),
             pacer: Pacer::new(&parameters),
             // The first frame of a video track is a key frame, whoever asks.
             fresh: true,
@@ -964,6 +966,10 @@ impl SendTrack {
         let frame = record.frame;
         if self.pacer.holds(seq) {
             return false;
+        }
+        if self.asked.is_first(seq) {
+            wire.media.uplink_packets_asked += 1;
+            wire.roster.add_asked_packet(&self.parameters.identity);
         }
         let asked = self.requests.note(frame, now, rtt);
         wire.roster

@@ -283,6 +283,8 @@ struct Accounted {
     losses: Losses,
     played_us: u64,
     concealed_us: u64,
+    /// Missing on arrival, because the server had missed it.
+    missing_uplink: u64,
     /// Of a stream that nobody of this run sends.
     foreign: ReceiveCounts,
     foreign_frames: u64,
@@ -290,12 +292,17 @@ struct Accounted {
 
 impl Accounted {
     fn add_since(&self, told: &Accounted, media: &mut Media) {
-        let (counts, losses) = (&self.counts, &self.losses);
+        let counts = &self.counts;
         for (sum, now, then) in [
             (
                 &mut media.packets_lost_network,
                 counts.lost_network,
                 told.counts.lost_network,
+            ),
+            (
+                &mut media.packets_missing_uplink,
+                self.missing_uplink,
+                told.missing_uplink,
             ),
             (
                 &mut media.packets_repaired,
@@ -318,32 +325,39 @@ impl Accounted {
                 self.frames_expected,
                 told.frames_expected,
             ),
-            (
-                &mut media.frames_lost_source,
-                losses.source,
-                told.losses.source,
-            ),
-            (
-                &mut media.frames_lost_uplink,
-                losses.uplink,
-                told.losses.uplink,
-            ),
-            (&mut media.frames_lost_sfu, losses.sfu, told.losses.sfu),
-            (
-                &mut media.frames_lost_downlink,
-                losses.downlink,
-                told.losses.downlink,
-            ),
-            (
-                &mut media.frames_lost_unattributed,
-                losses.unattributed,
-                told.losses.unattributed,
-            ),
             (&mut media.played_us, self.played_us, told.played_us),
             (
                 &mut media.concealed_us,
                 self.concealed_us,
                 told.concealed_us,
+            ),
+        ] {
+            add_difference(sum, now, then);
+        }
+    }
+
+    fn add_losses_since(&self, told: &Accounted, media: &mut Media) {
+        for (sum, now, then) in [
+            (
+                &mut media.frames_lost_source,
+                self.losses.source,
+                told.losses.source,
+            ),
+            (
+                &mut media.frames_lost_uplink,
+                self.losses.uplink,
+                told.losses.uplink,
+            ),
+            (&mut media.frames_lost_sfu, self.losses.sfu, told.losses.sfu),
+            (
+                &mut media.frames_lost_downlink,
+                self.losses.downlink,
+                told.losses.downlink,
+            ),
+            (
+                &mut media.frames_lost_unattributed,
+                self.losses.unattributed,
+                told.losses.unattributed,
             ),
         ] {
             add_difference(sum, now, then);
@@ -1216,12 +1230,18 @@ impl RecvStream {
             .playout
             .as_ref()
             .map_or((0, 0), |playout| playout.times_us());
+        // What the server got later and sent in its place did come.
+        let asked = self.ledger.asked(self.origin, roster);
+        let missing_uplink = asked
+            .saturating_sub(counts.reordered)
+            .min(counts.lost_network);
         let now = Accounted {
             counts,
             frames_expected,
             losses: self.losses,
             played_us,
             concealed_us,
+            missing_uplink,
             foreign: if self.is_foreign() {
                 counts
             } else {
@@ -1234,6 +1254,7 @@ impl RecvStream {
             },
         };
         now.add_since(&self.accounted, media);
+        now.add_losses_since(&self.accounted, media);
         now.add_foreign_since(&self.accounted, media);
         self.accounted = now;
         if counts.received > 0 && !self.ended {

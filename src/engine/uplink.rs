@@ -149,6 +149,28 @@ impl FrameRequests {
     }
 }
 
+/// Sequence numbers that the server has asked for, so that each counts once. A number that comes
+/// again after the wrap is another packet: by then many others have been asked for, or nobody minds
+/// one that is missing here.
+pub struct AskedPackets([u32; ASKED_KNOWN]);
+
+/// As many as one burst of loss has.
+const ASKED_KNOWN: usize = 256;
+
+impl Default for AskedPackets {
+    fn default() -> AskedPackets {
+        AskedPackets([0; ASKED_KNOWN])
+    }
+}
+
+impl AskedPackets {
+    pub fn is_first(&mut self, seq: u16) -> bool {
+        let number = u32::from(seq) + 1;
+        let known = &mut self.0[usize::from(seq) % ASKED_KNOWN];
+        std::mem::replace(known, number) != number
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,6 +184,13 @@ mod tests {
             100,
         );
         lacking.lacks(frame, 100).unwrap()
+    }
+
+    #[test]
+    fn a_packet_that_is_asked_for_often_counts_once() {
+        let mut asked = AskedPackets::default();
+        let first = [7, 7, 8, 7, 65_535, 0, 8, 65_535].map(|seq| asked.is_first(seq));
+        assert_eq!(first, [true, false, true, false, true, true, false, false]);
     }
 
     #[test]

@@ -128,6 +128,7 @@ stats! {
             tracks_published, tracks_expected, tracks_live,
             packets_sent, packets_received, bytes_sent, bytes_received, rtx_sent, rtx_received,
             packets_lost_network, packets_repaired, packets_lost, packets_duplicate, packets_reordered, uplink_packets_lost,
+            uplink_packets_asked, packets_missing_uplink,
             frames_sent, frames_expected, frames_delivered, frames_late, frames_duplicate,
             /// Delivered, and nobody can tell how long they took: another host sent them, whose
             /// clock is not known here.

@@ -562,6 +562,7 @@ impl Columns<'_> {
             self.sum("Packets received", |m| m.packets_received, number),
             self.loss("Packet Loss", |loss| maybe(loss.residual, percent)),
             self.loss("  missing on arrival", |loss| maybe(loss.network, percent)),
+            self.missing_by_leg(),
             self.loss("  repaired", |loss| maybe(loss.repaired, percent)),
         ]
         .concat();
@@ -576,6 +577,51 @@ impl Columns<'_> {
             |m| m.packets_received,
             share,
         ));
+        text
+    }
+
+    /// What of it the server had missed itself, where it did: the rest was lost behind it.
+    fn missing_by_leg(&self) -> String {
+        if self.media.iter().all(|m| m.uplink_packets_asked == 0) {
+            return String::new();
+        }
+        let share =
+            |part: u64, whole: u64| maybe((whole > 0).then(|| part as f64 / whole as f64), percent);
+        let packets: MediaCount = |m| m.packets_received + m.packets_lost_network;
+        let mut text = [
+            self.ratio(
+                "    on the uplink",
+                |m| m.packets_missing_uplink,
+                packets,
+                share,
+            ),
+            self.ratio(
+                "    behind the server",
+                |m| {
+                    m.packets_lost_network
+                        .saturating_sub(m.packets_missing_uplink)
+                },
+                packets,
+                share,
+            ),
+            self.ratio(
+                "  asked for by the server",
+                |m| m.uplink_packets_asked,
+                |m| m.packets_sent,
+                share,
+            ),
+        ]
+        .concat();
+        // Only a server that takes back what it got later says what it never got.
+        let sum = |counter: MediaCount| self.media.iter().map(|m| counter(m)).sum::<u64>();
+        if sum(|m| m.uplink_packets_lost) < sum(|m| m.uplink_packets_asked) {
+            text.push_str(&self.ratio(
+                "    and never got",
+                |m| m.uplink_packets_lost,
+                |m| m.packets_sent,
+                share,
+            ));
+        }
         text
     }
 

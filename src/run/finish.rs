@@ -213,6 +213,7 @@ impl Test<'_> {
             floor: &seen.floor,
             host_drops: socket_drops,
             busiest_worker: self.stages.busiest,
+            server_is_here: self.plan.target.url.is_loopback(),
             seconds: &seen.seconds,
             gaps: &seen.gaps,
             stalls: &seen.stalls,

@@ -283,7 +283,7 @@ impl<'a> Test<'a> {
     ) -> Result<Test<'a>> {
         let identity = Identity::generate()
             .map_err(|error| anyhow!("cannot make a DTLS certificate: {error}"))?;
-        let observer = Observer::start(epoch)?;
+        let observer = Observer::start(epoch, plan.target.url.is_loopback())?;
         let shard = ShardConfig {
             roster: Arc::new(Roster::of(plan)),
             identity,

@@ -23,6 +23,7 @@ const ENGINE_PREFIX: &str = "engine-";
 const SIGNALLING_PREFIX: &str = "tokio-";
 
 pub(super) struct Observer {
+    server_is_here: bool,
     /// The bare timer thread of this run.
     floor: FloorThread,
     start: HostSnapshot,
@@ -61,10 +62,12 @@ pub(super) struct Observations {
 
 impl Observer {
     /// To be called before the engine has started: what the process holds then is no participant's.
-    pub fn start(epoch: Epoch) -> Result<Observer> {
+    /// `server_is_here`: the server under test runs on this host.
+    pub fn start(epoch: Epoch, server_is_here: bool) -> Result<Observer> {
         let resident_before = net::resident_bytes().map(|(now, _)| now);
         let start = HostSnapshot::read();
         Ok(Observer {
+            server_is_here,
             floor: FloorThread::start(epoch).context("no thread for the timer floor")?,
             cpu_before: generator_cpu(),
             resident_before,
@@ -179,6 +182,7 @@ impl Observer {
             floor: &self.floor.so_far().since(floor_before),
             host_drops: counted.session.host_drops,
             busiest_worker,
+            server_is_here: self.server_is_here,
             seconds: &seconds,
             gaps: &gaps,
             stalls: &self.stalls(until),

@@ -1097,18 +1097,25 @@ fn the_verdict_follows_from_what_was_measured() {
 }
 
 #[test]
-fn a_run_without_media_is_judged_by_its_joins() {
+fn a_run_without_media_is_judged_by_its_joins_where_that_is_allowed() {
     let mut outcome = outcome();
     outcome.plan.scenario.set_people(RoomPeople {
         subscribers: 50,
         ..RoomPeople::default()
     });
-    outcome.judging = Judging::default();
     outcome.totals.record = Record {
         session: session(),
         ..Record::default()
     };
+    outcome.judging = Judging::default();
+    let judgement = judge(&outcome);
+    assert_eq!(judgement.verdict, Verdict::Fail);
+    assert!(judgement.reasons[0].starts_with("nothing was judged: "));
+    outcome.judging.allow_unjudged = true;
     assert_eq!(judge(&outcome).verdict, Verdict::Pass);
+    outcome.totals.record.session.joins_failed = 50;
+    outcome.totals.record.session.joins_ok = 0;
+    assert_eq!(judge(&outcome).verdict, Verdict::Fail, "joins still count");
 }
 
 #[test]

@@ -5,14 +5,16 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::common::on_both_servers;
 use crate::common::program::{
-    PATIENCE, Report, Running, Scratch, against, beside_one_other, throng,
+    PATIENCE, Report, Running, Scratch, against, alone, beside_one_other, throng,
 };
 use crate::common::server::Server;
 use livekit_protocol as proto;
+use rustix::process::{Pid, Signal, kill_process};
+use throng::seeded::Seeded;
 use throng::signal::rooms::RoomService;
 
 on_both_servers!(
@@ -321,4 +323,54 @@ fn who_cannot_come_back_gives_up_after_a_while(server: &Server) {
         report.0["target"]["connection_reason"],
         "the server has /rtc/v1"
     );
+}
+
+/// LiveKit killed with -9, so many milliseconds after everybody was in: the run fails, and says
+/// that the server was lost, and when.
+fn a_killed_server_is_named(after: u64) {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let scratch = Scratch::new();
+    let mut command = throng();
+    against(&server, &mut command)
+        .args(
+            "--publishers 2 --video-publishers 1 --subscribers 5 --duration 14 --num-per-second 50"
+                .split(' '),
+        )
+        .arg("--json")
+        .arg(scratch.path("run.json"));
+    let running = Running::start(&mut command, &server.secret);
+    std::thread::sleep(Duration::from_millis(2_000 + after));
+    let killed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    kill_process(Pid::from_raw(server.pid() as i32).unwrap(), Signal::KILL).unwrap();
+    let finished = running.finish();
+    let report = Report::read(&scratch.path("run.json"), &server.secret);
+    let reasons = report.reasons();
+    assert_ne!(report.result(), "PASS", "{reasons}");
+    // Whatever this host was like: what the kernel says of a port that is gone is not our fault.
+    assert!(!reasons.contains("the kernel refused"), "{reasons}");
+    let started = report.0["started_at"].as_str().unwrap();
+    let started = humantime::parse_rfc3339(started).unwrap();
+    let second = killed.as_secs_f64() - started.duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    let told = reasons.split("the server was lost ").nth(1);
+    let told = told.and_then(|rest| rest.split(" s ").next()?.parse::<f64>().ok());
+    let told = told.unwrap_or_else(|| panic!("{reasons}\n{}", finished.stdout));
+    assert!((told - second).abs() < 1.5, "{told} {second}: {reasons}");
+    assert!(reasons.contains("7 of 7 participants lost it"), "{reasons}");
+}
+
+#[test]
+fn a_server_that_is_killed_is_named_with_its_second() {
+    let _turn = beside_one_other();
+    a_killed_server_is_named(3_000);
+}
+
+/// At random moments.
+#[test]
+#[ignore = "eight minutes of runs"]
+fn twenty_servers_that_are_killed_are_named_with_their_seconds() {
+    let _alone = alone();
+    let mut chance = Seeded::new(9);
+    (0..20).for_each(|_| a_killed_server_is_named(chance.below(8_000)));
 }

@@ -40,6 +40,9 @@ struct Truth {
     uplink: u64,
     /// Sent to a subscriber, and never came.
     downlink: u64,
+    /// Packets that did not come when they were first sent: to the server, and to a subscriber.
+    missed_up: u64,
+    missed_down: u64,
 }
 
 /// A run of audio alone: there a packet is a frame, and a resend has its number. The network is bad
@@ -83,13 +86,23 @@ fn run(network: &Network, server: &Server, bad: Bad) -> (Report, Truth) {
     eprintln!("{}", finished.stdout);
     let report = Report::read(&scratch.path("run.json"), &server.secret);
     let mut arrived: BTreeMap<(Direction, Ssrc, u16), bool> = BTreeMap::new();
+    let mut missed: BTreeMap<(Direction, Ssrc, u16), bool> = BTreeMap::new();
     for packet in network.log() {
         if let Some(rtp) = packet.rtp().filter(|rtp| !rtp.padded) {
-            *arrived
-                .entry((packet.direction, rtp.ssrc, rtp.seq))
-                .or_default() |= packet.delivered_at().is_some();
+            let (key, came) = (
+                (packet.direction, rtp.ssrc, rtp.seq),
+                packet.delivered_at().is_some(),
+            );
+            *arrived.entry(key).or_default() |= came;
+            missed.entry(key).or_insert(!came);
         }
     }
+    let missed = |wanted| {
+        let missed = missed
+            .iter()
+            .filter(|((direction, ..), _)| *direction == wanted);
+        missed.filter(|(_, missed)| **missed).count() as u64
+    };
     let lost = |wanted| {
         let lost = |((direction, ..), arrived): (&(Direction, Ssrc, u16), &bool)| {
             *direction == wanted && !arrived
@@ -99,6 +112,8 @@ fn run(network: &Network, server: &Server, bad: Bad) -> (Report, Truth) {
     let truth = Truth {
         uplink: lost(Direction::Up) * SUBSCRIBERS,
         downlink: lost(Direction::Down),
+        missed_up: missed(Direction::Up),
+        missed_down: missed(Direction::Down),
     };
     (report, truth)
 }
@@ -137,6 +152,25 @@ fn check(name: &str, livekit: bool, bad: Bad, error_max: f64) {
     let off = |told: u64, truth: u64| told.abs_diff(truth) as f64 / missing as f64;
     let errors = [off(found[0], never_sent), off(found[2], truth.downlink)];
     assert!(errors.iter().all(|error| *error <= error_max), "{errors:?}");
+    check_packets(&report, &truth);
+}
+
+/// What the server missed at first, and what of the holes at subscribers was the server's own, is
+/// the log's.
+fn check_packets(report: &Report, truth: &Truth) {
+    let count = |counter: &str| report.counter("audio", counter);
+    let (asked, missing) = (count("uplink_packets_asked"), count("packets_lost_network"));
+    let uplink = count("packets_missing_uplink");
+    eprintln!(
+        "by the log {} were missed by the server and {} behind it; it asked for {asked}; subscribers missed {missing}, {uplink} of them because of that",
+        truth.missed_up, truth.missed_down
+    );
+    let near = |told: u64, truth: u64| told.abs_diff(truth) as f64 <= 0.05 * truth as f64 + 5.0;
+    assert!(near(asked, truth.missed_up), "{asked} {}", truth.missed_up);
+    // A packet that the server missed is a hole for every subscriber, whatever becomes of it later;
+    // one that came late enough to be sent in its order is none.
+    let holes = (truth.missed_up * SUBSCRIBERS).min(missing);
+    assert!(near(uplink, holes), "{uplink} {holes}");
 }
 
 #[test]
