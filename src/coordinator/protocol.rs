@@ -671,9 +671,10 @@ impl LiveSecond {
 }
 
 /// How many frames one layer of one track has sent since it began: origin
-/// ([`crate::plan::ParticipantPlan::index`]), track (0: audio, 1: video), layer, frames.
+/// ([`crate::plan::ParticipantPlan::index`]), track (0: audio, 1: video), layer, frames, and those
+/// that it owes and never sent, because its source is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FrameCountEntry(pub u32, pub u8, pub u8, pub u64);
+pub struct FrameCountEntry(pub u32, pub u8, pub u8, pub u64, #[serde(default)] pub u64);
 
 /// When a stage began on one host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

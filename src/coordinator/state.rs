@@ -230,10 +230,12 @@ pub struct GoneProber {
     pub why: String,
 }
 
-/// How many frames a layer has sent, and since which version of all counts that is known.
+/// How many frames a layer has sent, how many it owes and never sent, and since which version of all
+/// counts that is known.
 #[derive(Clone, Copy, Debug)]
 pub struct Counted {
     pub count: u64,
+    pub unsent: u64,
     version: u64,
 }
 
@@ -249,7 +251,7 @@ struct BeatAnswer {
 const ANSWERS_MAX: usize = 8;
 
 fn frame_count((origin, track, layer): &(u32, u8, u8), counted: &Counted) -> FrameCountEntry {
-    FrameCountEntry(*origin, *track, *layer, counted.count)
+    FrameCountEntry(*origin, *track, *layer, counted.count, counted.unsent)
 }
 
 impl ProberState {
@@ -298,14 +300,16 @@ impl ProberState {
 
     /// `version`: what a count becomes part of where it has changed.
     fn keep_frames(&mut self, frames: Vec<FrameCountEntry>, version: u64) {
-        for FrameCountEntry(origin, track, layer, count) in frames {
+        for FrameCountEntry(origin, track, layer, count, unsent) in frames {
             let key = (origin, track, layer);
-            if self
-                .frames
-                .get(&key)
-                .is_none_or(|known| known.count != count)
-            {
-                self.frames.insert(key, Counted { count, version });
+            let is_known = |known: &Counted| (known.count, known.unsent) == (count, unsent);
+            if !self.frames.get(&key).is_some_and(is_known) {
+                let counted = Counted {
+                    count,
+                    unsent,
+                    version,
+                };
+                self.frames.insert(key, counted);
             }
         }
     }
@@ -732,7 +736,7 @@ impl RunState {
             placed.part.owner(count.0) == Some(player as usize)
                 && count.1 <= 1
                 && count.2 < 8
-                && count.3 <= protocol::WHOLE_MAX
+                && count.3.max(count.4) <= protocol::WHOLE_MAX
         };
         if !beat.frames.iter().all(is_own) {
             return malformed(
@@ -1562,7 +1566,7 @@ pub(crate) mod tests {
                 let beat = BeatMessage {
                     ready_for: Some(0),
                     tiers: vec![tier(2, seq)],
-                    frames: vec![FrameCountEntry(player as u32, 0, 0, seq)],
+                    frames: vec![FrameCountEntry(player as u32, 0, 0, seq, 0)],
                     ..quiet(seq)
                 };
                 // Who plays the first two publishers is for the deal to say.
@@ -1589,7 +1593,7 @@ pub(crate) mod tests {
             seq += 1;
             let frames = counts
                 .iter()
-                .map(|(origin, count)| FrameCountEntry(*origin, 0, 0, *count));
+                .map(|(origin, count)| FrameCountEntry(*origin, 0, 0, *count, 0));
             let beat = BeatMessage {
                 frames: frames.collect(),
                 ..quiet(seq)
@@ -1622,14 +1626,14 @@ pub(crate) mod tests {
         assert_eq!(ask(&mut kept, Some(&heard)).frames, [], "nothing is new");
         publish(&mut kept, &[(first, 6)]);
         let lost = ask(&mut kept, Some(&heard));
-        assert_eq!(lost.frames, [FrameCountEntry(first, 0, 0, 6)]);
+        assert_eq!(lost.frames, [FrameCountEntry(first, 0, 0, 6, 0)]);
         publish(&mut kept, &[(second, 7)]);
         let heard = ask(&mut kept, Some(&heard));
         assert_eq!(
             heard.frames,
             [
-                FrameCountEntry(first, 0, 0, 6),
-                FrameCountEntry(second, 0, 0, 7)
+                FrameCountEntry(first, 0, 0, 6, 0),
+                FrameCountEntry(second, 0, 0, 7, 0)
             ],
             "what a lost answer brought comes again"
         );
@@ -1639,7 +1643,7 @@ pub(crate) mod tests {
         for count in 8..40 {
             publish(&mut kept, &[(first, count)]);
             heard = ask(&mut kept, Some(&heard));
-            assert_eq!(heard.frames, [FrameCountEntry(first, 0, 0, count)]);
+            assert_eq!(heard.frames, [FrameCountEntry(first, 0, 0, count, 0)]);
         }
         assert_eq!(kept.prober(&fra).answers.len(), ANSWERS_MAX);
         // Neither a prober nor a coordinator that has begun anew takes anything for heard.
@@ -2010,11 +2014,11 @@ pub(crate) mod tests {
                 ..quiet(1)
             },
             BeatMessage {
-                frames: vec![FrameCountEntry(0, 0, 0, 1)],
+                frames: vec![FrameCountEntry(0, 0, 0, 1, 0)],
                 ..quiet(1)
             },
             BeatMessage {
-                frames: vec![FrameCountEntry(u32::MAX, 0, 0, 1)],
+                frames: vec![FrameCountEntry(u32::MAX, 0, 0, 1, 0)],
                 ..quiet(1)
             },
         ] {
@@ -2029,7 +2033,7 @@ pub(crate) mod tests {
             kept.beat(
                 &ids[owner],
                 &BeatMessage {
-                    frames: vec![FrameCountEntry(0, 0, 0, 1)],
+                    frames: vec![FrameCountEntry(0, 0, 0, 1, 0)],
                     ..quiet(1)
                 }
             )

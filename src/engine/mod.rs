@@ -352,6 +352,8 @@ pub struct FrameCount {
     pub origin: Origin,
     pub layer: u8,
     pub frames: u32,
+    /// Those that it owes and never sent, because its source is gone.
+    pub unsent: u32,
 }
 
 const CLOCK_UNKNOWN: i64 = i64::MIN;
@@ -453,6 +455,7 @@ impl Roster {
                 },
                 layer: place.saturating_sub(1) as u8,
                 frames: cell.frames.load(Relaxed),
+                unsent: cell.unsent.load(Relaxed),
             }
         });
         counts.filter(|count| count.frames > 0)
@@ -466,6 +469,7 @@ impl Roster {
             .filter(|cell| cell.elsewhere > 0);
         if let Some(cell) = cell {
             cell.frames.fetch_max(count.frames, Relaxed);
+            cell.unsent.fetch_max(count.unsent, Relaxed);
         }
     }
 
@@ -722,6 +726,7 @@ mod tests {
             origin: audio(publisher),
             layer: 0,
             frames,
+            unsent: 0,
         }
     }
 

@@ -439,7 +439,7 @@ mod tests {
             publisher: 1,
             track: 0,
         };
-        shared.inbox().frames.insert((1, 0, 0), 500);
+        shared.inbox().frames.insert((1, 0, 0), (500, 7));
         start(&shared, &clock, 4);
         led.before_account(&roster).await;
         assert_eq!(roster.frames(audio, 0), 500);

@@ -61,8 +61,9 @@ pub(super) enum Word {
 /// What the run has to know of the others.
 #[derive(Default)]
 pub(super) struct Inbox {
-    /// How far other hosts' publishers are, by origin, track and layer.
-    pub frames: BTreeMap<(u32, u8, u8), u32>,
+    /// How far other hosts' publishers are, by origin, track and layer: what was sent, and what is
+    /// owed and was never sent.
+    pub frames: BTreeMap<(u32, u8, u8), (u32, u32)>,
     /// What to add to another vantage's time to get ours, in microseconds, and how far off that
     /// may be.
     pub clocks: BTreeMap<u32, (i64, u64)>,
@@ -377,8 +378,8 @@ impl Beats {
     fn take(&self, reply: BeatReply, own_clock: Option<Offset>) {
         {
             let mut inbox = self.shared.inbox();
-            for FrameCountEntry(origin, track, layer, frames) in reply.frames {
-                inbox.take_frames((origin, track, layer), frames);
+            for FrameCountEntry(origin, track, layer, frames, unsent) in reply.frames {
+                inbox.take_frames((origin, track, layer), frames, unsent);
             }
             if let Some(own) = own_clock {
                 let clocks = reply
@@ -513,19 +514,19 @@ impl Tokens {
 impl Inbox {
     /// A count that no publisher can reach is none, and no run has more publishers than one message
     /// names.
-    fn take_frames(&mut self, layer: (u32, u8, u8), frames: u64) {
-        let Ok(frames) = u32::try_from(frames) else {
+    fn take_frames(&mut self, layer: (u32, u8, u8), frames: u64, unsent: u64) {
+        let (Ok(frames), Ok(unsent)) = (u32::try_from(frames), u32::try_from(unsent)) else {
             return;
         };
         if self.frames.len() < FRAME_COUNTS_MAX || self.frames.contains_key(&layer) {
             let known = self.frames.entry(layer).or_default();
-            *known = frames.max(*known);
+            *known = (frames.max(known.0), unsent.max(known.1));
         }
     }
 
     /// Tells the roster what is known of the publishers of others.
     pub fn tell(&self, roster: &engine::Roster) {
-        for ((publisher, track, layer), frames) in &self.frames {
+        for ((publisher, track, layer), (frames, unsent)) in &self.frames {
             roster.set_frames_elsewhere(engine::FrameCount {
                 origin: Origin {
                     publisher: *publisher,
@@ -533,6 +534,7 @@ impl Inbox {
                 },
                 layer: *layer,
                 frames: *frames,
+                unsent: *unsent,
             });
         }
         for (vantage, (offset_us, _)) in &self.clocks {
@@ -705,7 +707,7 @@ mod tests {
         let inbox = shared.inbox();
         assert_eq!(
             inbox.frames,
-            BTreeMap::from([((4, 0, 0), 50)]),
+            BTreeMap::from([((4, 0, 0), (50, 0))]),
             "the highest count, and none that cannot be"
         );
         let own = inbox.own_clock.unwrap();
@@ -736,6 +738,7 @@ mod tests {
                 },
                 layer: 0,
                 frames: 9,
+                unsent: 0,
             }]
             .into_iter(),
         );

@@ -25,7 +25,8 @@ pub(super) struct BeatOutbox {
     ready_for: Option<u32>,
     tiers: BTreeMap<u32, Changed<MeasuredTier>>,
     /// By track and layer.
-    frames: BTreeMap<(Origin, u8), Changed<u64>>,
+    /// Sent, and owed and never sent.
+    frames: BTreeMap<(Origin, u8), Changed<(u32, u32)>>,
     starts: BTreeMap<u32, Changed<i64>>,
     live: LiveSecond,
     invalid: Vec<String>,
@@ -101,15 +102,16 @@ impl BeatOutbox {
             origin,
             layer,
             frames,
+            unsent,
         } in counts
         {
-            let key = (origin, layer);
+            let (key, value) = ((origin, layer), (frames, unsent));
             if self
                 .frames
                 .get(&key)
-                .is_none_or(|known| known.value != u64::from(frames))
+                .is_none_or(|known| known.value != value)
             {
-                put(&mut self.frames, key, frames.into(), self.version);
+                put(&mut self.frames, key, value, self.version);
             }
         }
     }
@@ -146,8 +148,9 @@ impl BeatOutbox {
                 .map(|(stage, tier)| (*stage, tier.clone()))
                 .collect(),
             frames: news(&self.frames, answered)
-                .map(|((origin, layer), frames)| {
-                    FrameCountEntry(origin.publisher, origin.track, *layer, *frames)
+                .map(|((origin, layer), (frames, unsent))| {
+                    let (frames, unsent) = (u64::from(*frames), u64::from(*unsent));
+                    FrameCountEntry(origin.publisher, origin.track, *layer, frames, unsent)
                 })
                 .collect(),
             starts: news(&self.starts, answered)
@@ -233,6 +236,7 @@ mod tests {
             },
             layer: 2,
             frames,
+            unsent: 0,
         }
     }
 

@@ -100,7 +100,7 @@ mod tests {
         let kept: Vec<&PeerOutcome> = former.outcomes().collect();
         let all: Vec<&PeerOutcome> = all.iter().collect();
         let quality =
-            |peers: &[&PeerOutcome]| format!("{:?}", quality(peers, Kind::Audio, 3, |_| false));
+            |peers: &[&PeerOutcome]| format!("{:?}", quality(peers, Kind::Audio, 3, |_| true));
         assert_eq!(quality(&kept), quality(&all));
         let here = |peers: &[&PeerOutcome]| {
             let here = peers

@@ -112,13 +112,14 @@ fn same_values(a: &Histogram, b: &Histogram) -> bool {
 
 /// When the publisher began is not known on another host, nor which packets the server asked it
 /// for.
-const UNKNOWN_ELSEWHERE: [&str; 6] = [
+const UNKNOWN_ELSEWHERE: [&str; 7] = [
     "track_subscribe",
     "first_packet",
     "first_frame",
     "frames_lost_uplink",
     "frames_lost_downlink",
     "frames_lost_unattributed",
+    "packets_missing_uplink",
 ];
 
 #[test]

@@ -44,7 +44,7 @@ fn one_ruined_among_two_hundred_is_named_first() {
                 joined: Some(Time::from_millis(1)),
                 ..JoinTimeline::default()
             },
-            audio: quality(&[peer], Kind::Audio, 1, |_| false),
+            audio: quality(&[peer], Kind::Audio, 1, |_| true),
             ..ParticipantOutcome::default()
         })
         .collect();

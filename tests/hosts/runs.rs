@@ -7,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 
 use crate::common::program::{Running, against, assert_no_secret, beside_one_other, throng};
 use crate::common::server::Server;
+use livekit_protocol as proto;
 use rustix::process::Signal;
 use serde_json::Value;
 use throng::coordinator::journal::Journal;
@@ -14,6 +15,7 @@ use throng::coordinator::protocol::StageKind;
 use throng::coordinator::state::{ProberState, RunPhase, RunState};
 use throng::measure::{Kind, Record};
 use throng::report::Verdict;
+use throng::signal::rooms::RoomService;
 
 const TOKEN: &str = "sesame-sesame-sesame-sesame";
 
@@ -440,6 +442,52 @@ fn a_host_that_dies_leaves_what_it_said_and_the_others_go_on() {
             record.audio.frames_expected - record.audio.frames_delivered <= 20,
             "{:?}",
             whole.reasons
+        );
+    }
+}
+
+/// Each host plays one publisher and two subscribers. What the removed one was meant to send is
+/// owed to all six, wherever they are.
+#[test]
+fn a_publisher_that_the_server_removes_stays_owed_on_every_host() {
+    let (_turn, server) = (beside_one_other(), Server::embedded());
+    let mut leading = Leading::start("removed", &server, "--publishers 3 --ramp 2 --duration 6");
+    let probers = ["ams", "fra", "iad"].map(|vantage| leading.prober(vantage, &[]));
+    leading.wait_for("tier 1");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let service = RoomService::new(server.endpoint(), server.api_key());
+    let (room, victim) = runtime.block_on(async {
+        let room = service.list_rooms().await.unwrap().remove(0).name;
+        let people = service.list_participants(&room).await.unwrap();
+        let publishes = |one: &proto::ParticipantInfo| !one.tracks.is_empty();
+        let victim = people.into_iter().find(publishes).unwrap().identity;
+        (room, victim)
+    });
+    server.ask(
+        &room,
+        "RemoveParticipant",
+        serde_json::json!({ "identity": victim }),
+    );
+    probers.into_iter().map(Running::finish).for_each(drop);
+    let led = leading.finish();
+    assert_ne!(led.report["result"], "PASS", "{}", led.stdout);
+    assert!(
+        led.stdout.contains(&victim) && led.stdout.contains("PARTICIPANT_REMOVED"),
+        "{}",
+        led.stdout
+    );
+    for prober in led.probers() {
+        let whole = prober.report.as_ref().unwrap().throng.as_ref().unwrap();
+        let audio = Record::from(&whole.totals.record).audio;
+        // Some five seconds of it, for two.
+        assert!(
+            audio.frames_lost_source > 2 * 2 * 50 && audio.frames_lost_source < 2 * 9 * 50,
+            "{}: {}",
+            prober.vantage,
+            audio.frames_lost_source
         );
     }
 }

@@ -1,8 +1,6 @@
 //! Sources that the server takes out of a run before the plan ends them, on a real LiveKit server
 //! and on the embedded SFU: the run fails, and says who, when and why.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use crate::common::on_both_servers;
@@ -85,7 +83,7 @@ impl<'a> Disturbed<'a> {
     }
 
     fn ask(&self, method: &str, request: Value) {
-        ask(self.server, self.room, method, request);
+        self.server.ask(self.room, method, request);
     }
 
     fn remove(&self, identity: &str) {
@@ -107,26 +105,6 @@ impl<'a> Disturbed<'a> {
         );
         (finished, report)
     }
-}
-
-/// Asks the server for something that no run ever asks for.
-fn ask(server: &Server, room: &str, method: &str, mut request: Value) {
-    request["room"] = room.into();
-    let authority = server.url.strip_prefix("ws://").unwrap();
-    let token = server.api_key().service_token(Some(room)).unwrap();
-    let body = request.to_string();
-    let mut stream = TcpStream::connect(authority).unwrap();
-    write!(
-            stream,
-            "POST /twirp/livekit.RoomService/{method} HTTP/1.0\r\nHost: {authority}\r\nAuthorization: Bearer {}\r\n\
-             Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-            token.expose(),
-            body.len()
-        )
-        .unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    assert!(answer.contains(" 200 "), "{answer}");
 }
 
 const PLACES: [&str; 5] = [
