@@ -29,9 +29,11 @@ use crate::plan::{
 pub use crate::prober::Membership;
 use crate::report::{Destinations, Judging, Threshold};
 pub use crate::run::{Credentials, RunSpec};
+use crate::secrets::Secret;
 use crate::server_metrics::PageUrl;
 use crate::sfu::SendMode;
 use crate::signal::trust::TrustSpec;
+use crate::signal::turn::{TurnServer, TurnUrl};
 use crate::signal::{Gateway, GivenHeader, GivenToken, Seats, TokenPlace};
 use crate::units::{Bitrate, NoDuration, read_duration};
 use coordinate::CoordinateArgs;
@@ -386,6 +388,19 @@ struct TargetArgs {
     /// keeps that header for itself [default: header]
     #[arg(long, value_name = "WHERE")]
     token_in: Option<TokenInArg>,
+    /// Media goes through this TURN server with --transport turn-udp, turn-tcp or turn-tls:
+    /// turn:HOST:PORT, or turns:HOST:PORT for TLS [default: the one that the server names]
+    #[arg(long, value_name = "URL")]
+    turn: Option<TurnUrl>,
+    /// Who it is that uses it
+    #[arg(long, value_name = "NAME")]
+    turn_user: Option<String>,
+    /// Others on this host see what stands on a command line: rather --turn-password-file
+    #[arg(long, value_name = "PASSWORD", conflicts_with = "turn_password_file")]
+    turn_password: Option<String>,
+    /// A file with nothing but that password in it
+    #[arg(long, value_name = "FILE")]
+    turn_password_file: Option<PathBuf>,
     /// How the embedded SFU sends: a call a packet, as real ones do, or segmented by the kernel
     /// [default: plain]
     #[arg(long, value_name = "HOW")]
@@ -555,8 +570,9 @@ struct EngineArgs {
     /// Peer connections per participant: one (/rtc/v1), two (/rtc), or one where the server can
     #[arg(long, value_name = "MODE", default_value = "auto")]
     connection: ConnectionArg,
-    /// What carries media: udp, tcp (the server's TCP port for media), or udp and, where that does
-    /// not come up within a second, tcp, as clients do
+    /// What carries media: udp, tcp (the server's TCP port for media), turn-udp, turn-tcp or
+    /// turn-tls (a relay that is reached so), or udp and, where that does not come up within a
+    /// second, tcp, as clients do
     #[arg(long, value_name = "WHAT", default_value = "auto")]
     transport: TransportArg,
     /// Everything random comes from this number [default: drawn]
@@ -595,6 +611,9 @@ enum TransportArg {
     Auto,
     Udp,
     Tcp,
+    TurnUdp,
+    TurnTcp,
+    TurnTls,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -685,6 +704,7 @@ impl RunArgs {
         self.must_agree()?;
         let warnings = self.warnings();
         let transport = self.engine.transport;
+        let turn = self.target.turn(transport.into(), target.is_embedded())?;
         if target.is_embedded() && transport == TransportArg::Tcp {
             return Err("--transport tcp needs a server that takes media over TCP: the embedded SFU takes UDP alone (give --url)".into());
         }
@@ -709,6 +729,7 @@ impl RunArgs {
             tokens: None,
             gateway,
             trust,
+            turn,
             judging: Judging {
                 max_loss_pct: self.judging.max_loss,
                 target_rtt: self.judging.target_rtt_ms,
@@ -1341,7 +1362,60 @@ impl From<TransportArg> for TransportChoice {
             TransportArg::Auto => TransportChoice::Auto,
             TransportArg::Udp => TransportChoice::Udp,
             TransportArg::Tcp => TransportChoice::Tcp,
+            TransportArg::TurnUdp => TransportChoice::TurnUdp,
+            TransportArg::TurnTcp => TransportChoice::TurnTcp,
+            TransportArg::TurnTls => TransportChoice::TurnTls,
         }
+    }
+}
+
+impl TargetArgs {
+    /// The relay that the user named.
+    fn turn(
+        &self,
+        transport: TransportChoice,
+        is_embedded: bool,
+    ) -> Result<Option<TurnServer>, RefusedFlag> {
+        let Some(url) = self.turn.clone() else {
+            let flags = [
+                ("--turn-user", self.turn_user.is_some()),
+                ("--turn-password", self.turn_password.is_some()),
+                ("--turn-password-file", self.turn_password_file.is_some()),
+            ];
+            if let Some((flag, _)) = flags.iter().find(|(_, given)| *given) {
+                return Err(format!("{flag} belongs to --turn URL: give both, or neither").into());
+            }
+            if is_embedded && transport.is_relay() {
+                return Err(format!(
+                    "--transport {} needs --turn URL: the embedded SFU names no TURN server",
+                    transport.name()
+                )
+                .into());
+            }
+            return Ok(None);
+        };
+        if !transport.is_relay() {
+            return Err(
+                "--turn needs --transport turn-udp, turn-tcp or turn-tls: without it nothing goes there"
+                    .into(),
+            );
+        }
+        let url = url.over(transport).map_err(|why| why.to_string())?;
+        let password = secret_given(
+            &self.turn_password,
+            self.turn_password_file.as_deref(),
+            "--turn-password-file",
+        )?;
+        let (Some(user), Some(password)) = (self.turn_user.clone(), password) else {
+            return Err(
+                "--turn needs --turn-user, and --turn-password-file or --turn-password".into(),
+            );
+        };
+        Ok(Some(TurnServer {
+            url,
+            user,
+            password: Secret::new(password),
+        }))
     }
 }
 

@@ -5,10 +5,11 @@
 //! allocates nor hides control messages.
 #![allow(unsafe_code)]
 
-use std::io::{self, Read};
+use std::io::{self, IoSlice, Read};
 use std::mem::size_of;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
 use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -65,15 +66,31 @@ pub fn open_media_socket(local: IpAddr, receive_buffer_bytes: usize) -> io::Resu
     Ok(socket)
 }
 
+/// As [`open_media_socket`], for what a relay sends on: its datagrams come one by one, because each
+/// may be of another peer.
+pub fn open_relay_socket(local: IpAddr, receive_buffer_bytes: usize) -> io::Result<UdpSocket> {
+    let socket = open_media_socket(local, receive_buffer_bytes)?;
+    let _ = set_option(&socket, libc::SOL_UDP, libc::UDP_GRO, 0);
+    Ok(socket)
+}
+
 fn set_flag(socket: &UdpSocket, level: libc::c_int, option: libc::c_int) -> io::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: the pointer and length describe `on`, which outlives the call.
+    set_option(socket, level, option, 1)
+}
+
+fn set_option(
+    socket: &UdpSocket,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    // SAFETY: the pointer and length describe `value`, which outlives the call.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
             level,
             option,
-            (&raw const on).cast(),
+            (&raw const value).cast(),
             size_of::<libc::c_int>() as u32,
         )
     };
@@ -107,13 +124,48 @@ const BURST_BYTES_MAX: usize = 1 << 16;
 
 /// Of a stream, one read takes so much: a burst of video.
 const STREAM_BYTES_MAX: usize = BURST_BYTES_MAX;
-/// A datagram in a stream, behind its length (RFC 4571, section 2).
-const FRAME_BYTES_MAX: usize = 2 + DATAGRAM_BYTES_MAX;
+/// What a stream has around a datagram: two bytes of length (RFC 4571, section 2), or four and a
+/// filling up to a multiple of four (RFC 8656, section 12.5).
+const FRAME_OVERHEAD_MAX: usize = 8;
+/// A datagram in a stream, with what is around it.
+const FRAME_BYTES_MAX: usize = FRAME_OVERHEAD_MAX + DATAGRAM_BYTES_MAX;
+
+/// How a stream's next datagram lies in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FramePlace {
+    /// Bytes before it.
+    pub head: usize,
+    pub len: usize,
+    /// Bytes behind it.
+    pub pad: usize,
+}
+
+impl FramePlace {
+    /// Behind its length in two bytes (RFC 4571); `None` where that has not come.
+    pub fn behind_length(stream: &[u8]) -> Option<FramePlace> {
+        let head = stream.first_chunk()?;
+        Some(FramePlace {
+            head: head.len(),
+            len: usize::from(u16::from_be_bytes(*head)),
+            pad: 0,
+        })
+    }
+}
 
 /// The beginning of a datagram whose end has not come out of its stream.
 pub struct StreamRest {
     bytes: Box<[u8; FRAME_BYTES_MAX]>,
     len: usize,
+}
+
+impl StreamRest {
+    /// What has been read of a stream already, where it fits.
+    pub fn holding(bytes: &[u8]) -> Option<StreamRest> {
+        let mut rest = StreamRest::default();
+        rest.bytes.get_mut(..bytes.len())?.copy_from_slice(bytes);
+        rest.len = bytes.len();
+        Some(rest)
+    }
 }
 
 impl Default for StreamRest {
@@ -195,8 +247,8 @@ impl ReceiveBatch {
         self.receive_once(socket)
     }
 
-    /// Takes what a stream holds, up to a bound, and cuts it into datagrams, each behind its length
-    /// in two bytes (RFC 4571). What has not come whole is kept in `rest`.
+    /// Takes what a stream holds, up to a bound, and cuts it into datagrams as `cut` says. What has
+    /// not come whole is kept in `rest`.
     ///
     /// # Errors
     /// `WouldBlock` when there is nothing; `UnexpectedEof` at the stream's end; `InvalidData` where
@@ -206,6 +258,7 @@ impl ReceiveBatch {
         stream: &mut impl Read,
         from: SocketAddr,
         rest: &mut StreamRest,
+        cut: impl Fn(&[u8]) -> Option<FramePlace>,
     ) -> io::Result<usize> {
         self.datagrams.clear();
         self.taken = 0;
@@ -225,12 +278,11 @@ impl ReceiveBatch {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let (mut at, end) = (0, kept + taken);
-        while let Some(head) = room[at..end].first_chunk() {
-            let len = usize::from(u16::from_be_bytes(*head));
-            if len > DATAGRAM_BYTES_MAX {
+        while let Some(FramePlace { head, len, pad }) = cut(&room[at..end]) {
+            if len > DATAGRAM_BYTES_MAX || head + pad > FRAME_OVERHEAD_MAX {
                 return Err(io::ErrorKind::InvalidData.into());
             }
-            let (start, next) = (at + head.len(), at + head.len() + len);
+            let (start, next) = (at + head, at + head + len + pad);
             if next > end {
                 break;
             }
@@ -239,7 +291,7 @@ impl ReceiveBatch {
                 self.datagrams.push(DatagramPlace {
                     buffer: 0,
                     start,
-                    end: next,
+                    end: next - pad,
                 });
             }
             at = next;
@@ -355,6 +407,28 @@ impl ReceiveBatch {
                 end: base + (start + segment).min(len),
             });
         }
+    }
+
+    /// Takes the wrapping off each datagram of the last call: `unwrap` says where in it the inner
+    /// one lies and whose that is, or that there is none. Says how many are left. For sockets that
+    /// keep no bursts together.
+    pub fn unwrap_each(
+        &mut self,
+        mut unwrap: impl FnMut(&[u8]) -> Option<(Range<usize>, SocketAddr)>,
+    ) -> usize {
+        let (bytes, buffers) = (&self.bytes, &mut self.buffers);
+        self.datagrams.retain_mut(|place| {
+            let Some((range, from)) = unwrap(&bytes[place.start..place.end]) else {
+                return false;
+            };
+            place.end = place.start + range.end;
+            place.start += range.start;
+            if let Some(received) = &mut buffers[place.buffer] {
+                received.from = from;
+            }
+            true
+        });
+        self.datagrams.len()
     }
 
     /// Datagram `index` of the last call; `None` where it came from no IP address or was too long.
@@ -699,6 +773,14 @@ pub fn is_without_segmentation(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP)
     )
+}
+
+/// Sends the parts together as one datagram on a connected socket.
+pub fn send_parts(socket: &UdpSocket, parts: &[IoSlice<'_>]) -> io::Result<()> {
+    let mut control = rustix::net::SendAncillaryBuffer::default();
+    let flags = rustix::net::SendFlags::empty();
+    rustix::net::sendmsg(socket, parts, &mut control, flags)?;
+    Ok(())
 }
 
 /// Sends one datagram. `to` is `None` on a connected socket.

@@ -6,6 +6,8 @@
 //! Signalling opens them, and the engine's worker uses the one that ICE has nominated through the
 //! methods here, statically dispatched.
 
+mod relay;
+mod relay_stream;
 mod stream;
 
 use std::collections::HashMap;
@@ -14,8 +16,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Mutex, PoisonError};
 
+use tokio::sync::mpsc;
+
 use crate::measure::Session;
 use crate::net::{self, ReceiveBatch};
+use relay::RelayCarrier;
+pub use relay::RelayLink;
+pub use relay_stream::RelayStream;
 use stream::TcpCarrier;
 
 /// What a path has beside the carrier that is used: a server offers a few candidates.
@@ -50,6 +57,8 @@ pub enum Via {
     Udp,
     /// The TCP connection that has this address of ours.
     Tcp(SocketAddr),
+    /// The relay that gave us this address.
+    Relay(SocketAddr),
 }
 
 /// The other end of a candidate pair, and by what of ours it is reached.
@@ -86,6 +95,7 @@ enum Carrier {
     Udp(MediaSocket),
     /// Its state is larger than that of a socket, which most have.
     Tcp(Box<TcpCarrier>),
+    Relay(Box<RelayCarrier>),
 }
 
 /// A socket, and how many datagrams it is known to have dropped.
@@ -138,6 +148,36 @@ impl Path {
         Ok((path, local))
     }
 
+    /// An allocation at a relay. What the relay says of it goes to `control`.
+    pub fn of_relay(link: RelayLink, relayed: SocketAddr, control: mpsc::Sender<Vec<u8>>) -> Path {
+        Path {
+            main: Carrier::Relay(Box::new(RelayCarrier::new(link, relayed, control))),
+            spare: Vec::new(),
+        }
+    }
+
+    /// What is for `peer`, and comes from it, goes by this channel of the relay's.
+    pub fn bind_channel(&mut self, relayed: SocketAddr, peer: SocketAddr, number: u16) {
+        for carrier in std::iter::once(&mut self.main).chain(&mut self.spare) {
+            match carrier {
+                Carrier::Relay(relay) if relay.relayed() == relayed => relay.bind(peer, number),
+                _ => {}
+            }
+        }
+    }
+
+    /// Sends a relay what whoever keeps the allocation says.
+    pub fn send_control(&mut self, relayed: SocketAddr, message: &[u8], unsent: &mut Unsent) {
+        for carrier in std::iter::once(&mut self.main).chain(&mut self.spare) {
+            match carrier {
+                Carrier::Relay(relay) if relay.relayed() == relayed => {
+                    relay.send_control(message, unsent);
+                }
+                _ => {}
+            }
+        }
+    }
+
     /// The port of the socket that datagrams leave by first.
     ///
     /// # Errors
@@ -147,6 +187,7 @@ impl Path {
             Carrier::None => Err(io::ErrorKind::NotConnected.into()),
             Carrier::Udp(socket) => Ok(socket.socket.local_addr()?.port()),
             Carrier::Tcp(connection) => Ok(connection.local().port()),
+            Carrier::Relay(relay) => Ok(relay.local_addr()?.port()),
         }
     }
 
@@ -155,7 +196,7 @@ impl Path {
         let is_known = match &other.main {
             Carrier::None => true,
             Carrier::Udp(new) => self.carriers().any(|carrier| carrier.is_udp(new.family)),
-            Carrier::Tcp(_) => false,
+            Carrier::Tcp(_) | Carrier::Relay(_) => false,
         };
         if is_known || self.spare.len() == SPARE_MAX {
             return;
@@ -174,7 +215,11 @@ impl Path {
 
     /// Whether those that can take more are to be told of, too.
     pub fn is_stream(&self) -> bool {
-        matches!(self.main, Carrier::Tcp(_))
+        match &self.main {
+            Carrier::Tcp(_) => true,
+            Carrier::Relay(relay) => relay.is_stream(),
+            Carrier::None | Carrier::Udp(_) => false,
+        }
     }
 
     /// How many carriers there are beside the main one.
@@ -194,6 +239,7 @@ impl Path {
         match self.carrier_mut(lane) {
             Some(Carrier::Udp(socket)) => batch.receive(&socket.socket),
             Some(Carrier::Tcp(connection)) => connection.receive(batch),
+            Some(Carrier::Relay(relay)) => relay.receive(batch),
             Some(Carrier::None) | None => Err(io::ErrorKind::WouldBlock.into()),
         }
     }
@@ -210,10 +256,12 @@ impl Path {
     /// Closes a carrier that has come to its end, and says which that was. A socket has none.
     pub fn remove_ended(&mut self, lane: Lane) -> Option<Via> {
         let carrier = self.carrier_mut(lane)?;
-        let Carrier::Tcp(connection) = carrier else {
-            return None;
+        let is_over = match carrier {
+            Carrier::Tcp(connection) => connection.is_over(),
+            Carrier::Relay(relay) => relay.is_over(),
+            Carrier::None | Carrier::Udp(_) => false,
         };
-        if !connection.is_over() {
+        if !is_over {
             return None;
         }
         let via = carrier.via();
@@ -235,6 +283,7 @@ impl Path {
     pub fn dropped_datagrams(&mut self, lane: Lane, drops: u32, burst: u32) -> u64 {
         match self.carrier_mut(lane) {
             Some(Carrier::Udp(socket)) => socket.dropped_datagrams(drops, burst),
+            Some(Carrier::Relay(relay)) => relay.dropped_datagrams(drops),
             _ => 0,
         }
     }
@@ -271,6 +320,7 @@ impl Path {
                     .position(is_fit)
                     .or_else(|| self.carriers().position(|carrier| carrier.via() == to.via))
             }
+            Via::Relay(_) => self.carriers().position(|carrier| carrier.via() == to.via),
             // Pairs of one connection's end with another one's are none.
             Via::Tcp(_) => self.carriers().position(
                 |carrier| matches!(carrier, Carrier::Tcp(tcp) if tcp.remote() == address && carrier.via() == to.via),
@@ -290,7 +340,7 @@ impl Path {
     pub fn connect(&mut self, to: FarEnd) {
         let is_nominated = |carrier: &Carrier| match to.via {
             Via::Udp => carrier.is_udp(Family::of(to.address.ip())),
-            Via::Tcp(_) => carrier.via() == to.via,
+            Via::Tcp(_) | Via::Relay(_) => carrier.via() == to.via,
         };
         if !is_nominated(&self.main) {
             // Not there any more: what flows goes on where it is.
@@ -313,7 +363,7 @@ impl Path {
         let is_settled = match &self.main {
             Carrier::None => false,
             Carrier::Udp(socket) => socket.is_connected,
-            Carrier::Tcp(_) => true,
+            Carrier::Tcp(_) | Carrier::Relay(_) => true,
         };
         if !is_settled {
             return 0;
@@ -372,6 +422,7 @@ impl Carrier {
         match self {
             Carrier::Udp(socket) => socket.send(to, bytes, segment, segmentation, unsent),
             Carrier::Tcp(connection) => connection.send(bytes, segment, unsent),
+            Carrier::Relay(relay) => relay.send(to, bytes, segment, unsent),
             // Its end was told.
             Carrier::None => {}
         }
@@ -385,6 +436,7 @@ impl Carrier {
         match self {
             Carrier::None | Carrier::Udp(_) => Via::Udp,
             Carrier::Tcp(connection) => Via::Tcp(connection.local()),
+            Carrier::Relay(relay) => Via::Relay(relay.relayed()),
         }
     }
 
@@ -393,12 +445,14 @@ impl Carrier {
             Carrier::None => None,
             Carrier::Udp(socket) => Some(socket.socket.as_raw_fd()),
             Carrier::Tcp(connection) => Some(connection.stream().as_raw_fd()),
+            Carrier::Relay(relay) => Some(relay.descriptor()),
         }
     }
 
     fn untold_drops(&self) -> u64 {
         match self {
             Carrier::Udp(socket) => socket.untold_drops(),
+            Carrier::Relay(relay) => relay.untold_drops(),
             Carrier::None | Carrier::Tcp(_) => 0,
         }
     }
@@ -508,7 +562,7 @@ pub fn unsent_note(session: &Session) -> Option<String> {
     let kinds = [
         (
             session.sends_refused,
-            "nothing listens any more where the server's media was (ECONNREFUSED)",
+            "nothing listens any more where media was sent, at the server or its relay (ECONNREFUSED)",
         ),
         (
             session.sends_unreachable,

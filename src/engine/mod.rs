@@ -89,6 +89,19 @@ pub enum ShardCommand {
         path: Path,
         end: NearEnd,
     },
+    /// At the relay that gave us an address, this channel leads to a candidate of the server.
+    BindChannel {
+        key: PeerKey,
+        relayed: SocketAddr,
+        peer: SocketAddr,
+        number: u16,
+    },
+    /// What whoever keeps an allocation at that relay says to it.
+    TellRelay {
+        key: PeerKey,
+        relayed: SocketAddr,
+        message: Vec<u8>,
+    },
     AddRemoteCandidate {
         key: PeerKey,
         address: SocketAddr,

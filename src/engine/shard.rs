@@ -223,6 +223,8 @@ impl Shard {
             ShardCommand::Record { participant, tap } => self.taps.push((participant, tap)),
             ShardCommand::AddPeer { .. }
             | ShardCommand::AddPath { .. }
+            | ShardCommand::BindChannel { .. }
+            | ShardCommand::TellRelay { .. }
             | ShardCommand::RemovePeer { .. }
             | ShardCommand::Report
             | ShardCommand::Survey
@@ -257,10 +259,7 @@ impl Shard {
                 }
             }
             ShardCommand::Leave { key } => self.leave(key, now),
-            ShardCommand::LoseTrack { key, track } => {
-                self.change_tracks(key, track, SendTrack::lose);
-                self.losers.push(key);
-            }
+            ShardCommand::LoseTrack { key, track } => self.lose_track(key, track),
         }
     }
 
@@ -397,6 +396,11 @@ impl Shard {
         for mut early in peer.take_early() {
             self.take_rtp(key, &mut early.datagram, early.arrival);
         }
+    }
+
+    fn lose_track(&mut self, key: PeerKey, track: u8) {
+        self.change_tracks(key, track, SendTrack::lose);
+        self.losers.push(key);
     }
 
     fn stop_publishing(&mut self, now: Time) {

@@ -20,7 +20,8 @@ use crate::measure::Record;
 use crate::measure::presence::Marks;
 use crate::measure::stalls::{STALL_MIN, StillSpan};
 use crate::net;
-use crate::path::{FarEnd, Lane, Path};
+use crate::path::{FarEnd, Lane, Path, Unsent};
+use crate::transport::peer::NearEnd;
 use crate::transport::rtp::{Datagram, classify};
 use crate::units::{Epoch, Time, arrival};
 
@@ -330,7 +331,8 @@ impl ShardWorker {
             for index in 0..count {
                 self.take(key, lane, index, now, unix_now);
             }
-            taken += count;
+            // What a relay says of itself comes in place of datagrams, and takes its share too.
+            taken += count.max(1);
             if self.batch.is_drained() {
                 break;
             }
@@ -461,15 +463,20 @@ impl ShardWorker {
                 self.subscribers[key] = Some(events);
                 self.shard.add_peer(key, *peer, now, &mut self.io);
             }
-            ShardCommand::AddPath { key, path, end } => {
-                if self.io.slots[key].is_some() {
-                    self.watch_path(key, &path)?;
-                }
-                if let Some(slot) = self.io.slots[key].as_mut() {
-                    slot.path.add(path);
-                }
-                self.shard.add_near_end(key, end, now, &mut self.io);
-            }
+            ShardCommand::AddPath { key, path, end } => self.add_path(key, path, end, now)?,
+            ShardCommand::BindChannel {
+                key,
+                relayed,
+                peer,
+                number,
+            } => self.at_path(key, |path, _| path.bind_channel(relayed, peer, number)),
+            ShardCommand::TellRelay {
+                key,
+                relayed,
+                message,
+            } => self.at_path(key, |path, unsent| {
+                path.send_control(relayed, &message, unsent);
+            }),
             ShardCommand::RemovePeer { key } => {
                 self.shard.remove_peer(key);
                 self.subscribers[key] = None;
@@ -496,6 +503,23 @@ impl ShardWorker {
     }
 
     /// All sockets of a peer wake it alike.
+    fn add_path(&mut self, key: PeerKey, path: Path, end: NearEnd, now: Time) -> io::Result<()> {
+        if self.io.slots[key].is_some() {
+            self.watch_path(key, &path)?;
+        }
+        if let Some(slot) = self.io.slots[key].as_mut() {
+            slot.path.add(path);
+        }
+        self.shard.add_near_end(key, end, now, &mut self.io);
+        Ok(())
+    }
+
+    fn at_path(&mut self, key: PeerKey, work: impl FnOnce(&mut Path, &mut Unsent)) {
+        if let Some(slot) = self.io.slots[key].as_mut() {
+            work(&mut slot.path, &mut self.io.counts.unsent);
+        }
+    }
+
     fn watch_path(&self, key: PeerKey, path: &Path) -> io::Result<()> {
         let registry = self.poll.registry();
         // What has waited for room in a stream leaves when the peer has its turn.

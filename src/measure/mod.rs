@@ -113,7 +113,7 @@ stats! {
             sends_refused, sends_unreachable, sends_blocked, sends_too_long, sends_mismatched,
             sends_backlogged,
             /// Joins by what carried their media.
-            joins_by_udp, joins_by_tcp,
+            joins_by_udp, joins_by_tcp, joins_by_turn_udp, joins_by_turn_tcp, joins_by_turn_tls,
         }
         histograms {
             join, signal_connect, signal_join, ice, dtls, first_media, rtt_stun, rtt_rtcp, rtt_signal, reconnect,

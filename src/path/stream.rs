@@ -10,7 +10,7 @@ use std::io::{self, IoSlice, Write};
 use std::net::{SocketAddr, TcpStream};
 
 use super::Unsent;
-use crate::net::{ReceiveBatch, SEGMENTS_MAX, StreamRest};
+use crate::net::{FramePlace, ReceiveBatch, SEGMENTS_MAX, StreamRest};
 
 /// What waits for the kernel: as much as the largest burst of a frame, a quarter of a second of
 /// 2 Mbit/s. What is older than that helps nobody.
@@ -67,7 +67,12 @@ impl TcpCarrier {
     /// Takes what has come, as [`ReceiveBatch::receive_framed`], and sends on what has waited.
     pub fn receive(&mut self, batch: &mut ReceiveBatch) -> io::Result<usize> {
         self.flush();
-        let received = batch.receive_framed(&mut &self.stream, self.remote, &mut self.rest);
+        let received = batch.receive_framed(
+            &mut &self.stream,
+            self.remote,
+            &mut self.rest,
+            FramePlace::behind_length,
+        );
         if let Err(error) = &received {
             self.is_over |= !is_passing(error);
         }
@@ -152,7 +157,7 @@ fn write_framed(mut stream: &TcpStream, bytes: &[u8], segment: usize) -> io::Res
 }
 
 /// Errors that say nothing of the connection.
-fn is_passing(error: &io::Error) -> bool {
+pub(super) fn is_passing(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
@@ -160,7 +165,7 @@ fn is_passing(error: &io::Error) -> bool {
 }
 
 /// Bytes that the kernel has no room for.
-struct Backlog {
+pub(super) struct Backlog {
     bytes: Box<[u8]>,
     start: usize,
     end: usize,
@@ -177,15 +182,15 @@ impl Default for Backlog {
 }
 
 impl Backlog {
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.start == self.end
     }
 
-    fn waiting(&self) -> &[u8] {
+    pub(super) fn waiting(&self) -> &[u8] {
         &self.bytes[self.start..self.end]
     }
 
-    fn consume(&mut self, count: usize) {
+    pub(super) fn consume(&mut self, count: usize) {
         self.start += count;
         if self.is_empty() {
             (self.start, self.end) = (0, 0);
@@ -196,7 +201,15 @@ impl Backlog {
     /// is no room. One that has begun finds room: nothing waits before it.
     fn push(&mut self, datagram: &[u8], sent: usize) -> bool {
         let head = (datagram.len() as u16).to_be_bytes();
-        let len = HEAD_BYTES + datagram.len() - sent;
+        self.push_parts(&[
+            &head[sent.min(HEAD_BYTES)..],
+            &datagram[sent.saturating_sub(HEAD_BYTES)..],
+        ])
+    }
+
+    /// Takes these one behind the other, or says that there is no room.
+    pub(super) fn push_parts(&mut self, parts: &[&[u8]]) -> bool {
+        let len: usize = parts.iter().map(|part| part.len()).sum();
         if self.end + len > self.bytes.len() {
             self.bytes.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
@@ -204,10 +217,7 @@ impl Backlog {
         if self.end + len > self.bytes.len() {
             return false;
         }
-        for part in [
-            &head[sent.min(HEAD_BYTES)..],
-            &datagram[sent.saturating_sub(HEAD_BYTES)..],
-        ] {
+        for part in parts {
             self.bytes[self.end..][..part.len()].copy_from_slice(part);
             self.end += part.len();
         }

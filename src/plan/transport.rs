@@ -10,6 +10,12 @@ pub enum MediaTransport {
     Udp,
     /// ICE over TCP, to a passive candidate of the server (RFC 6544).
     Tcp,
+    /// Through a TURN server that is reached over UDP.
+    TurnUdp,
+    /// Through one that is reached over TCP.
+    TurnTcp,
+    /// Through one that is reached over TLS.
+    TurnTls,
 }
 
 impl MediaTransport {
@@ -18,6 +24,9 @@ impl MediaTransport {
         match self {
             MediaTransport::Udp => "udp",
             MediaTransport::Tcp => "tcp",
+            MediaTransport::TurnUdp => "turn-udp",
+            MediaTransport::TurnTcp => "turn-tcp",
+            MediaTransport::TurnTls => "turn-tls",
         }
     }
 }
@@ -31,6 +40,9 @@ pub enum TransportChoice {
     Auto,
     Udp,
     Tcp,
+    TurnUdp,
+    TurnTcp,
+    TurnTls,
 }
 
 impl TransportChoice {
@@ -39,6 +51,9 @@ impl TransportChoice {
             TransportChoice::Auto => "auto",
             TransportChoice::Udp => "udp",
             TransportChoice::Tcp => "tcp",
+            TransportChoice::TurnUdp => "turn-udp",
+            TransportChoice::TurnTcp => "turn-tcp",
+            TransportChoice::TurnTls => "turn-tls",
         }
     }
 
@@ -49,6 +64,14 @@ impl TransportChoice {
     /// Whether it may be UDP straight to the server.
     pub const fn allows_udp(self) -> bool {
         matches!(self, TransportChoice::Auto | TransportChoice::Udp)
+    }
+
+    /// Whether it is a relay, whatever else there is.
+    pub const fn is_relay(self) -> bool {
+        matches!(
+            self,
+            TransportChoice::TurnUdp | TransportChoice::TurnTcp | TransportChoice::TurnTls
+        )
     }
 
     /// Whether it may be TCP straight to the server.

@@ -455,10 +455,16 @@ fn rate_line(packets_per_second: f64, bits_per_second: f64) -> String {
 
 /// What carried media, where that was not UDP alone.
 fn transports(session: &Session) -> String {
-    if session.joins_by_tcp == 0 {
+    let by = [
+        (session.joins_by_udp, "UDP"),
+        (session.joins_by_tcp, "TCP"),
+        (session.joins_by_turn_udp, "TURN by UDP"),
+        (session.joins_by_turn_tcp, "TURN by TCP"),
+        (session.joins_by_turn_tls, "TURN by TLS"),
+    ];
+    if by[1..].iter().all(|(count, _)| *count == 0) {
         return String::new();
     }
-    let by = [(session.joins_by_udp, "UDP"), (session.joins_by_tcp, "TCP")];
     let told = by.iter().filter(|(count, _)| *count > 0);
     let told: Vec<String> = told
         .map(|(count, name)| format!("{} over {name}", number(*count)))

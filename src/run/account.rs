@@ -179,6 +179,9 @@ pub(super) fn state_of_all(step: &mut Record, all: &Record) {
     );
     (to.joins_ok, to.joins_failed) = (from.joins_ok, from.joins_failed);
     (to.joins_by_udp, to.joins_by_tcp) = (from.joins_by_udp, from.joins_by_tcp);
+    to.joins_by_turn_udp = from.joins_by_turn_udp;
+    to.joins_by_turn_tcp = from.joins_by_turn_tcp;
+    to.joins_by_turn_tls = from.joins_by_turn_tls;
     for (from, to) in [(&all.audio, &mut step.audio), (&all.video, &mut step.video)] {
         let Media {
             tracks_published,

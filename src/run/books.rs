@@ -239,6 +239,9 @@ fn joins_by_mut(session: &mut Session, transport: MediaTransport) -> &mut u64 {
     match transport {
         MediaTransport::Udp => &mut session.joins_by_udp,
         MediaTransport::Tcp => &mut session.joins_by_tcp,
+        MediaTransport::TurnUdp => &mut session.joins_by_turn_udp,
+        MediaTransport::TurnTcp => &mut session.joins_by_turn_tcp,
+        MediaTransport::TurnTls => &mut session.joins_by_turn_tls,
     }
 }
 

@@ -19,6 +19,7 @@ use crate::preflight;
 use crate::signal::session::{
     self, Media, Notice, Request, Sections, SessionContext, ShardPlace, TakingTurns,
 };
+use crate::signal::turn::TurnServer;
 use crate::signal::{Endpoint, JoinAccess};
 use crate::units::{Epoch, Time};
 
@@ -67,7 +68,7 @@ impl Crew {
         shard: &ShardConfig,
         shards: Vec<Sender<ShardCommand>>,
         (endpoint, access): (Endpoint, JoinAccess),
-        clips: Clips,
+        (clips, turn): (Clips, Option<TurnServer>),
     ) -> Crew {
         let (notice_sender, notices) = mpsc::unbounded_channel();
         let (leave, leaving) = watch::channel(false);
@@ -83,6 +84,7 @@ impl Crew {
             obey_bandwidth: plan.scenario.media.obey_bandwidth,
             single_connection: plan.connection == ConnectionMode::Single,
             join_retries: plan.scenario.join_retries,
+            turn,
             routes: Routes::default(),
             receive_buffer_bytes: preflight::receive_buffer_bytes(plan) as usize,
             shards,

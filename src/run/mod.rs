@@ -290,7 +290,13 @@ impl<'a> Test<'a> {
             epoch,
         };
         let threads = EngineThreads::start(&plan.split(resources.threads), &shard)?;
-        let crew = Crew::muster(plan, &shard, threads.senders(), way_in, clips);
+        let crew = Crew::muster(
+            plan,
+            &shard,
+            threads.senders(),
+            way_in,
+            (clips, run.turn.clone()),
+        );
         let record_to = run.destinations.record.clone();
         let recorder = record_to
             .map(|dir| start_recorder(dir, plan, &threads))

@@ -6,6 +6,7 @@ use crate::plan::Plan;
 use crate::report::{Destinations, Judging};
 use crate::server_metrics::PageUrl;
 use crate::signal::trust::TrustSpec;
+use crate::signal::turn::TurnServer;
 use crate::signal::{Gateway, Seats};
 
 /// A load test.
@@ -20,6 +21,8 @@ pub struct RunSpec {
     pub gateway: Gateway,
     /// Whose certificates are trusted.
     pub trust: TrustSpec,
+    /// The relay that media is to go through, where the user named one.
+    pub turn: Option<TurnServer>,
     pub judging: Judging,
     pub destinations: Destinations,
     /// The server's own Prometheus pages, one a node.

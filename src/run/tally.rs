@@ -252,6 +252,9 @@ fn differences(began: &Record, held: &Record, end: &Record) -> Record {
     session.joins_ok = once.joins_ok;
     session.joins_by_udp = once.joins_by_udp;
     session.joins_by_tcp = once.joins_by_tcp;
+    session.joins_by_turn_udp = once.joins_by_turn_udp;
+    session.joins_by_turn_tcp = once.joins_by_turn_tcp;
+    session.joins_by_turn_tls = once.joins_by_turn_tls;
     session.joins_failed = once.joins_failed;
     session.joins_retried = once.joins_retried;
     session.disconnects = once.disconnects;

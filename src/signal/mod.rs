@@ -19,6 +19,7 @@ pub mod route;
 pub mod session;
 pub mod token;
 pub mod trust;
+pub mod turn;
 
 use std::fmt;
 use std::str::FromStr;

@@ -34,11 +34,12 @@ use tracing::{Instrument, debug, field, info, info_span, trace, warn};
 use super::Endpoint;
 use super::access::JoinAccess;
 use super::client::{
-    self, Description, Join, JoinMode, JoinOptions, SignalError, SignalEvent, SignalReceiver,
-    SignalSender, Trickle,
+    self, Description, IceServer, Join, JoinMode, JoinOptions, SignalError, SignalEvent,
+    SignalReceiver, SignalSender, Trickle,
 };
 use super::dial::{DialDeadline, Dialled};
 use super::token::Permissions;
+use super::turn::{self, RelayNews, TurnLink, TurnServer};
 use crate::engine::{
     NewPeer, PeerKey, Roster, ShardCommand, ShardEvent, StreamParameters, track_number,
 };
@@ -100,6 +101,8 @@ pub struct SessionContext {
     /// Publishers send no more than their path carries.
     pub obey_bandwidth: bool,
     pub receive_buffer_bytes: usize,
+    /// The relay that the user named, before those that the server names.
+    pub turn: Option<TurnServer>,
     /// From where this host reaches the server's candidates.
     pub routes: Routes,
     /// One peer connection a participant (`/rtc/v1`) instead of two.
@@ -334,6 +337,20 @@ struct Session {
     local_ip: Option<IpAddr>,
     /// TCP connections for media that are being opened.
     streams: JoinSet<OpenedStream>,
+    relays: Relays,
+}
+
+/// Where allocations at relays tell what becomes of them.
+struct Relays {
+    sender: mpsc::UnboundedSender<(PeerRole, RelayNews)>,
+    news: mpsc::UnboundedReceiver<(PeerRole, RelayNews)>,
+}
+
+impl Relays {
+    fn new() -> Relays {
+        let (sender, news) = mpsc::unbounded_channel();
+        Relays { sender, news }
+    }
 }
 
 type OpenedStream = (PeerRole, SocketAddr, io::Result<TcpStream>);
@@ -476,6 +493,7 @@ impl Session {
             viewer: Viewer::new(context.layout, context.video_layers.clone()),
             local_ip: None,
             streams: JoinSet::new(),
+            relays: Relays::new(),
             context,
             plan,
             room,
@@ -619,11 +637,103 @@ impl Session {
         self.hand_over_paths(role);
     }
 
+    /// Has allocations made for the connections, where media is to go through a relay.
+    fn begin_relays(&mut self, offered: &[IceServer]) -> Result<(), SessionFailure> {
+        if !self.plan.transport.is_relay() {
+            return Ok(());
+        }
+        let named = self.context.turn.clone();
+        let link = TurnLink::of(self.plan.transport);
+        let server = named.or_else(|| turn::named_by(offered, link?));
+        let server = server.ok_or_else(|| {
+            SessionFailure::lasting(format!(
+                "--transport {} needs a TURN server that is reached so: {}. Name one with --turn",
+                self.plan.transport.name(),
+                turn::what_is_named(offered)
+            ))
+        })?;
+        let (epoch, buffer) = (self.context.epoch, self.context.receive_buffer_bytes);
+        for role in PeerRole::BOTH {
+            if !self.half_mut(role).wanted {
+                continue;
+            }
+            let (asked, peers) = mpsc::unbounded_channel();
+            self.half_mut(role).begin_relay(asked, server.url.clone());
+            let sender = self.relays.sender.clone();
+            // A session that has ended no longer cares.
+            let tell = move |news| drop(sender.send((role, news)));
+            let kept = turn::keep_allocation(server.clone(), buffer, epoch, peers, tell);
+            tokio::spawn(kept);
+        }
+        Ok(())
+    }
+
+    async fn handle_relay(
+        &mut self,
+        role: PeerRole,
+        news: RelayNews,
+        sender: &mut SignalSender,
+    ) -> Result<(), SessionFailure> {
+        let (key, now, is_in) = (self.key(role), self.context.epoch.now(), self.joined);
+        let half = self.half_mut(role);
+        match news {
+            RelayNews::Open { path, relayed } => {
+                debug!(connection = ?role, %relayed, "a relay carries it");
+                half.take_relay(path, relayed);
+                self.hand_over_paths(role);
+                self.tell_addresses(role, sender).await?;
+            }
+            RelayNews::Bound { peer, number } => {
+                if let Some(relayed) = half.bind_relay(peer) {
+                    self.command(ShardCommand::BindChannel {
+                        key,
+                        relayed,
+                        peer,
+                        number,
+                    });
+                    let address = peer;
+                    self.command(ShardCommand::AddRemoteCandidate { key, address });
+                }
+            }
+            RelayNews::Say { relayed, message } => self.command(ShardCommand::TellRelay {
+                key,
+                relayed,
+                message,
+            }),
+            RelayNews::Refused { peer, why } => {
+                debug!(connection = ?role, %peer, why, "a relay does not reach it");
+                half.refuse_relay(why);
+            }
+            RelayNews::Failed(why) if is_in => {
+                return Err(SessionFailure::of(why, Cure::Rejoin));
+            }
+            RelayNews::Failed(why) => half.fail_relay(why, now),
+        }
+        Ok(())
+    }
+
+    /// Where media that went through a relay has ended without a word, the relay may be why.
+    async fn with_relay(&self, mut failure: SessionFailure) -> SessionFailure {
+        let halves = [&self.publisher, &self.subscriber];
+        let relay = halves.into_iter().find_map(PeerHalf::relay_in_use);
+        let is_silence = matches!(failure.server_reason, None | Some("CONNECTION_TIMEOUT"));
+        if let Some(url) = relay.filter(|_| self.joined && is_silence) {
+            let life = turn::sign_of_life(url).await;
+            failure.reason += &format!("; media went through the TURN server {url}, which {life}");
+        }
+        failure
+    }
+
     fn transport(&self) -> MediaTransport {
         let halves = [&self.publisher, &self.subscriber];
         let by = halves.iter().map(|half| match half.via {
             Via::Udp => MediaTransport::Udp,
             Via::Tcp(_) => MediaTransport::Tcp,
+            Via::Relay(_) => match half.relay_in_use().map(|url| url.link) {
+                Some(TurnLink::Tls) => MediaTransport::TurnTls,
+                Some(TurnLink::Tcp) => MediaTransport::TurnTcp,
+                Some(TurnLink::Udp) | None => MediaTransport::TurnUdp,
+            },
         });
         by.max().unwrap_or(MediaTransport::Udp)
     }
@@ -659,12 +769,15 @@ impl Session {
                 () = self.time_without_path(), if !self.joined => return Err(SessionFailure::lasting(self.without_path())),
                 () = self.time_of_streams() => self.open_streams(&mut signal.sender).await?,
                 Some(Ok(opened)) = self.streams.join_next() => self.handle_stream(opened),
+                Some((role, news)) = self.relays.news.recv() => {
+                    self.handle_relay(role, news, &mut signal.sender).await?;
+                }
                 () = &mut deadline, if !self.joined => return Err(SessionFailure::lost(self.timeout_reason())),
                 Some(event) = engine.receiver.recv() => {
                     if let Err(failure) = self.handle_engine(event, &mut signal.sender).await {
                         let closed = matches!(event, ShardEvent::Failed { failure: PeerFailure::ClosedByRemote, .. });
                         let reason = if closed { leave_reason(&mut signal.receiver).await } else { None };
-                        return Err(reason.unwrap_or(failure));
+                        return Err(self.with_relay(reason.unwrap_or(failure)).await);
                     }
                 }
                 event = signal.receiver.next() => {
@@ -803,7 +916,7 @@ impl Session {
                     .for_each(|rtt| self.notify(Notice::SignalRtt(rtt)));
                 Ok(())
             }
-            SignalEvent::Leave(leave) => Err(self.ended_by_server(&leave)),
+            SignalEvent::Leave(leave) => Err(self.with_relay(self.ended_by_server(&leave)).await),
             SignalEvent::Malformed { kind, .. } => self.handle_malformed(kind),
             SignalEvent::Closed { reason, .. } => Err(closed_by_server(&reason)),
             other => self.handle_moderation(other, &mut signal.sender).await,
@@ -854,6 +967,7 @@ impl Session {
             embedded_sfu: join.embedded_sfu,
         });
         signal.set_ping(join.ping_interval, join.ping_timeout);
+        self.begin_relays(&join.ice_servers)?;
         if !self.context.single_connection {
             for track in &self.tracks {
                 signal.sender.add_track(add_track_request(track)).await?;
@@ -1204,6 +1318,9 @@ impl Session {
     /// Gives the shard the sockets that candidates have asked for.
     fn hand_over_paths(&mut self, role: PeerRole) {
         let key = self.key(role);
+        if !self.half_mut(role).added {
+            return;
+        }
         for (path, end) in self.half_mut(role).take_paths() {
             self.command(ShardCommand::AddPath { key, path, end });
         }
@@ -1272,14 +1389,7 @@ impl Session {
             }
             ShardEvent::Failed { key, failure } => {
                 debug!(connection = ?self.role_of(key), ?failure, "a media connection ended");
-                let half = self.half_of(key);
-                let reason = match failure {
-                    PeerFailure::IceDisconnected => {
-                        let (question, ends) = (half.port_question(), half.ends());
-                        format!("{} ({question}){ends}", failure.describe())
-                    }
-                    _ => failure.describe().to_owned(),
-                };
+                let reason = self.half_of(key).end_of_media(failure);
                 return Err(SessionFailure::of(reason, Cure::Rejoin));
             }
         }

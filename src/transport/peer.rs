@@ -272,6 +272,8 @@ pub enum NearEnd {
         local: SocketAddr,
         remote: SocketAddr,
     },
+    /// A relay, with our address there.
+    Relay(SocketAddr),
 }
 
 impl PeerFailure {
@@ -308,6 +310,8 @@ struct PeerSetup {
     local_address: SocketAddr,
     /// Ours in the other address family, where there is one.
     other_local_address: Option<SocketAddr>,
+    /// Our addresses at relays.
+    relayed: Vec<SocketAddr>,
     /// By what of ours the nominated path goes.
     via: Via,
     remote_fingerprint: Fingerprint,
@@ -377,6 +381,7 @@ impl Peer {
             epoch,
             local_address: parameters.local_address,
             other_local_address: None,
+            relayed: Vec::new(),
             via: Via::Udp,
             remote_fingerprint: parameters.remote_fingerprint,
             dtls_active: parameters.dtls_active,
@@ -424,6 +429,12 @@ impl Peer {
                 if let (Ok(local), Ok(remote)) = (host(local), host(remote)) {
                     setup.ice.add_local_candidate(local);
                     setup.ice.add_remote_candidate(remote);
+                }
+            }
+            NearEnd::Relay(relayed) => {
+                if let Ok(candidate) = Candidate::relayed(relayed, relayed, Protocol::Udp) {
+                    setup.relayed.push(relayed);
+                    setup.ice.add_local_candidate(candidate);
                 }
             }
         }
@@ -644,7 +655,7 @@ impl Peer {
                     source,
                     destination,
                 } => {
-                    let end = far_end(proto, source, destination);
+                    let end = self.setup.far_end(proto, source, destination);
                     (self.remote, self.setup.via) = (Some(end.address), end.via);
                     self.setup.is_restarting = false;
                     self.setup.nominated_at.get_or_insert(now);
@@ -658,7 +669,8 @@ impl Peer {
             }
         }
         while let Some(transmit) = self.setup.ice.poll_transmit() {
-            let to = far_end(transmit.proto, transmit.source, transmit.destination);
+            let (proto, source) = (transmit.proto, transmit.source);
+            let to = self.setup.far_end(proto, source, transmit.destination);
             send(&transmit.contents, to);
         }
     }
@@ -740,6 +752,7 @@ impl PeerSetup {
         let (proto, destination) = match from.via {
             Via::Udp => (Protocol::Udp, self.local_address_towards(from.address)),
             Via::Tcp(local) => (Protocol::Tcp, local),
+            Via::Relay(relayed) => (Protocol::Udp, relayed),
         };
         let packet = StunPacket {
             proto,
@@ -752,6 +765,16 @@ impl PeerSetup {
             self.silent_until = now + LITE_SILENCE_MAX;
         }
         taken
+    }
+
+    /// What the agent calls a pair: its destination, and the local candidate that it goes from.
+    fn far_end(&self, proto: Protocol, source: SocketAddr, address: SocketAddr) -> FarEnd {
+        let via = match proto {
+            Protocol::Tcp => Via::Tcp(source),
+            _ if self.relayed.contains(&source) => Via::Relay(source),
+            _ => Via::Udp,
+        };
+        FarEnd { via, address }
     }
 
     fn local_address_towards(&self, remote: SocketAddr) -> SocketAddr {
@@ -845,15 +868,6 @@ pub fn local_ufrag_of_check(datagram: &[u8]) -> Option<&str> {
         return None;
     }
     message.username()?.split_once(':').map(|(local, _)| local)
-}
-
-/// What the agent calls a pair: its destination, and the local candidate that it goes from.
-fn far_end(proto: Protocol, source: SocketAddr, address: SocketAddr) -> FarEnd {
-    let via = match proto {
-        Protocol::Tcp => Via::Tcp(source),
-        _ => Via::Udp,
-    };
-    FarEnd { via, address }
 }
 
 fn creds(credentials: &IceCredentials) -> IceCreds {

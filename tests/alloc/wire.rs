@@ -1,11 +1,16 @@
 //! Nothing on the per-packet paths of the wire code allocates.
 
 use std::hint::black_box;
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
 use throng::transport::rtp::Ssrc;
 
 use crate::common::counting::ALLOCATIONS;
 use crate::common::link::under_test;
 use throng::codec::vp8::{PictureId, Vp8Descriptor};
+use throng::net::{self, ReceiveBatch};
+use throng::path::{Lane, Path, RelayLink, RelayStream, Unsent};
 use throng::transport::rtcp::{
     DlrrBlock, ReportBlock, RtcpPacket, RtcpWriter, SenderInfo, packets,
 };
@@ -24,6 +29,55 @@ fn allocations(work: impl FnOnce()) -> u64 {
 #[test]
 fn the_counter_counts() {
     assert_eq!(allocations(|| drop(black_box(vec![1, 2, 3]))), 1);
+}
+
+/// The other end of a relay's link.
+type SayFrame = Box<dyn Fn(&[u8])>;
+
+/// A relay's link, and its other end.
+fn links() -> [(RelayLink, SayFrame); 2] {
+    let relay = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let socket = net::open_relay_socket([127, 0, 0, 1].into(), 1 << 20).unwrap();
+    socket.connect(relay.local_addr().unwrap()).unwrap();
+    let ours = socket.local_addr().unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let theirs = listener.accept().unwrap().0;
+    let stream = RelayStream::new(stream, None, &[]).unwrap();
+    [
+        (
+            RelayLink::Udp(socket),
+            Box::new(move |frame| assert!(relay.send_to(frame, ours).is_ok())),
+        ),
+        (
+            RelayLink::Stream(Box::new(stream)),
+            Box::new(move |frame| io::Write::write_all(&mut &theirs, frame).unwrap()),
+        ),
+    ]
+}
+
+#[test]
+fn datagrams_through_a_relay_allocate_nothing() {
+    const BURSTS: usize = 20;
+    const LEN: usize = 1_101;
+    let (peer, relayed) = ([10, 0, 0, 1], [10, 0, 0, 2]);
+    let (peer, relayed) = (SocketAddr::from((peer, 5)), SocketAddr::from((relayed, 6)));
+    let frame = [[0x40, 1, 4, 0x4D].as_slice(), &[7; LEN], &[0; 3]].concat();
+    for (link, say) in links() {
+        let (control, _said) = tokio::sync::mpsc::channel(4);
+        let mut path = Path::of_relay(link, relayed, control);
+        path.bind_channel(relayed, peer, 0x4001);
+        (0..BURSTS).for_each(|_| say(&frame));
+        let (mut batch, mut unsent, mut heard) = (ReceiveBatch::default(), Unsent::default(), 0);
+        let (bytes, deadline) = ([7; 3 * LEN], Instant::now() + Duration::from_secs(10));
+        let count = allocations(|| {
+            while heard < BURSTS && Instant::now() < deadline {
+                path.send(peer, &bytes, LEN, &mut true, &mut unsent);
+                heard += path.receive(Lane::Main, &mut batch).unwrap_or(0);
+            }
+        });
+        assert_eq!((count, heard), (0, BURSTS));
+    }
 }
 
 #[test]

@@ -117,6 +117,56 @@ fn what_a_gateway_wants_and_whom_to_trust_is_said_by_flags() {
 }
 
 #[test]
+fn a_relay_is_named_as_media_is_to_reach_it() {
+    let who = ["--turn-user", "me", "--turn-password", "hunter2"];
+    for (transport, url, as_read) in [
+        ("turn-udp", "turn:relay", "turn:relay:3478?transport=udp"),
+        ("turn-tcp", "turn:relay:99", "turn:relay:99?transport=tcp"),
+        ("turn-tls", "turns:relay", "turns:relay:5349?transport=tcp"),
+    ] {
+        let asked = local(&[&["--transport", transport, "--turn", url], &who[..]].concat());
+        let turn = asked.turn.as_ref().unwrap();
+        assert_eq!(turn.url.to_string(), as_read);
+        assert_eq!(
+            (turn.user.as_str(), turn.password.expose()),
+            ("me", "hunter2")
+        );
+        assert!(!format!("{asked:?}").contains("hunter2"));
+    }
+    let udp = ["--transport", "turn-udp", "--turn"];
+    for (args, why) in [
+        (
+            &["--turn-user", "me"][..],
+            "--turn-user belongs to --turn URL",
+        ),
+        (
+            &["--turn", "turn:relay"],
+            "--turn needs --transport turn-udp",
+        ),
+        (
+            &[&udp[..], &["turn:relay"]].concat(),
+            "--turn needs --turn-user",
+        ),
+        (&[&udp[..], &["relay:3478"]].concat(), "turn:HOST:PORT"),
+        (
+            &[&udp[..], &["turns:relay"], &who].concat(),
+            "does not go with --transport turn-udp, which wants turn:HOST:PORT?transport=udp",
+        ),
+    ] {
+        let refused = local_refusal(args);
+        assert!(
+            refused.contains(why) && !refused.contains("hunter2"),
+            "{args:?}: {refused}"
+        );
+    }
+    let refused = refusal(&["--transport", "turn-tls"], &[]);
+    assert!(
+        refused.contains("the embedded SFU names no TURN server"),
+        "{refused}"
+    );
+}
+
+#[test]
 fn a_secret_is_read_without_the_newline_at_its_end() {
     let folder = std::env::temp_dir().join(format!("throng-secrets-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();

@@ -3,6 +3,7 @@
 // No binary uses all of it, and the compiler looks at one binary at a time.
 #![allow(dead_code)]
 
+pub mod coturn;
 pub mod counting;
 pub mod hand;
 pub mod led;

@@ -50,6 +50,8 @@ pub struct Options {
     pub force_tcp: bool,
     /// Codecs that rooms take, as the server's configuration names them; empty: all.
     pub codecs: &'static [&'static str],
+    /// Its own relay, over UDP.
+    pub turn: bool,
     /// Set where the server is to allocate by bandwidth, pausing tracks included.
     pub congestion: Option<Congestion>,
     /// How long packets are in the server is measured.
@@ -90,6 +92,7 @@ impl Default for Options {
             signalling: None,
             force_tcp: false,
             codecs: &[],
+            turn: false,
             congestion: None,
             forward_stats: false,
         }
@@ -342,6 +345,11 @@ fn stop(process: &mut Child) {
     let _ = process.wait();
 }
 
+fn free_udp_port() -> u16 {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
+    socket.local_addr().expect("a bound socket").port()
+}
+
 fn ends_within(process: &mut Child, patience: Duration) -> bool {
     let deadline = Instant::now() + patience;
     while Instant::now() < deadline {
@@ -388,10 +396,19 @@ fn config(ports: &Ports, options: &Options) -> String {
             .collect();
         format!(", enabled_codecs: [{}]", mimes.join(", "))
     };
+    let turn = if options.turn {
+        // A relay that is on this host reaches nothing on it unless that is allowed.
+        format!(
+            "turn: {{enabled: true, udp_port: {}, bind_addresses: [\"{address}\"], allow_restricted_peer_cidrs: [\"{address}/32\"]}}\n",
+            free_udp_port()
+        )
+    } else {
+        String::new()
+    };
     format!(
         "port: {}\nbind_addresses: [\"{signalling}\"]\nkeys: {{{KEY}: {SECRET}}}\n\
          rtc:\n  node_ip: {address}\n  enable_loopback_candidate: {}\n  interfaces: {{includes: [{device}]}}\n  tcp_port: {}\n  {udp}\n  use_ice_lite: {}\n{congestion}{forward_stats}{force_tcp}\
-         room: {{auto_create: {}{codecs}}}\nprometheus: {{port: {}}}\nlogging: {{level: {}, pion_level: error}}\n",
+         {turn}room: {{auto_create: {}{codecs}}}\nprometheus: {{port: {}}}\nlogging: {{level: {}, pion_level: error}}\n",
         ports.signal,
         address.is_loopback(),
         ports.tcp,

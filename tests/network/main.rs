@@ -12,3 +12,4 @@ mod places;
 mod server_metrics;
 mod transports;
 mod truth;
+mod turn;

@@ -4,10 +4,13 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
 
+use tokio::sync::mpsc;
+
 use super::{SessionContext, SessionFailure};
 use crate::path::{Family, Path, Via};
 use crate::plan::TransportChoice;
-use crate::transport::peer::{IceCredentials, NearEnd, PeerParameters};
+use crate::signal::turn::TurnUrl;
+use crate::transport::peer::{IceCredentials, NearEnd, PeerFailure, PeerParameters};
 use crate::transport::sdp::{
     Candidate, CandidateTransport, DtlsSetup, LocalTransport, RemoteTransport, ice_ufrag,
 };
@@ -27,6 +30,8 @@ const UDP_HEAD_START: Duration = Duration::from_millis(1_000);
 /// A server names its UDP addresses and its TCP one at the same time: so long the one may come
 /// after the other.
 const UDP_WAIT: Duration = Duration::from_millis(200);
+/// Candidates of the server that a relay is to reach.
+const RELAYED_MAX: usize = 16;
 /// TCP connections of one peer connection: a server has an address a family, or two.
 const STREAMS_MAX: usize = 4;
 /// A connection that does not open in this time is of no use to a conversation.
@@ -47,6 +52,7 @@ impl PeerRole {
 /// One peer connection's part of the session.
 pub(super) struct PeerHalf {
     choice: TransportChoice,
+    relay: Option<RelayEnd>,
     /// The participant is not in before this connection is up.
     pub(super) wanted: bool,
     pub(super) local: Option<LocalTransport>,
@@ -73,6 +79,8 @@ pub(super) struct PeerHalf {
     /// Candidates that came on their own since the description.
     pub(super) trickled: u32,
     remote_ufrag: Option<String>,
+    /// Our address towards the server's media, as far as it was known at first.
+    usual_ip: Option<IpAddr>,
 }
 
 /// What a description changes for the shard.
@@ -93,6 +101,7 @@ impl PeerHalf {
     pub(super) fn new(wanted: bool, choice: TransportChoice) -> PeerHalf {
         PeerHalf {
             choice,
+            relay: None,
             wanted,
             local: None,
             path: None,
@@ -109,6 +118,7 @@ impl PeerHalf {
             early_candidates: Vec::new(),
             trickled: 0,
             remote_ufrag: None,
+            usual_ip: None,
         }
     }
 
@@ -131,14 +141,15 @@ impl PeerHalf {
             Some(local) => local,
             None => {
                 let ip = context.routes.usual(signalling_ip);
-                let candidate = self.open_first(ip, context)?;
+                let candidates = self.open_first(ip, context)?;
+                self.usual_ip = Some(ip);
                 let IceCredentials { ufrag, password } = IceCredentials::random();
                 LocalTransport {
                     ufrag,
                     pwd: password,
                     fingerprint: context.fingerprint,
                     setup: DtlsSetup::Active,
-                    candidates: vec![candidate],
+                    candidates,
                     session_id,
                 }
             }
@@ -151,16 +162,21 @@ impl PeerHalf {
         &mut self,
         ip: IpAddr,
         context: &SessionContext,
-    ) -> Result<Candidate, SessionFailure> {
+    ) -> Result<Vec<Candidate>, SessionFailure> {
         if !self.choice.allows_udp() {
             self.path = Some(Path::closed());
-            return Ok(Candidate::tcp_active(ip));
+            let relayed = self.relay.iter().filter_map(|relay| relay.relayed);
+            return Ok(if self.choice.is_relay() {
+                relayed.map(Candidate::relayed).collect()
+            } else {
+                vec![Candidate::tcp_active(ip)]
+            });
         }
         let (path, port) = open_path(Family::of(ip), context)
             .map_err(|error| SessionFailure::lasting(format!("no UDP socket: {error}")))?;
         self.path = Some(path);
         self.ports.push((Family::of(ip), port));
-        Ok(Candidate::host(SocketAddr::new(ip, port)))
+        Ok(vec![Candidate::host(SocketAddr::new(ip, port))])
     }
 
     /// For an ICE restart (RFC 8839, section 4.4.1.1.1): our next description has new credentials.
@@ -192,6 +208,14 @@ impl PeerHalf {
         let early = std::mem::take(&mut self.early_candidates);
         remote_candidates.extend(self.reach_all(&early, context));
         let local = self.local.as_ref()?;
+        let first = local.candidates.first().map(|candidate| candidate.address);
+        // Where there is no socket of our own, nothing is sent from there.
+        let unused = self.usual_ip.map(|ip| Candidate::tcp_active(ip).address);
+        let local_address = if self.choice.is_relay() {
+            unused
+        } else {
+            first
+        };
         let credentials = |ufrag: &str, password: &str| IceCredentials {
             ufrag: ufrag.to_owned(),
             password: password.to_owned(),
@@ -214,7 +238,7 @@ impl PeerHalf {
         };
         self.added = true;
         let parameters = PeerParameters {
-            local_address: local.candidates.first()?.address,
+            local_address: local_address?,
             local: local_credentials,
             remote: remote_credentials,
             remote_fingerprint: remote.fingerprint,
@@ -248,6 +272,9 @@ impl PeerHalf {
     ) -> Option<SocketAddr> {
         let address = candidate.address;
         match candidate.transport {
+            CandidateTransport::Udp if self.choice.is_relay() => {
+                return self.relay.as_mut().and_then(|relay| relay.reach(address));
+            }
             CandidateTransport::Udp if self.choice.allows_udp() => {}
             CandidateTransport::Udp => {
                 self.offered.unwanted.push(address);
@@ -312,6 +339,57 @@ impl PeerHalf {
         {
             self.untold.push(candidate.clone());
             local.candidates.push(candidate);
+        }
+    }
+
+    /// A relay is asked for an allocation; peers to be reached by it go to `asked`.
+    pub(super) fn begin_relay(&mut self, asked: mpsc::UnboundedSender<SocketAddr>, url: TurnUrl) {
+        self.relay = Some(RelayEnd {
+            url,
+            asked,
+            relayed: None,
+            wanted: Vec::new(),
+            bound: Vec::new(),
+            refused: Vec::new(),
+            failure: None,
+        });
+    }
+
+    /// The relay that carries media, where one does.
+    pub(super) fn relay_in_use(&self) -> Option<&TurnUrl> {
+        let relay = self.relay.as_ref();
+        relay
+            .filter(|_| matches!(self.via, Via::Relay(_)))
+            .map(|relay| &relay.url)
+    }
+
+    /// The allocation is there.
+    pub(super) fn take_relay(&mut self, path: Path, relayed: SocketAddr) {
+        if let Some(relay) = &mut self.relay {
+            relay.relayed = Some(relayed);
+        }
+        self.more_paths.push((path, NearEnd::Relay(relayed)));
+        self.tell(Candidate::relayed(relayed));
+    }
+
+    /// A peer is reached by a channel. Returns our address at the relay.
+    pub(super) fn bind_relay(&mut self, peer: SocketAddr) -> Option<SocketAddr> {
+        let relay = self.relay.as_mut()?;
+        let relayed = relay.relayed?;
+        relay.bound.push(peer);
+        self.offered.reached.push((relayed.ip(), peer.ip()));
+        Some(relayed)
+    }
+
+    pub(super) fn refuse_relay(&mut self, why: String) {
+        if let Some(relay) = &mut self.relay {
+            relay.refused.push(why);
+        }
+    }
+
+    pub(super) fn fail_relay(&mut self, why: String, at: Time) {
+        if let Some(relay) = &mut self.relay {
+            relay.failure = Some((at, why));
         }
     }
 
@@ -394,6 +472,13 @@ impl PeerHalf {
         if self.connected_at.is_some() || !self.offered.reached.is_empty() || by_stream {
             return None;
         }
+        if let Some(relay) = &self.relay {
+            match &relay.failure {
+                Some((at, _)) => return Some(*at),
+                None if relay.refused.len() < relay.wanted.len() => return None,
+                None => {}
+            }
+        }
         let wait = if self.offered.is_whole {
             Duration::ZERO
         } else {
@@ -410,6 +495,9 @@ impl PeerHalf {
             unwanted,
             ..
         } = &self.offered;
+        if let Some(relay) = &self.relay {
+            return relay.without_path();
+        }
         let ours = self.our_addresses();
         let tcp = named(streams.iter().map(|offer| offer.address));
         let mut offers = Vec::new();
@@ -473,9 +561,25 @@ impl PeerHalf {
         format!("{udp}{and} over TCP to {}", self.failed_streams())
     }
 
+    /// What ended it.
+    pub(super) fn end_of_media(&self, failure: PeerFailure) -> String {
+        match (failure, self.relay_in_use()) {
+            (PeerFailure::IceDisconnected, _) => {
+                let (question, ends) = (self.port_question(), self.ends());
+                format!("{} ({question}){ends}", failure.describe())
+            }
+            (PeerFailure::PathEnded, Some(url)) => format!(
+                "the connection to the TURN server {url}, which carried media, was closed by it, or by something on the way"
+            ),
+            _ => failure.describe().to_owned(),
+        }
+    }
+
     /// What is to be reachable at the server.
     pub(super) fn port_question(&self) -> &'static str {
-        if self.offered.reached.is_empty() && !self.offered.streams.is_empty() {
+        if self.relay.is_some() {
+            "does the TURN server reach it?"
+        } else if self.offered.reached.is_empty() && !self.offered.streams.is_empty() {
             "is the server's TCP port for media reachable?"
         } else {
             "is the server's UDP port reachable?"
@@ -512,6 +616,43 @@ impl PeerHalf {
             }
         }
         named(addresses)
+    }
+}
+
+/// A relay that is to carry the connection, or does.
+struct RelayEnd {
+    url: TurnUrl,
+    asked: mpsc::UnboundedSender<SocketAddr>,
+    /// Our address there.
+    relayed: Option<SocketAddr>,
+    /// Candidates of the server that it was asked to reach.
+    wanted: Vec<SocketAddr>,
+    bound: Vec<SocketAddr>,
+    /// Why it does not reach others.
+    refused: Vec<String>,
+    failure: Option<(Time, String)>,
+}
+
+impl RelayEnd {
+    /// The candidate, where it is reached already.
+    fn reach(&mut self, peer: SocketAddr) -> Option<SocketAddr> {
+        if !self.wanted.contains(&peer) && self.wanted.len() < RELAYED_MAX {
+            self.wanted.push(peer);
+            // One that has failed says so elsewhere.
+            let _ = self.asked.send(peer);
+        }
+        self.bound.contains(&peer).then_some(peer)
+    }
+
+    fn without_path(&self) -> String {
+        match &self.failure {
+            Some((_, why)) => format!("no path for media: {why}"),
+            None if self.refused.is_empty() => {
+                "no path for media: the server offers no UDP candidate for the relay to reach"
+                    .to_owned()
+            }
+            None => format!("no path for media: {}", named(&self.refused)),
+        }
     }
 }
 

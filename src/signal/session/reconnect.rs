@@ -214,6 +214,7 @@ impl Session {
         self.publisher = PeerHalf::new(self.publisher.wanted, self.plan.transport);
         self.subscriber = PeerHalf::new(self.subscriber.wanted, self.plan.transport);
         self.streams = JoinSet::new();
+        self.relays = Relays::new();
         self.tracks
             .iter_mut()
             .for_each(SessionTrack::forget_negotiation);

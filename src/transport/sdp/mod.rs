@@ -246,6 +246,17 @@ impl Candidate {
         }
     }
 
+    /// Our address at a relay. Its related address is nobody's business, and some want one.
+    pub fn relayed(address: SocketAddr) -> Candidate {
+        Candidate {
+            foundation: "3".into(),
+            transport: CandidateTransport::Udp,
+            priority: 41_885_439,
+            address,
+            kind: CandidateKind::Relayed,
+        }
+    }
+
     /// As `RTCIceCandidateInit` JSON, for a trickle message.
     pub fn to_init(&self) -> String {
         // A candidate's text holds no character that JSON escapes: the foundation was checked when
@@ -320,6 +331,10 @@ impl fmt::Display for Candidate {
             self.priority,
             self.kind.as_str()
         )?;
+        if self.kind == CandidateKind::Relayed {
+            let any = if ip.is_ipv6() { "::" } else { "0.0.0.0" };
+            write!(f, " raddr {any} rport 0")?;
+        }
         match tcp_type {
             Some(tcp_type) => write!(f, " tcptype {tcp_type}"),
             None => Ok(()),

@@ -1,0 +1,304 @@
+//! Media through a relay: whole runs against a real LiveKit server, through a real coturn or
+//! LiveKit's own TURN server.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::common::coturn::{Coturn, PASSWORD, USER};
+use crate::common::network::{DEVICE, Network, SERVER};
+use crate::common::program::{Finished, Report, Running, Scratch, against, alone, throng};
+use crate::common::server::{Options, Server, Site};
+
+use super::paths::{address_of, joins_and_flows, run_through, unwrapped};
+
+/// coturn refuses peers on loopback of its own accord.
+const LOOPBACK_PEERS: &str = "--allow-loopback-peers";
+
+/// What leads to a relay, and how the report calls it.
+const LINKS: [(&str, &str, &str); 3] = [
+    ("turn-udp", "joins_by_turn_udp", "TURN by UDP"),
+    ("turn-tcp", "joins_by_turn_tcp", "TURN by TCP"),
+    ("turn-tls", "joins_by_turn_tls", "TURN by TLS"),
+];
+
+fn run_by(
+    relay: &Coturn,
+    server: &Server,
+    transport: &str,
+    connection: &str,
+    password: &str,
+) -> (Finished, Report) {
+    let (url, cert) = (relay.url_for(transport), relay.certificate());
+    let more = ["--transport", transport, "--turn", &url];
+    let who = ["--turn-user", USER, "--turn-password", password];
+    let trust = ["--ca-cert", cert.to_str().expect("a plain path")];
+    let more = [&more[..], &who, &trust].concat();
+    run_through(&server.url, server, connection, &more)
+}
+
+fn by_relay(what: &str, transport: &str, finished: &Finished, report: &Report) {
+    joins_and_flows(what, finished, report);
+    let said = unwrapped(finished);
+    for (link, counter, name) in LINKS {
+        let expected = if link == transport { 3 } else { 0 };
+        assert_eq!(
+            report.counter("session", counter),
+            expected,
+            "{what}: {said}"
+        );
+        let media = format!("media: 3 over {name}");
+        assert_eq!(said.contains(&media), expected > 0, "{what}: {said}");
+    }
+    let straight = ["joins_by_udp", "joins_by_tcp"].map(|name| report.counter("session", name));
+    assert_eq!(straight, [0, 0], "{what}");
+}
+
+#[test]
+fn media_through_coturn_is_judged_as_without_it() {
+    let (Some(server), Some(relay)) = (
+        Server::livekit(),
+        Coturn::start(Ipv4Addr::LOCALHOST, &[LOOPBACK_PEERS]),
+    ) else {
+        return;
+    };
+    let _turn = alone();
+    for (transport, ..) in LINKS {
+        for connection in ["single", "dual"] {
+            let what = format!("{transport}, {connection}");
+            let (finished, report) = run_by(&relay, &server, transport, connection, PASSWORD);
+            by_relay(&what, transport, &finished, &report);
+        }
+    }
+}
+
+#[test]
+fn livekits_own_relay_is_found_by_what_the_server_names() {
+    let options = Options {
+        turn: true,
+        ..Options::default()
+    };
+    let Some(server) = Server::livekit_with(&options) else {
+        return;
+    };
+    let _turn = alone();
+    let by_turn = ["--transport", "turn-udp"];
+    let (finished, report) = run_through(&server.url, &server, "single", &by_turn);
+    by_relay("LiveKit's own", "turn-udp", &finished, &report);
+}
+
+#[test]
+fn what_a_relay_refuses_is_said_in_its_words() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = alone();
+    for (more, password, said) in [
+        (
+            &[LOOPBACK_PEERS][..],
+            "another",
+            "gave no allocation: it does not take the user name or the password (401)",
+        ),
+        (
+            &[LOOPBACK_PEERS, "--user-quota=1"],
+            PASSWORD,
+            "gave no allocation: this user has as many as it may have (486)",
+        ),
+        (&[], PASSWORD, "it is not allowed to (403):"),
+    ] {
+        let Some(relay) = Coturn::start(Ipv4Addr::LOCALHOST, more) else {
+            return;
+        };
+        let (finished, _) = run_by(&relay, &server, "turn-udp", "single", password);
+        let words = unwrapped(&finished);
+        assert!(words.contains(said), "{said}: {words}");
+        assert!(words.contains(&relay.url()), "{said}: {words}");
+        assert!(
+            finished.took < Duration::from_secs(15),
+            "{:?}",
+            finished.took
+        );
+    }
+    // Nothing listens there, and nobody is there.
+    let nobody = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+    let silent = nobody.local_addr().expect("a bound socket");
+    for (address, said) in [
+        (
+            SocketAddr::from(([127, 0, 0, 1], 9)),
+            "is not there: its host refuses UDP at that port (from 127.0.0.1 to 127.0.0.1:9)",
+        ),
+        (
+            silent,
+            "gave no allocation: it did not answer (from 127.0.0.1 to 127.0.0.1:",
+        ),
+    ] {
+        let url = format!("turn:{address}");
+        let more = ["--transport", "turn-udp", "--turn", &url];
+        let who = ["--turn-user", USER, "--turn-password", PASSWORD];
+        let (finished, _) =
+            run_through(&server.url, &server, "single", &[&more[..], &who].concat());
+        let words = unwrapped(&finished);
+        assert!(words.contains(said), "{said}: {words}");
+    }
+    // The server names no relay, and nobody did.
+    let by_turn = ["--transport", "turn-udp"];
+    let (finished, _) = run_through(&server.url, &server, "single", &by_turn);
+    let words = unwrapped(&finished);
+    assert!(words.contains("needs a TURN server"), "{words}");
+}
+
+/// `nft` in this network namespace.
+fn wall(rules: &[&str]) {
+    for rule in rules {
+        let done = Command::new("nft").arg(rule).status().expect("nft");
+        assert!(done.success(), "{rule}");
+    }
+}
+
+#[test]
+fn where_a_firewall_lets_out_to_the_relay_alone_media_gets_through() {
+    let name = "where_a_firewall_lets_out_to_the_relay_alone_media_gets_through";
+    let Some(network) = Network::for_test(module_path!(), name, 1) else {
+        return;
+    };
+    let options = Options {
+        site: Site {
+            address: SERVER,
+            device: DEVICE,
+        },
+        ..Options::default()
+    };
+    let started = network
+        .server
+        .run(|| Some((Server::livekit_with(&options)?, Coturn::start(SERVER, &[])?)));
+    let Some((server, relay)) = started else {
+        return;
+    };
+    let _turn = alone();
+    network.clients.run(|| {
+        wall(&[
+            "add table inet wall",
+            "add chain inet wall out { type filter hook output priority 0; }",
+            // The network ends its own threads by a packet to port 9.
+            &format!(
+                "add rule inet wall out udp dport != {{ 9, {} }} drop",
+                relay.port
+            ),
+        ]);
+        let only_udp = ["--transport", "udp"];
+        let (finished, report) = run_through(&server.url, &server, "single", &only_udp);
+        let joined = report.counter("session", "joins_ok");
+        assert_eq!(joined, 0, "{}", finished.stdout);
+        let (finished, report) = run_by(&relay, &server, "turn-udp", "single", PASSWORD);
+        by_relay("UDP to the relay alone", "turn-udp", &finished, &report);
+        wall(&[
+            "flush chain inet wall out",
+            "add rule inet wall out udp dport != 9 drop",
+        ]);
+        for transport in ["turn-tcp", "turn-tls"] {
+            let what = format!("no UDP at all, {transport}");
+            let (finished, report) = run_by(&relay, &server, transport, "single", PASSWORD);
+            by_relay(&what, transport, &finished, &report);
+        }
+    });
+}
+
+#[test]
+fn a_relay_that_is_not_trusted_or_not_there_is_told_by_its_link() {
+    let (Some(server), Some(relay)) = (
+        Server::livekit(),
+        Coturn::start(Ipv4Addr::LOCALHOST, &[LOOPBACK_PEERS]),
+    ) else {
+        return;
+    };
+    let _turn = alone();
+    let tls_port = relay.tls_port;
+    let closed = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let closed_port = closed.local_addr().expect("an address").port();
+    drop(closed);
+    for (transport, url, said) in [
+        (
+            "turn-tls",
+            format!("turns:127.0.0.1:{tls_port}"),
+            "TLS failed: its certificate is of an authority that nobody here trusts",
+        ),
+        (
+            "turn-tls",
+            format!("turns:{}", address_of(&server)),
+            "does not speak TLS: write turn:..?transport=tcp",
+        ),
+        (
+            "turn-tcp",
+            format!("turn:127.0.0.1:{closed_port}?transport=tcp"),
+            "refuses TCP connections at 127.0.0.1:",
+        ),
+        (
+            "turn-tcp",
+            format!("turn:{}?transport=tcp", address_of(&server)),
+            "answers with what is no TURN",
+        ),
+    ] {
+        let more = ["--transport", transport, "--turn", &url];
+        let who = ["--turn-user", USER, "--turn-password", PASSWORD];
+        let more = [&more[..], &who].concat();
+        let (finished, _) = run_through(&server.url, &server, "single", &more);
+        let words = unwrapped(&finished);
+        assert!(words.contains(said), "{url}, {said}: {words}");
+    }
+    // `--insecure` does without the check.
+    let url = relay.url_for("turn-tls");
+    let more = ["--transport", "turn-tls", "--turn", &url, "--insecure"];
+    let who = ["--turn-user", USER, "--turn-password", PASSWORD];
+    let more = [&more[..], &who].concat();
+    let (finished, report) = run_through(&server.url, &server, "single", &more);
+    by_relay("--insecure", "turn-tls", &finished, &report);
+}
+
+#[test]
+fn a_relay_that_dies_in_a_run_is_named_and_is_not_the_generators_fault() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = alone();
+    for (transport, said) in [
+        (
+            "turn-udp",
+            "which does not answer either: is it still running?",
+        ),
+        (
+            "turn-tcp",
+            "which carried media, was closed by it, or by something on the way",
+        ),
+    ] {
+        let Some(relay) = Coturn::start(Ipv4Addr::LOCALHOST, &[LOOPBACK_PEERS]) else {
+            return;
+        };
+        let url = relay.url_for(transport);
+        let scratch = Scratch::new();
+        let json = scratch.path("run.json");
+        let mut command = throng();
+        against(&server, &mut command)
+            .args([
+                "--publishers",
+                "1",
+                "--subscribers",
+                "2",
+                "--duration",
+                "30",
+            ])
+            .args(["--transport", transport, "--turn", &url])
+            .args(["--turn-user", USER, "--turn-password", PASSWORD, "--json"])
+            .arg(&json);
+        let running = Running::start(&mut command, &server.secret);
+        std::thread::sleep(Duration::from_secs(5));
+        drop(relay);
+        let finished = running.finish();
+        let report = Report::read(&json, &server.secret);
+        let words = unwrapped(&finished);
+        let said = format!("the TURN server {url}, {said}");
+        assert!(words.contains(&said), "{words}");
+        assert_eq!(report.0["engine"]["send_errors"], 0, "{words}");
+        // On a host that others keep busy a run may be INVALID for its lateness.
+        assert!(matches!(finished.code, Some(98 | 99)), "{words}");
+    }
+}
