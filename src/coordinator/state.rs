@@ -230,8 +230,8 @@ pub struct GoneProber {
     pub why: String,
 }
 
-/// How many frames a layer has sent, how many it owes and never sent, and since which version of all
-/// counts that is known.
+/// How many frames a layer has sent, how many it owes and never sent, and since which version of
+/// all counts that is known.
 #[derive(Clone, Copy, Debug)]
 pub struct Counted {
     pub count: u64,

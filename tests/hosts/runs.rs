@@ -451,7 +451,7 @@ fn a_host_that_dies_leaves_what_it_said_and_the_others_go_on() {
 #[test]
 fn a_publisher_that_the_server_removes_stays_owed_on_every_host() {
     let (_turn, server) = (beside_one_other(), Server::embedded());
-    let mut leading = Leading::start("removed", &server, "--publishers 3 --ramp 2 --duration 6");
+    let mut leading = Leading::start("removed", &server, "--publishers 3 --ramp 2,2");
     let probers = ["ams", "fra", "iad"].map(|vantage| leading.prober(vantage, &[]));
     leading.wait_for("tier 1");
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -482,9 +482,9 @@ fn a_publisher_that_the_server_removes_stays_owed_on_every_host() {
     for prober in led.probers() {
         let whole = prober.report.as_ref().unwrap().throng.as_ref().unwrap();
         let audio = Record::from(&whole.totals.record).audio;
-        // Some five seconds of it, for two.
+        // Two tiers of it, for two.
         assert!(
-            audio.frames_lost_source > 2 * 2 * 50 && audio.frames_lost_source < 2 * 9 * 50,
+            audio.frames_lost_source > 2 * 3 * 50 && audio.frames_lost_source < 2 * 15 * 50,
             "{}: {}",
             prober.vantage,
             audio.frames_lost_source

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use axum::http::StatusCode;
+use base64::Engine as _;
 use futures_util::{SinkExt, StreamExt};
 use livekit_protocol as proto;
 use livekit_protocol::signal_request::Message as Request;
@@ -514,6 +515,91 @@ async fn next_text(socket: &mut RawSocket) -> Option<Value> {
             _ => {}
         }
     }
+}
+
+/// An offer of nothing but data channels.
+const DATA_OFFER: &str = "v=0\r\no=- 1 1 IN IP4 0.0.0.0\r\ns=-\r\nt=0 0\r\na=group:BUNDLE 0\r\n\
+    m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\nc=IN IP4 0.0.0.0\r\na=ice-ufrag:abcd\r\n\
+    a=ice-pwd:abcdefghijklmnopqrstuvwx\r\na=fingerprint:sha-256 \
+    00:11:22:33:44:55:66:77:88:99:AA:BB:CC:DD:EE:FF:00:11:22:33:44:55:66:77:88:99:AA:BB:CC:DD:EE:FF\r\n\
+    a=setup:actpass\r\na=mid:0\r\na=sctp-port:5000\r\n";
+
+/// A join with one connection, as that SDK makes it: the offer travels with it.
+async fn raw_single(server: &SfuServer, identity: &str, sdk: proto::client_info::Sdk) -> RawSocket {
+    let request = proto::JoinRequest {
+        client_info: Some(proto::ClientInfo {
+            sdk: sdk.into(),
+            protocol: 16,
+            ..Default::default()
+        }),
+        publisher_offer: Some(proto::SessionDescription {
+            r#type: "offer".into(),
+            sdp: DATA_OFFER.into(),
+            id: 1,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let wrapped = proto::WrappedJoinRequest {
+        join_request: request.encode_to_vec(),
+        ..Default::default()
+    };
+    let encoded = base64::engine::general_purpose::URL_SAFE.encode(wrapped.encode_to_vec());
+    let path = format!("{}/rtc/v1?join_request={encoded}", server.url());
+    let mut request = path.into_client_request().unwrap();
+    let bearer = format!("Bearer {}", token("hall", identity).expose());
+    request
+        .headers_mut()
+        .insert("authorization", bearer.parse().unwrap());
+    let stream = tokio::net::TcpStream::connect(server.address())
+        .await
+        .unwrap();
+    let (socket, _) = tokio_tungstenite::client_async(request, stream)
+        .await
+        .unwrap();
+    socket
+}
+
+/// Reads until the server's answer.
+async fn until_answer(socket: &mut RawSocket) {
+    loop {
+        let message = socket.next().await.unwrap().unwrap();
+        let tungstenite::Message::Binary(bytes) = message else {
+            continue;
+        };
+        let response = proto::SignalResponse::decode(bytes).unwrap();
+        if let Some(proto::signal_response::Message::Answer(_)) = response.message {
+            return;
+        }
+    }
+}
+
+/// The Go SDK sets the offer of its join only when the Join has come.
+#[test]
+fn the_answer_to_a_join_of_the_go_sdk_waits_for_its_first_candidate() {
+    run(async {
+        let server = start();
+        let mut browser = raw_single(&server, "ann", proto::client_info::Sdk::Js).await;
+        until_answer(&mut browser).await;
+        let mut gopher = raw_single(&server, "bob", proto::client_info::Sdk::Go).await;
+        let soon = Duration::from_millis(200);
+        let early = tokio::time::timeout(soon, until_answer(&mut gopher)).await;
+        assert!(early.is_err(), "an answer to an offer that is not set");
+        let trickle = proto::SignalRequest {
+            message: Some(Request::Trickle(proto::TrickleRequest {
+                candidate_init: "{}".into(),
+                ..Default::default()
+            })),
+        };
+        gopher
+            .send(tungstenite::Message::Binary(trickle.encode_to_vec().into()))
+            .await
+            .unwrap();
+        until_answer(&mut gopher).await;
+        // One that has no candidate to tell is answered all the same.
+        let mut silent = raw_single(&server, "eve", proto::client_info::Sdk::Go).await;
+        until_answer(&mut silent).await;
+    });
 }
 
 #[test]

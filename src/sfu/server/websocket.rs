@@ -15,6 +15,7 @@ use futures_util::SinkExt;
 use livekit_protocol as proto;
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use tracing::warn;
 
 use super::super::lobby::{ConnectionId, Entrant};
@@ -44,6 +45,8 @@ const REQUEST_ANSWER: u64 = 2;
 const BUFFER_BYTES: usize = 4 << 10;
 /// Messages that leave together.
 const BATCH_MAX: usize = 64;
+/// So long a client may take to set the offer that it sent with its join.
+const OFFER_IS_SET_WITHIN: Duration = Duration::from_secs(1);
 
 pub(super) async fn health() -> &'static str {
     "throng's embedded SFU: a target for load tests and a test bed, not a product SFU\n"
@@ -135,6 +138,7 @@ pub(super) fn refused((status, text): HttpRefusal) -> Response {
 
 async fn serve(socket: WebSocket, state: ServerState, entry: Entrant) {
     let inputs = &state.inputs;
+    let holds = sets_its_offer_later(&entry);
     let (messages, mut queue) = outbox();
     let (reply, connection) = oneshot::channel();
     let enter = Input::Enter {
@@ -151,9 +155,18 @@ async fn serve(socket: WebSocket, state: ServerState, entry: Entrant) {
     let mut client = WebSocketClient {
         socket,
         json: false,
+        held_until: holds.then(|| Instant::now() + OFFER_IS_SET_WITHIN),
     };
     client.converse(connection, &mut queue, &state).await;
     let _ = inputs.send(Input::Disconnect { connection }).await;
+}
+
+/// The Go SDK sends its first offer with the join, and sets it only when the Join has come: an
+/// answer that comes before that is one to nothing, and ends the connection. LiveKit's comes some
+/// milliseconds behind the Join. Here it waits for the first candidate, which follows the setting.
+fn sets_its_offer_later(entry: &Entrant) -> bool {
+    let is_go = entry.client.sdk() == proto::client_info::Sdk::Go;
+    is_go && entry.single && entry.publisher_offer.is_some()
 }
 
 /// Whether a request is an offer or an answer, by the key of its first field (protobuf encoding:
@@ -251,25 +264,41 @@ impl Queue {
 struct WebSocketClient {
     socket: WebSocket,
     json: bool,
+    /// Behind the Join nothing goes out before this, or before the client's first candidate.
+    held_until: Option<Instant>,
 }
 
 impl WebSocketClient {
     /// Ends when either side does.
     async fn converse(&mut self, connection: ConnectionId, queue: &mut Queue, state: &ServerState) {
-        let mut ping =
-            tokio::time::interval_at(tokio::time::Instant::now() + PING_INTERVAL, PING_INTERVAL);
+        let mut ping = tokio::time::interval_at(Instant::now() + PING_INTERVAL, PING_INTERVAL);
         ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        if self.held_until.is_some() {
+            let Some(join) = queue.recv().await else {
+                return self.close(close_code::NORMAL, "").await;
+            };
+            if !self.within_time(self.encoded(join)).await {
+                return;
+            }
+        }
         loop {
+            let held_until = self.held_until;
             tokio::select! {
-                message = queue.recv() => {
+                message = queue.recv(), if held_until.is_none() => {
                     let Some(message) = message else { return self.close(close_code::NORMAL, "").await };
                     if !self.write(message, queue).await {
                         return;
                     }
                 }
+                () = tokio::time::sleep_until(held_until.unwrap_or_else(Instant::now)), if held_until.is_some() => {
+                    self.held_until = None;
+                }
                 received = self.socket.recv() => match received {
                     Some(Ok(message)) => match self.read(&message) {
                         Ok(Some(request)) => {
+                            if matches!(request.message, Some(proto::signal_request::Message::Trickle(_))) {
+                                self.held_until = None;
+                            }
                             // Waits for its share of what may wait for the lobby.
                             let bytes = message_len(&message).min(REQUESTS_BYTES_MAX) as u32;
                             let Ok(room) = state.requests.clone().acquire_many_owned(bytes).await else { return };
