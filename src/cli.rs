@@ -24,7 +24,7 @@ use crate::plan::scenario::{
 };
 use crate::plan::{
     AudioSpec, ConnectionMode, Pacing, Plan, ServerUrl, Target, TargetOrigin, TransportChoice,
-    VideoSpec, ViewLayout,
+    TransportMix, VideoSpec, ViewLayout,
 };
 pub use crate::prober::Membership;
 use crate::report::{Destinations, Judging, Threshold};
@@ -389,9 +389,10 @@ struct TargetArgs {
     #[arg(long, value_name = "WHERE")]
     token_in: Option<TokenInArg>,
     /// Media goes through this TURN server with --transport turn-udp, turn-tcp or turn-tls:
-    /// turn:HOST:PORT, or turns:HOST:PORT for TLS [default: the one that the server names]
+    /// turn:HOST:PORT, or turns:HOST:PORT for TLS; repeatable, one a way [default: those that the
+    /// server names]
     #[arg(long, value_name = "URL")]
-    turn: Option<TurnUrl>,
+    turn: Vec<TurnUrl>,
     /// Who it is that uses it
     #[arg(long, value_name = "NAME")]
     turn_user: Option<String>,
@@ -571,10 +572,14 @@ struct EngineArgs {
     #[arg(long, value_name = "MODE", default_value = "auto")]
     connection: ConnectionArg,
     /// What carries media: udp, tcp (the server's TCP port for media), turn-udp, turn-tcp or
-    /// turn-tls (a relay that is reached so), or udp and, where that does not come up within a
-    /// second, tcp, as clients do
+    /// turn-tls (a relay that is reached so), or auto: udp and, where that does not come up within
+    /// a second, tcp, and then a relay, as clients do. A mix by percent: udp:75,turn-tls:25
     #[arg(long, value_name = "WHAT", default_value = "auto")]
-    transport: TransportArg,
+    transport: TransportMix,
+    /// So much of --transport goes through a TURN server instead: the one of --turn, or one that
+    /// the server names and that is reached over UDP
+    #[arg(long, value_name = "PCT%", value_parser = whole_percent)]
+    turn_share: Option<u8>,
     /// Everything random comes from this number [default: drawn]
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -604,16 +609,6 @@ enum SendArg {
 enum TokenInArg {
     Query,
     Header,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum TransportArg {
-    Auto,
-    Udp,
-    Tcp,
-    TurnUdp,
-    TurnTcp,
-    TurnTls,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -703,9 +698,13 @@ impl RunArgs {
         let most = self.pace.most_subscribers();
         self.must_agree()?;
         let warnings = self.warnings();
-        let transport = self.engine.transport;
-        let turn = self.target.turn(transport.into(), target.is_embedded())?;
-        if target.is_embedded() && transport == TransportArg::Tcp {
+        let transport = self.transport()?;
+        let turn = self.target.turn_servers(&transport, target.is_embedded())?;
+        if target.is_embedded()
+            && transport
+                .choices()
+                .any(|choice| choice == TransportChoice::Tcp)
+        {
             return Err("--transport tcp needs a server that takes media over TCP: the embedded SFU takes UDP alone (give --url)".into());
         }
         let is_tour = target.is_embedded() && !self.shape.is_given() && most.is_none();
@@ -763,7 +762,7 @@ impl RunArgs {
             join_retries: self.pace.join_retries,
             rooms: self.shape.rooms(),
             media: self.media.spec(),
-            ..Scenario::of_people(people).over(self.engine.transport.into())
+            ..Scenario::of_people(people).over(&self.transport()?)
         };
         let scenario = match &self.pace.ramp {
             _ if self.pace.find_knee => scenario.capacity_search(times),
@@ -1356,27 +1355,43 @@ impl From<ConnectionArg> for ConnectionMode {
     }
 }
 
-impl From<TransportArg> for TransportChoice {
-    fn from(transport: TransportArg) -> TransportChoice {
-        match transport {
-            TransportArg::Auto => TransportChoice::Auto,
-            TransportArg::Udp => TransportChoice::Udp,
-            TransportArg::Tcp => TransportChoice::Tcp,
-            TransportArg::TurnUdp => TransportChoice::TurnUdp,
-            TransportArg::TurnTcp => TransportChoice::TurnTcp,
-            TransportArg::TurnTls => TransportChoice::TurnTls,
+/// `25%`
+fn whole_percent(text: &str) -> Result<u8, &'static str> {
+    let number = text.strip_suffix('%').and_then(|text| text.parse().ok());
+    let in_range = number.filter(|percent| (1..=100).contains(percent));
+    in_range.ok_or("write a whole percentage from 1% to 100%")
+}
+
+impl RunArgs {
+    /// What carries the media of participants.
+    fn transport(&self) -> Result<TransportMix, RefusedFlag> {
+        let mix = &self.engine.transport;
+        let Some(percent) = self.engine.turn_share else {
+            return Ok(mix.clone());
+        };
+        let named = self.target.turn.first().map(TurnUrl::as_choice);
+        let relay = named.unwrap_or(TransportChoice::TurnUdp);
+        match mix.only() {
+            Some(choice) if !choice.is_relay() => {
+                Ok(TransportMix::with_share(choice, relay, percent))
+            }
+            Some(_) => Err("--turn-share is of what goes without a TURN server: --transport udp, tcp or auto".into()),
+            None => Err(format!(
+                "--turn-share and the mix of --transport {mix} say the same: put the share into the mix"
+            )
+            .into()),
         }
     }
 }
 
 impl TargetArgs {
-    /// The relay that the user named.
-    fn turn(
+    /// The relays that the user named.
+    fn turn_servers(
         &self,
-        transport: TransportChoice,
+        transport: &TransportMix,
         is_embedded: bool,
-    ) -> Result<Option<TurnServer>, RefusedFlag> {
-        let Some(url) = self.turn.clone() else {
+    ) -> Result<Vec<TurnServer>, RefusedFlag> {
+        if self.turn.is_empty() {
             let flags = [
                 ("--turn-user", self.turn_user.is_some()),
                 ("--turn-password", self.turn_password.is_some()),
@@ -1385,22 +1400,17 @@ impl TargetArgs {
             if let Some((flag, _)) = flags.iter().find(|(_, given)| *given) {
                 return Err(format!("{flag} belongs to --turn URL: give both, or neither").into());
             }
-            if is_embedded && transport.is_relay() {
-                return Err(format!(
+            let relay = transport.choices().find(|choice| choice.is_relay());
+            return match relay.filter(|_| is_embedded) {
+                Some(relay) => Err(format!(
                     "--transport {} needs --turn URL: the embedded SFU names no TURN server",
-                    transport.name()
+                    relay.name()
                 )
-                .into());
-            }
-            return Ok(None);
-        };
-        if !transport.is_relay() {
-            return Err(
-                "--turn needs --transport turn-udp, turn-tcp or turn-tls: without it nothing goes there"
-                    .into(),
-            );
+                .into()),
+                None => Ok(Vec::new()),
+            };
         }
-        let url = url.over(transport).map_err(|why| why.to_string())?;
+        self.turn_must_be_used(transport)?;
         let password = secret_given(
             &self.turn_password,
             self.turn_password_file.as_deref(),
@@ -1411,11 +1421,49 @@ impl TargetArgs {
                 "--turn needs --turn-user, and --turn-password-file or --turn-password".into(),
             );
         };
-        Ok(Some(TurnServer {
-            url,
-            user,
-            password: Secret::new(password),
-        }))
+        let server = |url: &TurnUrl| TurnServer {
+            url: url.clone(),
+            user: user.clone(),
+            password: Secret::new(password.clone()),
+        };
+        Ok(self.turn.iter().map(server).collect())
+    }
+
+    /// Each way through a relay has one, and each relay has a way.
+    fn turn_must_be_used(&self, transport: &TransportMix) -> Result<(), RefusedFlag> {
+        if !transport.choices().any(TransportChoice::allows_relay) {
+            return Err(
+                "--turn needs --transport auto, turn-udp, turn-tcp or turn-tls, or --turn-share: without them nothing goes there"
+                    .into(),
+            );
+        }
+        for choice in transport.choices().filter(|choice| choice.is_relay()) {
+            let fits = self.turn.iter().map(|url| url.clone().over(choice));
+            let mut misfits = Vec::new();
+            for fit in fits {
+                match fit {
+                    Ok(_) => misfits.clear(),
+                    Err(why) => misfits.push(why),
+                }
+                if misfits.is_empty() {
+                    break;
+                }
+            }
+            if let Some(why) = misfits.first() {
+                return Err(why.to_string().into());
+            }
+        }
+        for url in &self.turn {
+            let is_used = |choice: TransportChoice| {
+                choice.is_auto() || choice.is_relay() && url.clone().over(choice).is_ok()
+            };
+            if !transport.choices().any(is_used) {
+                return Err(
+                    format!("--turn {url}: nothing of --transport {transport} goes there").into(),
+                );
+            }
+        }
+        Ok(())
     }
 }
 

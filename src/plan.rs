@@ -34,7 +34,7 @@ pub const EMBEDDED_NODE_ID: &str = "throng";
 pub use part::{HostRole, Part, Placement, UndealtPlan, VANTAGES_MAX, VantagePlan, WEIGHT_MAX};
 use scenario::{ParticipantGroup, Scenario};
 pub use schedule::{Intent, Schedule, ScheduleBook, Span, Spans};
-pub use transport::{MediaTransport, TransportChoice};
+pub use transport::{MediaTransport, NoTransportMix, TransportChoice, TransportMix};
 
 /// The most participants that one run takes; keeps every count and index within 32 bits, with room
 /// for arithmetic.
@@ -653,6 +653,9 @@ impl Plan {
             .map_or(position, |part| part.index(position));
         let (room, place) = self.place(index);
         let group = self.scenario.group_at(place);
+        let nth = u64::from(self.scenario.place_in_group(place))
+            * u64::from(self.scenario.rooms.count)
+            + u64::from(room);
         let does = |what: fn(&ParticipantGroup) -> bool| group.is_some_and(what);
         ParticipantPlan {
             index,
@@ -663,7 +666,7 @@ impl Plan {
             publishes_audio: does(|group| group.publishes_audio),
             publishes_video: does(|group| group.publishes_video),
             subscribes: does(|group| group.subscribes),
-            transport: group.map_or_else(TransportChoice::default, |group| group.transport),
+            transport: group.map_or_else(TransportChoice::default, |group| group.transport.at(nth)),
             join_offset: Duration::from_secs_f64(
                 f64::from(position) / self.scenario.joins_per_second,
             ),

@@ -388,6 +388,8 @@ mod tests {
             meeting,
         };
         set_people(&mut plan, room_count, people);
+        let mix = "udp:60,tcp:15,turn-tls:25".parse().unwrap();
+        plan.scenario = plan.scenario.over(&mix);
         plan
     }
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AudioSpec, ConnectionMode, PARTICIPANTS_MAX, Pacing, TransportChoice, VideoSpec, ViewLayout,
+    AudioSpec, ConnectionMode, PARTICIPANTS_MAX, Pacing, TransportMix, VideoSpec, ViewLayout,
 };
 use crate::codec::red;
 use crate::measure::Kind;
@@ -114,9 +114,9 @@ pub struct ParticipantGroup {
     pub publishes_video: bool,
     /// To everybody else of the room.
     pub subscribes: bool,
-    /// What carries their media.
-    #[serde(skip_serializing_if = "TransportChoice::is_auto")]
-    pub transport: TransportChoice,
+    /// What carries their media; of a mix, by their order in all rooms together.
+    #[serde(skip_serializing_if = "TransportMix::is_auto")]
+    pub transport: TransportMix,
 }
 
 /// A stretch of the run: participants come until it has as many as it wants, settle, and are held.
@@ -316,9 +316,9 @@ impl Scenario {
 
     /// Everybody's media is carried by this.
     #[must_use]
-    pub fn over(mut self, transport: TransportChoice) -> Scenario {
+    pub fn over(mut self, transport: &TransportMix) -> Scenario {
         for group in &mut self.groups {
-            group.transport = transport;
+            group.transport = transport.clone();
         }
         self
     }
@@ -375,7 +375,8 @@ impl Scenario {
         scenario.rooms.count = rooms;
         let is_listener = |group: &ParticipantGroup| !group.is_publisher();
         if !scenario.groups.iter().any(is_listener) {
-            let transport = scenario.groups.first().map(|group| group.transport);
+            let first = scenario.groups.first();
+            let transport = first.map(|group| group.transport.clone());
             scenario.groups.push(ParticipantGroup {
                 transport: transport.unwrap_or_default(),
                 ..ParticipantGroup::subscribers(0)
@@ -452,6 +453,18 @@ impl Scenario {
         })
     }
 
+    /// How many of the same group come before this place of a room's joining order.
+    pub fn place_in_group(&self, place: u32) -> u32 {
+        let mut before = place;
+        for group in &self.groups {
+            if before < group.count {
+                break;
+            }
+            before -= group.count;
+        }
+        before
+    }
+
     /// Publishers of a kind who come before this place.
     pub fn publishers_before(&self, place: u32, kind: Kind) -> u32 {
         let mut left = place;
@@ -482,7 +495,14 @@ impl Scenario {
 
     /// Fills the rooms with such people.
     pub fn set_people(&mut self, people: RoomPeople) {
+        let first = self.groups.first();
+        let transport = first.map(|group| group.transport.clone());
         self.groups = people.groups();
+        if let Some(transport) = transport {
+            for group in &mut self.groups {
+                group.transport = transport.clone();
+            }
+        }
     }
 
     /// Whether the run is one phase with everybody, and nothing else.

@@ -1,5 +1,8 @@
 //! What carries a participant's media between this host and the server.
 
+use std::fmt;
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 /// What carried it.
@@ -19,6 +22,13 @@ pub enum MediaTransport {
 }
 
 impl MediaTransport {
+    pub const fn is_relay(self) -> bool {
+        matches!(
+            self,
+            MediaTransport::TurnUdp | MediaTransport::TurnTcp | MediaTransport::TurnTls
+        )
+    }
+
     /// `tcp`, as flags and reports name it.
     pub const fn name(self) -> &'static str {
         match self {
@@ -32,8 +42,7 @@ impl MediaTransport {
 }
 
 /// What it is to be carried by.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TransportChoice {
     /// UDP, and what clients fall back to where it does not come up.
     #[default]
@@ -46,6 +55,15 @@ pub enum TransportChoice {
 }
 
 impl TransportChoice {
+    pub const ALL: [TransportChoice; 6] = [
+        TransportChoice::Auto,
+        TransportChoice::Udp,
+        TransportChoice::Tcp,
+        TransportChoice::TurnUdp,
+        TransportChoice::TurnTcp,
+        TransportChoice::TurnTls,
+    ];
+
     pub const fn name(self) -> &'static str {
         match self {
             TransportChoice::Auto => "auto",
@@ -74,8 +92,212 @@ impl TransportChoice {
         )
     }
 
+    /// Whether it may be a relay.
+    pub const fn allows_relay(self) -> bool {
+        self.is_auto() || self.is_relay()
+    }
+
     /// Whether it may be TCP straight to the server.
     pub const fn allows_tcp(self) -> bool {
         matches!(self, TransportChoice::Auto | TransportChoice::Tcp)
+    }
+}
+
+/// What carries the media of several participants: one thing, or shares of them in percent.
+///
+/// `tcp`, or `udp:75,turn-tls:25`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TransportMix(Vec<TransportShare>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct TransportShare {
+    choice: TransportChoice,
+    percent: u8,
+}
+
+/// Why a text says no mix.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoTransportMix {
+    #[error(
+        "'{0}' is none of auto, udp, tcp, turn-udp, turn-tcp, turn-tls (a mix: udp:75,turn-tls:25)"
+    )]
+    Unknown(String),
+    #[error("'{0}' has no share: write a percentage behind each, udp:75,turn-tls:25")]
+    Percentage(String),
+    #[error("{0} is there twice: add its shares up")]
+    Twice(&'static str),
+    #[error("the shares are {0} % together: make them 100")]
+    Sum(u32),
+}
+
+impl TransportMix {
+    /// So much of it goes another way.
+    #[must_use]
+    pub fn with_share(
+        choice: TransportChoice,
+        other: TransportChoice,
+        percent: u8,
+    ) -> TransportMix {
+        let percent = percent.min(100);
+        let share = |choice, percent| TransportShare { choice, percent };
+        let mut shares = vec![share(choice, 100 - percent), share(other, percent)];
+        shares.retain(|share| share.percent > 0);
+        TransportMix(shares)
+    }
+
+    /// Each once.
+    pub fn choices(&self) -> impl Iterator<Item = TransportChoice> + '_ {
+        self.0.iter().map(|share| share.choice)
+    }
+
+    /// The one that everybody has.
+    pub fn only(&self) -> Option<TransportChoice> {
+        match &self.0[..] {
+            [share] => Some(share.choice),
+            _ => None,
+        }
+    }
+
+    pub fn is_auto(&self) -> bool {
+        self.only().is_some_and(|choice| choice.is_auto())
+    }
+
+    /// What carries the media of the `nth` of them. Among the first ones, however many, each share
+    /// is as large as it can be in whole people.
+    pub fn at(&self, nth: u64) -> TransportChoice {
+        if let Some(choice) = self.only() {
+            return choice;
+        }
+        // Everything has come round after a hundred.
+        let mut taken = vec![0; self.0.len()];
+        let mut last = 0;
+        for count in 1..=(nth % 100) as i64 + 1 {
+            let owed =
+                |index: &usize| i64::from(self.0[*index].percent) * count - 100 * taken[*index];
+            // The first of several that are owed the same.
+            last = (0..taken.len()).rev().max_by_key(owed).unwrap_or(0);
+            taken[last] += 1;
+        }
+        self.0[last].choice
+    }
+}
+
+impl Default for TransportMix {
+    fn default() -> TransportMix {
+        TransportChoice::default().into()
+    }
+}
+
+impl From<TransportChoice> for TransportMix {
+    fn from(choice: TransportChoice) -> TransportMix {
+        TransportMix::with_share(choice, choice, 0)
+    }
+}
+
+impl FromStr for TransportMix {
+    type Err = NoTransportMix;
+
+    fn from_str(text: &str) -> Result<TransportMix, NoTransportMix> {
+        let choice = |name: &str| {
+            let mut all = TransportChoice::ALL.into_iter();
+            let known = all.find(|choice| choice.name() == name);
+            known.ok_or_else(|| NoTransportMix::Unknown(crate::words::one_line(name)))
+        };
+        if !text.contains([':', ',']) {
+            return Ok(choice(text)?.into());
+        }
+        let mut shares: Vec<TransportShare> = Vec::new();
+        for part in text.split(',') {
+            let (name, percent) = part.split_once(':').unwrap_or((part, ""));
+            let choice = choice(name)?;
+            let percent = percent
+                .parse()
+                .ok()
+                .filter(|percent| (1..=100).contains(percent));
+            let percent =
+                percent.ok_or_else(|| NoTransportMix::Percentage(crate::words::one_line(part)))?;
+            if shares.iter().any(|share| share.choice == choice) {
+                return Err(NoTransportMix::Twice(choice.name()));
+            }
+            shares.push(TransportShare { choice, percent });
+        }
+        match shares.iter().map(|share| u32::from(share.percent)).sum() {
+            100 => Ok(TransportMix(shares)),
+            sum => Err(NoTransportMix::Sum(sum)),
+        }
+    }
+}
+
+impl fmt::Display for TransportMix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(choice) = self.only() {
+            return f.write_str(choice.name());
+        }
+        for (index, TransportShare { choice, percent }) in self.0.iter().enumerate() {
+            let comma = if index > 0 { "," } else { "" };
+            write!(f, "{comma}{}:{percent}", choice.name())?;
+        }
+        Ok(())
+    }
+}
+
+impl TryFrom<String> for TransportMix {
+    type Error = NoTransportMix;
+
+    fn try_from(text: String) -> Result<TransportMix, NoTransportMix> {
+        text.parse()
+    }
+}
+
+impl From<TransportMix> for String {
+    fn from(mix: TransportMix) -> String {
+        mix.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_of_a_mix_hold_among_the_first_ones_however_many() {
+        let mix: TransportMix = "udp:70,tcp:5,turn-tls:25".parse().unwrap();
+        let mut counts = [0u64; 3];
+        for nth in 0..1_000 {
+            let at = mix.at(nth);
+            let index = mix.choices().position(|choice| choice == at).unwrap();
+            counts[index] += 1;
+            for (count, percent) in counts.iter().zip([70, 5, 25]) {
+                let whole = percent * (nth + 1) / 100;
+                assert!(
+                    (whole.saturating_sub(1)..=whole + 1).contains(count),
+                    "{counts:?} of {nth}"
+                );
+            }
+        }
+        assert_eq!(counts, [700, 50, 250]);
+    }
+
+    #[test]
+    fn mixes_are_written_as_they_are_read_and_nonsense_is_refused() {
+        for text in ["auto", "turn-tcp", "udp:75,turn-tls:25", "udp:1,tcp:99"] {
+            let mix: TransportMix = text.parse().unwrap();
+            let json = serde_json::to_string(&mix).unwrap();
+            assert_eq!(json, format!("\"{text}\""));
+            assert_eq!(serde_json::from_str::<TransportMix>(&json).unwrap(), mix);
+        }
+        for (text, why) in [
+            ("sctp", NoTransportMix::Unknown("sctp".into())),
+            ("", NoTransportMix::Unknown(String::new())),
+            ("udp:75,", NoTransportMix::Unknown(String::new())),
+            ("udp,tcp:25", NoTransportMix::Percentage("udp".into())),
+            ("udp:x,tcp:25", NoTransportMix::Percentage("udp:x".into())),
+            ("udp:0,tcp:100", NoTransportMix::Percentage("udp:0".into())),
+            ("udp:75,tcp:20", NoTransportMix::Sum(95)),
+            ("udp:50,udp:50", NoTransportMix::Twice("udp")),
+        ] {
+            assert_eq!(text.parse::<TransportMix>(), Err(why), "{text}");
+        }
     }
 }

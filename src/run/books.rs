@@ -395,7 +395,7 @@ impl SessionBook {
             } else {
                 "participants"
             };
-            format!("{count} {people} sent media over TCP: {why}")
+            format!("{count} {people} sent media {why}")
         });
         unsent_note(session).into_iter().chain(fallbacks)
     }

@@ -68,7 +68,7 @@ impl Crew {
         shard: &ShardConfig,
         shards: Vec<Sender<ShardCommand>>,
         (endpoint, access): (Endpoint, JoinAccess),
-        (clips, turn): (Clips, Option<TurnServer>),
+        (clips, turn): (Clips, Vec<TurnServer>),
     ) -> Crew {
         let (notice_sender, notices) = mpsc::unbounded_channel();
         let (leave, leaving) = watch::channel(false);

@@ -21,8 +21,8 @@ pub struct RunSpec {
     pub gateway: Gateway,
     /// Whose certificates are trusted.
     pub trust: TrustSpec,
-    /// The relay that media is to go through, where the user named one.
-    pub turn: Option<TurnServer>,
+    /// The relays that media is to go through, where the user named some.
+    pub turn: Vec<TurnServer>,
     pub judging: Judging,
     pub destinations: Destinations,
     /// The server's own Prometheus pages, one a node.

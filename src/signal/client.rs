@@ -609,6 +609,8 @@ pub enum SignalEvent {
     /// A resume was accepted.
     Reconnect {
         ice_servers: Vec<IceServer>,
+        /// Media is to go through one of them.
+        force_relay: bool,
     },
     /// Tracks that the server pauses for want of bandwidth, or sends again.
     StreamStates(Vec<proto::StreamStateInfo>),
@@ -716,6 +718,8 @@ pub struct Join {
     pub ping_interval: Duration,
     pub ping_timeout: Duration,
     pub ice_servers: Vec<IceServer>,
+    /// Media is to go through one of them.
+    pub force_relay: bool,
     pub others: OtherParticipants,
 }
 
@@ -865,14 +869,13 @@ impl SignalEvent {
             response::REFRESH_TOKEN => {
                 SignalEvent::RefreshToken(Secret::new(std::str::from_utf8(body).ok()?))
             }
-            response::RECONNECT => SignalEvent::Reconnect {
-                ice_servers: proto::ReconnectResponse::decode(body)
-                    .ok()?
-                    .ice_servers
-                    .into_iter()
-                    .map(IceServer::from)
-                    .collect(),
-            },
+            response::RECONNECT => {
+                let again = proto::ReconnectResponse::decode(body).ok()?;
+                SignalEvent::Reconnect {
+                    force_relay: forces_relay(again.client_configuration.as_ref()),
+                    ice_servers: again.ice_servers.into_iter().map(IceServer::from).collect(),
+                }
+            }
             response::PONG_RESP => SignalEvent::Pong {
                 timestamp_us: proto::Pong::decode(body).ok()?.last_ping_timestamp,
             },
@@ -1024,6 +1027,10 @@ impl From<proto::IceServer> for IceServer {
     }
 }
 
+fn forces_relay(configuration: Option<&proto::ClientConfiguration>) -> bool {
+    configuration.is_some_and(|wanted| wanted.force_relay() == proto::ClientConfigSetting::Enabled)
+}
+
 impl Join {
     fn decode(body: Bytes) -> Option<Join> {
         let (rest, count) =
@@ -1055,6 +1062,7 @@ impl Join {
             ping_interval: seconds(join.ping_interval),
             ping_timeout: seconds(join.ping_timeout),
             ice_servers: join.ice_servers.into_iter().map(IceServer::from).collect(),
+            force_relay: forces_relay(join.client_configuration.as_ref()),
             others: OtherParticipants {
                 join: if count == 0 { Bytes::new() } else { body },
                 count,
@@ -1389,6 +1397,37 @@ mod tests {
                 ..Default::default()
             }),
             ..Default::default()
+        }
+    }
+
+    #[test]
+    fn the_servers_wish_for_a_relay_is_read_at_the_join_and_after_a_resume() {
+        use proto::signal_response::Message as Response;
+        for (wanted, is_forced) in [
+            (proto::ClientConfigSetting::Enabled, true),
+            (proto::ClientConfigSetting::Disabled, false),
+            (proto::ClientConfigSetting::Unset, false),
+        ] {
+            let client_configuration = Some(proto::ClientConfiguration {
+                force_relay: wanted.into(),
+                ..Default::default()
+            });
+            let join = proto::JoinResponse {
+                client_configuration: client_configuration.clone(),
+                ..join_to(0)
+            };
+            let SignalEvent::Join(join) = SignalEvent::decode(&response(Response::Join(join)))
+            else {
+                panic!("a Join is a Join");
+            };
+            assert_eq!(join.force_relay, is_forced);
+            let again = Response::Reconnect(proto::ReconnectResponse {
+                client_configuration,
+                ..Default::default()
+            });
+            let heard = SignalEvent::decode(&response(again));
+            let told = matches!(heard, SignalEvent::Reconnect { force_relay, .. } if force_relay == is_forced);
+            assert!(told, "{heard:?}");
         }
     }
 

@@ -101,8 +101,8 @@ pub struct SessionContext {
     /// Publishers send no more than their path carries.
     pub obey_bandwidth: bool,
     pub receive_buffer_bytes: usize,
-    /// The relay that the user named, before those that the server names.
-    pub turn: Option<TurnServer>,
+    /// The relays that the user named, in place of those that the server names.
+    pub turn: Vec<TurnServer>,
     /// From where this host reaches the server's candidates.
     pub routes: Routes,
     /// One peer connection a participant (`/rtc/v1`) instead of two.
@@ -150,6 +150,7 @@ pub enum Notice {
     },
     /// It was to go over UDP, and goes over something else.
     FellBack {
+        /// `over TCP: the server offers no UDP candidate`.
         why: String,
     },
     JoinFailed {
@@ -338,12 +339,14 @@ struct Session {
     /// TCP connections for media that are being opened.
     streams: JoinSet<OpenedStream>,
     relays: Relays,
+    /// The server wants media to go through a relay.
+    force_relay: bool,
 }
 
 /// Where allocations at relays tell what becomes of them.
 struct Relays {
-    sender: mpsc::UnboundedSender<(PeerRole, RelayNews)>,
-    news: mpsc::UnboundedReceiver<(PeerRole, RelayNews)>,
+    sender: mpsc::UnboundedSender<(PeerRole, TurnLink, RelayNews)>,
+    news: mpsc::UnboundedReceiver<(PeerRole, TurnLink, RelayNews)>,
 }
 
 impl Relays {
@@ -494,6 +497,7 @@ impl Session {
             local_ip: None,
             streams: JoinSet::new(),
             relays: Relays::new(),
+            force_relay: false,
             context,
             plan,
             room,
@@ -637,40 +641,70 @@ impl Session {
         self.hand_over_paths(role);
     }
 
-    /// Has allocations made for the connections, where media is to go through a relay.
-    fn begin_relays(&mut self, offered: &[IceServer]) -> Result<(), SessionFailure> {
-        if !self.plan.transport.is_relay() {
-            return Ok(());
+    /// What relays may carry the connections, now or later.
+    fn take_relays(
+        &mut self,
+        offered: &[IceServer],
+        force_relay: bool,
+    ) -> Result<(), SessionFailure> {
+        let choice = self.plan.transport;
+        self.force_relay = force_relay && choice.is_auto();
+        let relays = turn::relays(&self.context.turn, offered, choice);
+        if relays.is_empty() && (choice.is_relay() || self.force_relay) {
+            let who = if self.force_relay {
+                "the server wants media to go through a TURN server, and none is usable".to_owned()
+            } else {
+                let name = choice.name();
+                format!("--transport {name} needs a TURN server that is reached so")
+            };
+            let named = turn::what_is_named(offered);
+            return Err(SessionFailure::lasting(format!(
+                "{who}: {named}. Name one with --turn"
+            )));
         }
-        let named = self.context.turn.clone();
-        let link = TurnLink::of(self.plan.transport);
-        let server = named.or_else(|| turn::named_by(offered, link?));
-        let server = server.ok_or_else(|| {
-            SessionFailure::lasting(format!(
-                "--transport {} needs a TURN server that is reached so: {}. Name one with --turn",
-                self.plan.transport.name(),
-                turn::what_is_named(offered)
-            ))
-        })?;
-        let (epoch, buffer) = (self.context.epoch, self.context.receive_buffer_bytes);
         for role in PeerRole::BOTH {
-            if !self.half_mut(role).wanted {
-                continue;
-            }
-            let (asked, peers) = mpsc::unbounded_channel();
-            self.half_mut(role).begin_relay(asked, server.url.clone());
-            let sender = self.relays.sender.clone();
-            // A session that has ended no longer cares.
-            let tell = move |news| drop(sender.send((role, news)));
-            let kept = turn::keep_allocation(server.clone(), buffer, epoch, peers, tell);
-            tokio::spawn(kept);
+            let relays = relays.clone();
+            let only = choice.is_relay() || self.force_relay;
+            self.half_mut(role).set_relays(relays, only);
         }
         Ok(())
     }
 
+    /// Ends when another relay is to be tried.
+    fn time_of_relays(&self) -> impl Future<Output = ()> + use<> {
+        let halves = [&self.publisher, &self.subscriber];
+        let at = halves.iter().filter_map(|half| half.relay_due_at()).min();
+        let at = at.map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
+        async move {
+            match at {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Has allocations made where they are due.
+    fn open_relays(&mut self) {
+        let (epoch, buffer) = (self.context.epoch, self.context.receive_buffer_bytes);
+        for role in PeerRole::BOTH {
+            let half = self.half_mut(role);
+            if half.relay_due_at().is_none_or(|at| at > epoch.now()) {
+                continue;
+            }
+            let Some((server, peers)) = half.begin_relay() else {
+                continue;
+            };
+            let (link, sender) = (server.url.link, self.relays.sender.clone());
+            debug!(connection = ?role, relay = %server.url, "asks a relay for an allocation");
+            // A session that has ended no longer cares.
+            let tell = move |news| drop(sender.send((role, link, news)));
+            tokio::spawn(turn::keep_allocation(server, buffer, epoch, peers, tell));
+        }
+    }
+
     async fn handle_relay(
         &mut self,
-        role: PeerRole,
+        (role, link): (PeerRole, TurnLink),
         news: RelayNews,
         sender: &mut SignalSender,
     ) -> Result<(), SessionFailure> {
@@ -679,12 +713,12 @@ impl Session {
         match news {
             RelayNews::Open { path, relayed } => {
                 debug!(connection = ?role, %relayed, "a relay carries it");
-                half.take_relay(path, relayed);
+                half.take_relay(link, path, relayed);
                 self.hand_over_paths(role);
                 self.tell_addresses(role, sender).await?;
             }
             RelayNews::Bound { peer, number } => {
-                if let Some(relayed) = half.bind_relay(peer) {
+                if let Some(relayed) = half.bind_relay(link, peer) {
                     self.command(ShardCommand::BindChannel {
                         key,
                         relayed,
@@ -702,12 +736,12 @@ impl Session {
             }),
             RelayNews::Refused { peer, why } => {
                 debug!(connection = ?role, %peer, why, "a relay does not reach it");
-                half.refuse_relay(why);
+                half.refuse_relay(link, why);
             }
-            RelayNews::Failed(why) if is_in => {
+            RelayNews::Failed(why) if is_in && half.uses_relay(link) => {
                 return Err(SessionFailure::of(why, Cure::Rejoin));
             }
-            RelayNews::Failed(why) => half.fail_relay(why, now),
+            RelayNews::Failed(why) => half.fail_relay(link, why, now),
         }
         Ok(())
     }
@@ -767,10 +801,11 @@ impl Session {
                 () = leaving(&mut leave) => break,
                 () = self.time_to_leave() => break,
                 () = self.time_without_path(), if !self.joined => return Err(SessionFailure::lasting(self.without_path())),
+                () = self.time_of_relays() => self.open_relays(),
                 () = self.time_of_streams() => self.open_streams(&mut signal.sender).await?,
                 Some(Ok(opened)) = self.streams.join_next() => self.handle_stream(opened),
-                Some((role, news)) = self.relays.news.recv() => {
-                    self.handle_relay(role, news, &mut signal.sender).await?;
+                Some((role, link, news)) = self.relays.news.recv() => {
+                    self.handle_relay((role, link), news, &mut signal.sender).await?;
                 }
                 () = &mut deadline, if !self.joined => return Err(SessionFailure::lost(self.timeout_reason())),
                 Some(event) = engine.receiver.recv() => {
@@ -967,7 +1002,7 @@ impl Session {
             embedded_sfu: join.embedded_sfu,
         });
         signal.set_ping(join.ping_interval, join.ping_timeout);
-        self.begin_relays(&join.ice_servers)?;
+        self.take_relays(&join.ice_servers, join.force_relay)?;
         if !self.context.single_connection {
             for track in &self.tracks {
                 signal.sender.add_track(add_track_request(track)).await?;
@@ -1373,6 +1408,7 @@ impl Session {
                 );
                 let half = self.half_of(key);
                 (half.ice_at, half.connected_at, half.via) = (ice_at, Some(at), via);
+                half.settle_relays();
                 if key == self.place.key {
                     self.publish();
                 }

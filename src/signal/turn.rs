@@ -22,6 +22,7 @@ use turn_client_proto::udp::TurnClientUdp;
 use super::client::IceServer;
 use super::link::plain;
 use crate::path::Path;
+use crate::plan::TransportChoice;
 use crate::secrets::Secret;
 use crate::units::Epoch;
 use crate::words::one_line;
@@ -53,7 +54,7 @@ pub struct TurnServer {
 }
 
 /// The relay that a server names and that is reached so.
-pub fn named_by(offered: &[IceServer], link: TurnLink) -> Option<TurnServer> {
+fn named_by(offered: &[IceServer], link: TurnLink) -> Option<TurnServer> {
     offered.iter().find_map(|server| {
         let mut urls = server.urls.iter().filter_map(|url| url.parse().ok());
         Some(TurnServer {
@@ -62,6 +63,36 @@ pub fn named_by(offered: &[IceServer], link: TurnLink) -> Option<TurnServer> {
             password: server.credential.clone(),
         })
     })
+}
+
+/// The relays that may carry media, in the order in which they are tried: the one that the user
+/// named, or those that the server names, by the order in which ICE of clients ends up with them.
+pub fn relays(
+    given: &[TurnServer],
+    offered: &[IceServer],
+    choice: TransportChoice,
+) -> Vec<TurnServer> {
+    const IN_ORDER: [TurnLink; 3] = [TurnLink::Udp, TurnLink::Tcp, TurnLink::Tls];
+    if !choice.allows_relay() {
+        return Vec::new();
+    }
+    if !given.is_empty() {
+        let over = |server: &TurnServer| {
+            let url = server.url.clone().over(choice).ok()?;
+            Some(TurnServer {
+                url,
+                ..server.clone()
+            })
+        };
+        let fits = given.iter().filter_map(over);
+        let most = if choice.is_auto() { given.len() } else { 1 };
+        return fits.take(most).collect();
+    }
+    let wanted = TurnLink::of(choice);
+    let links = IN_ORDER
+        .into_iter()
+        .filter(|link| wanted.is_none_or(|wanted| wanted == *link));
+    links.filter_map(|link| named_by(offered, link)).collect()
 }
 
 /// What a server names, in words.

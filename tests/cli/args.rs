@@ -7,7 +7,7 @@ use std::time::Duration;
 use throng::cli::{CliCommand, RunSpec, UsageError, parse, parse_with};
 use throng::measure::Kind;
 use throng::plan::scenario::{Scenario, ScenarioError};
-use throng::plan::{ConnectionMode, HostRole, Pacing, TargetOrigin, ViewLayout};
+use throng::plan::{ConnectionMode, HostRole, Pacing, TargetOrigin, TransportMix, ViewLayout};
 use throng::sfu::SendMode;
 use throng::signal::TokenPlace;
 
@@ -125,8 +125,12 @@ fn a_relay_is_named_as_media_is_to_reach_it() {
         ("turn-tls", "turns:relay", "turns:relay:5349?transport=tcp"),
     ] {
         let asked = local(&[&["--transport", transport, "--turn", url], &who[..]].concat());
-        let turn = asked.turn.as_ref().unwrap();
-        assert_eq!(turn.url.to_string(), as_read);
+        let [turn] = &asked.turn[..] else {
+            panic!("one relay: {asked:?}");
+        };
+        // `turn:` without a word of UDP or TCP is good for both.
+        let choice = transport.parse::<TransportMix>().unwrap().only().unwrap();
+        assert_eq!(turn.url.clone().over(choice).unwrap().to_string(), as_read);
         assert_eq!(
             (turn.user.as_str(), turn.password.expose()),
             ("me", "hunter2")
@@ -140,8 +144,8 @@ fn a_relay_is_named_as_media_is_to_reach_it() {
             "--turn-user belongs to --turn URL",
         ),
         (
-            &["--turn", "turn:relay"],
-            "--turn needs --transport turn-udp",
+            &["--turn", "turn:relay", "--transport", "udp"],
+            "--turn needs --transport auto, turn-udp, turn-tcp or turn-tls, or --turn-share",
         ),
         (
             &[&udp[..], &["turn:relay"]].concat(),
@@ -164,6 +168,53 @@ fn a_relay_is_named_as_media_is_to_reach_it() {
         refused.contains("the embedded SFU names no TURN server"),
         "{refused}"
     );
+}
+
+#[test]
+fn media_is_shared_out_over_transports_by_one_syntax() {
+    let mix = |args: &[&str]| {
+        let plan = local(args).plan;
+        let groups = plan.scenario.groups.iter();
+        let mut mixes: Vec<String> = groups.map(|group| group.transport.to_string()).collect();
+        mixes.dedup();
+        mixes.join(" ")
+    };
+    let who = ["--turn-user", "me", "--turn-password", "hunter2"];
+    assert_eq!(mix(&[]), "auto");
+    assert_eq!(
+        mix(&["--transport", "udp:75,turn-tls:25"]),
+        "udp:75,turn-tls:25"
+    );
+    assert_eq!(mix(&["--turn-share", "25%"]), "auto:75,turn-udp:25");
+    let by_tls = ["--turn-share", "100%", "--turn", "turns:relay"];
+    assert_eq!(mix(&[&by_tls[..], &who].concat()), "turn-tls");
+    for (args, why) in [
+        (&["--transport", "sctp"][..], "is none of auto, udp, tcp"),
+        (&["--transport", "udp:75,tcp:20"], "95 % together"),
+        (&["--transport", "udp,tcp"], "has no share"),
+        (&["--turn-share", "25"], "write a whole percentage"),
+        (&["--turn-share", "0%"], "write a whole percentage"),
+        (
+            &["--turn-share", "25%", "--transport", "turn-udp"],
+            "--turn-share is of what goes without a TURN server",
+        ),
+        (
+            &["--turn-share", "25%", "--transport", "udp:50,tcp:50"],
+            "put the share into the mix",
+        ),
+        (
+            &[
+                &["--transport", "turn-udp", "--turn", "turn:a"][..],
+                &["--turn", "turns:b"],
+                &who,
+            ]
+            .concat(),
+            "--turn turns:b:5349?transport=tcp: nothing of --transport turn-udp goes there",
+        ),
+    ] {
+        let refused = local_refusal(args);
+        assert!(refused.contains(why), "{args:?}: {refused}");
+    }
 }
 
 #[test]

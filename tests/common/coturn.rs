@@ -79,7 +79,7 @@ impl Coturn {
     pub fn url_for(&self, transport: &str) -> String {
         let (address, port, tls_port) = (self.address, self.port, self.tls_port);
         match transport {
-            "turn-tls" => format!("turns:{address}:{tls_port}?transport=tcp"),
+            "turn-tls" | "auto" => format!("turns:{address}:{tls_port}?transport=tcp"),
             "turn-tcp" => format!("turn:{address}:{port}?transport=tcp"),
             _ => format!("turn:{address}:{port}?transport=udp"),
         }
@@ -88,6 +88,10 @@ impl Coturn {
     /// Its certificate, signed by itself.
     pub fn certificate(&self) -> PathBuf {
         self.folder.join("cert.pem")
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.id()
     }
 
     pub fn log(&self) -> String {

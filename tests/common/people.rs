@@ -87,7 +87,7 @@ impl People {
                 pacing: Pacing::Paced,
             },
             layout: None,
-            turn: None,
+            turn: Vec::new(),
             routes: throng::path::Routes::default(),
             receive_buffer_bytes: 1 << 20,
             single_connection,

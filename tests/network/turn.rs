@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::common::coturn::{Coturn, PASSWORD, USER};
 use crate::common::network::{DEVICE, Network, SERVER};
+use crate::common::path::Conditions;
 use crate::common::program::{Finished, Report, Running, Scratch, against, alone, throng};
 use crate::common::server::{Options, Server, Site};
 
@@ -201,6 +202,98 @@ fn where_a_firewall_lets_out_to_the_relay_alone_media_gets_through() {
             by_relay(&what, transport, &finished, &report);
         }
     });
+}
+
+#[test]
+fn where_nothing_goes_straight_auto_takes_the_relay_and_says_so() {
+    let name = "where_nothing_goes_straight_auto_takes_the_relay_and_says_so";
+    let Some(network) = Network::for_test(module_path!(), name, 1) else {
+        return;
+    };
+    let options = Options {
+        site: Site {
+            address: SERVER,
+            device: DEVICE,
+        },
+        ..Options::default()
+    };
+    let started = network
+        .server
+        .run(|| Some((Server::livekit_with(&options)?, Coturn::start(SERVER, &[])?)));
+    let Some((server, relay)) = started else {
+        return;
+    };
+    let _turn = alone();
+    network.clients.run(|| {
+        // UDP is lost on the way, and TCP reaches signalling and the relay alone.
+        network.set_both(Conditions {
+            cut: true,
+            ..Conditions::default()
+        });
+        let signalling = address_of(&server).port();
+        wall(&[
+            "add table inet wall",
+            "add chain inet wall out { type filter hook output priority 0; }",
+            &format!(
+                "add rule inet wall out tcp dport != {{ {signalling}, {} }} drop",
+                relay.tls_port
+            ),
+        ]);
+        for connection in ["single", "dual"] {
+            let (finished, report) = run_by(&relay, &server, "auto", connection, PASSWORD);
+            by_relay(connection, "turn-tls", &finished, &report);
+            let said = unwrapped(&finished);
+            let url = relay.url_for("turn-tls");
+            let over = format!("3 participants sent media through the TURN server {url}: UDP from");
+            assert!(said.contains(&over), "{connection}: {said}");
+            let tried = "did not come up within 1 s, nor did TCP to";
+            assert!(said.contains(tried), "{connection}: {said}");
+        }
+        // Where the relay is of no use either, everything that was tried is named.
+        let (finished, report) = run_by(&relay, &server, "auto", "single", "another");
+        assert_eq!(report.counter("session", "joins_ok"), 0);
+        let said = unwrapped(&finished);
+        for tried in ["over UDP from", "over TCP to", "the password (401)"] {
+            assert!(said.contains(tried), "{tried}: {said}");
+        }
+    });
+}
+
+#[test]
+fn a_mix_sends_each_the_way_that_the_plan_says() {
+    let (Some(server), Some(relay)) = (
+        Server::livekit(),
+        Coturn::start(Ipv4Addr::LOCALHOST, &[LOOPBACK_PEERS]),
+    ) else {
+        return;
+    };
+    let _turn = alone();
+    let url = relay.url_for("turn-tcp");
+    let who = ["--turn-user", USER, "--turn-password", PASSWORD];
+    for way in [
+        &["--transport", "udp:50,turn-tcp:50"][..],
+        &["--transport", "udp", "--turn-share", "50%"],
+    ] {
+        let more = [way, &["--turn", &url], &who].concat();
+        let (finished, report) = run_through(&server.url, &server, "single", &more);
+        joins_and_flows("a mix", &finished, &report);
+        let joins = |name| report.counter("session", name);
+        assert_eq!(
+            (joins("joins_by_udp"), joins("joins_by_turn_tcp")),
+            (2, 1),
+            "{way:?}: {}",
+            finished.stdout
+        );
+        let said = unwrapped(&finished);
+        assert!(
+            said.contains("media: 2 over UDP, 1 over TURN by TCP"),
+            "{said}"
+        );
+        // Whoever reads the report knows what was asked for.
+        let groups = report.0["plan"]["scenario"]["groups"].to_string();
+        let groups = groups + &report.0["plan"]["groups"].to_string();
+        assert!(groups.contains("udp:50,turn-tcp:50"), "{groups}");
+    }
 }
 
 #[test]

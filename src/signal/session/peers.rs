@@ -1,5 +1,6 @@
 //! One peer connection's part of a session: its path, its credentials, and how far its set-up is.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
@@ -9,7 +10,7 @@ use tokio::sync::mpsc;
 use super::{SessionContext, SessionFailure};
 use crate::path::{Family, Path, Via};
 use crate::plan::TransportChoice;
-use crate::signal::turn::TurnUrl;
+use crate::signal::turn::{TurnLink, TurnServer, TurnUrl};
 use crate::transport::peer::{IceCredentials, NearEnd, PeerFailure, PeerParameters};
 use crate::transport::sdp::{
     Candidate, CandidateTransport, DtlsSetup, LocalTransport, RemoteTransport, ice_ufrag,
@@ -52,7 +53,12 @@ impl PeerRole {
 /// One peer connection's part of the session.
 pub(super) struct PeerHalf {
     choice: TransportChoice,
-    relay: Option<RelayEnd>,
+    /// Relays that were asked for an allocation.
+    relays: Vec<RelayEnd>,
+    /// Those that may be asked, the next one first.
+    more_relays: VecDeque<TurnServer>,
+    /// It is to be a relay, whatever else there is.
+    only_relays: bool,
     /// The participant is not in before this connection is up.
     pub(super) wanted: bool,
     pub(super) local: Option<LocalTransport>,
@@ -101,7 +107,9 @@ impl PeerHalf {
     pub(super) fn new(wanted: bool, choice: TransportChoice) -> PeerHalf {
         PeerHalf {
             choice,
-            relay: None,
+            relays: Vec::new(),
+            more_relays: VecDeque::new(),
+            only_relays: choice.is_relay(),
             wanted,
             local: None,
             path: None,
@@ -165,7 +173,7 @@ impl PeerHalf {
     ) -> Result<Vec<Candidate>, SessionFailure> {
         if !self.choice.allows_udp() {
             self.path = Some(Path::closed());
-            let relayed = self.relay.iter().filter_map(|relay| relay.relayed);
+            let relayed = self.relays.iter().filter_map(|relay| relay.relayed);
             return Ok(if self.choice.is_relay() {
                 relayed.map(Candidate::relayed).collect()
             } else {
@@ -211,11 +219,7 @@ impl PeerHalf {
         let first = local.candidates.first().map(|candidate| candidate.address);
         // Where there is no socket of our own, nothing is sent from there.
         let unused = self.usual_ip.map(|ip| Candidate::tcp_active(ip).address);
-        let local_address = if self.choice.is_relay() {
-            unused
-        } else {
-            first
-        };
+        let local_address = if self.only_relays { unused } else { first };
         let credentials = |ufrag: &str, password: &str| IceCredentials {
             ufrag: ufrag.to_owned(),
             password: password.to_owned(),
@@ -235,6 +239,12 @@ impl PeerHalf {
                 remote: remote_credentials,
                 remote_candidates,
             });
+        };
+        // Told before the server said that it wants a relay.
+        let path = if self.only_relays {
+            Path::closed()
+        } else {
+            path
         };
         self.added = true;
         let parameters = PeerParameters {
@@ -272,14 +282,20 @@ impl PeerHalf {
     ) -> Option<SocketAddr> {
         let address = candidate.address;
         match candidate.transport {
-            CandidateTransport::Udp if self.choice.is_relay() => {
-                return self.relay.as_mut().and_then(|relay| relay.reach(address));
+            CandidateTransport::Udp if self.choice.allows_relay() => {
+                self.offered.add_udp(address);
+                let reaching = self.relays.iter_mut().map(|relay| relay.reach(address));
+                let is_reached = reaching.fold(false, |any, reached| any | reached);
+                if self.only_relays {
+                    return Some(address).filter(|_| is_reached);
+                }
             }
             CandidateTransport::Udp if self.choice.allows_udp() => {}
             CandidateTransport::Udp => {
                 self.offered.unwanted.push(address);
                 return None;
             }
+            CandidateTransport::TcpPassive if self.only_relays => return None,
             CandidateTransport::TcpPassive => {
                 self.offered.add_stream(address);
                 return None;
@@ -342,53 +358,105 @@ impl PeerHalf {
         }
     }
 
-    /// A relay is asked for an allocation; peers to be reached by it go to `asked`.
-    pub(super) fn begin_relay(&mut self, asked: mpsc::UnboundedSender<SocketAddr>, url: TurnUrl) {
-        self.relay = Some(RelayEnd {
-            url,
+    /// The relays that may carry it, in their order; `only`: nothing else may.
+    pub(super) fn set_relays(&mut self, relays: Vec<TurnServer>, only: bool) {
+        self.more_relays = relays.into();
+        self.only_relays = only;
+    }
+
+    /// When the next relay is to be asked; `None` where there is none, or something else does.
+    pub(super) fn relay_due_at(&self) -> Option<Time> {
+        if self.more_relays.is_empty() || self.connected_at.is_some() || self.ice_at.is_some() {
+            return None;
+        }
+        if self.only_relays {
+            return self.wanted.then_some(Time::ZERO);
+        }
+        let described_at = self.described_at.filter(|_| self.added)?;
+        let by_stream = self.offered.streams.iter().any(StreamOffer::may_come);
+        let head_start = match () {
+            () if !self.offered.reached.is_empty() && by_stream => 2 * UDP_HEAD_START,
+            () if !self.offered.reached.is_empty() || by_stream => UDP_HEAD_START,
+            () if self.offered.is_whole => Duration::ZERO,
+            () => UDP_WAIT,
+        };
+        Some(described_at + head_start + UDP_HEAD_START * self.relays.len() as u32)
+    }
+
+    /// The next relay is asked for an allocation: who, and where peers that it is to reach come
+    /// from.
+    pub(super) fn begin_relay(
+        &mut self,
+    ) -> Option<(TurnServer, mpsc::UnboundedReceiver<SocketAddr>)> {
+        let server = self.more_relays.pop_front()?;
+        let (asked, peers) = mpsc::unbounded_channel();
+        let mut relay = RelayEnd {
+            url: server.url.clone(),
             asked,
             relayed: None,
             wanted: Vec::new(),
             bound: Vec::new(),
             refused: Vec::new(),
             failure: None,
-        });
+        };
+        for address in &self.offered.udp {
+            relay.reach(*address);
+        }
+        self.relays.push(relay);
+        Some((server, peers))
     }
 
     /// The relay that carries media, where one does.
     pub(super) fn relay_in_use(&self) -> Option<&TurnUrl> {
-        let relay = self.relay.as_ref();
-        relay
-            .filter(|_| matches!(self.via, Via::Relay(_)))
-            .map(|relay| &relay.url)
+        let Via::Relay(used) = self.via else {
+            return None;
+        };
+        let mut relays = self.relays.iter();
+        let relay = relays.find(|relay| relay.relayed == Some(used));
+        relay.map(|relay| &relay.url)
+    }
+
+    pub(super) fn uses_relay(&self, link: TurnLink) -> bool {
+        self.relay_in_use().is_some_and(|url| url.link == link)
+    }
+
+    /// It is connected: other relays are told that they are not needed, by nobody asking any more.
+    pub(super) fn settle_relays(&mut self) {
+        let via = self.via;
+        self.more_relays.clear();
+        self.relays
+            .retain(|relay| relay.relayed.is_some_and(|ours| via == Via::Relay(ours)));
+    }
+
+    fn relay_mut(&mut self, link: TurnLink) -> Option<&mut RelayEnd> {
+        self.relays.iter_mut().find(|relay| relay.url.link == link)
     }
 
     /// The allocation is there.
-    pub(super) fn take_relay(&mut self, path: Path, relayed: SocketAddr) {
-        if let Some(relay) = &mut self.relay {
-            relay.relayed = Some(relayed);
-        }
+    pub(super) fn take_relay(&mut self, link: TurnLink, path: Path, relayed: SocketAddr) {
+        let Some(relay) = self.relay_mut(link) else {
+            return;
+        };
+        relay.relayed = Some(relayed);
         self.more_paths.push((path, NearEnd::Relay(relayed)));
         self.tell(Candidate::relayed(relayed));
     }
 
     /// A peer is reached by a channel. Returns our address at the relay.
-    pub(super) fn bind_relay(&mut self, peer: SocketAddr) -> Option<SocketAddr> {
-        let relay = self.relay.as_mut()?;
-        let relayed = relay.relayed?;
+    pub(super) fn bind_relay(&mut self, link: TurnLink, peer: SocketAddr) -> Option<SocketAddr> {
+        let relay = self.relay_mut(link)?;
         relay.bound.push(peer);
-        self.offered.reached.push((relayed.ip(), peer.ip()));
-        Some(relayed)
+        relay.relayed
     }
 
-    pub(super) fn refuse_relay(&mut self, why: String) {
-        if let Some(relay) = &mut self.relay {
+    pub(super) fn refuse_relay(&mut self, link: TurnLink, why: String) {
+        if let Some(relay) = self.relay_mut(link) {
             relay.refused.push(why);
         }
     }
 
-    pub(super) fn fail_relay(&mut self, why: String, at: Time) {
-        if let Some(relay) = &mut self.relay {
+    pub(super) fn fail_relay(&mut self, link: TurnLink, why: String, at: Time) {
+        if let Some(relay) = self.relay_mut(link) {
             relay.failure = Some((at, why));
         }
     }
@@ -467,24 +535,26 @@ impl PeerHalf {
     /// When it is settled that no candidate of the server can be used, unless one comes; `None`
     /// where one can, or nothing is known yet.
     pub(super) fn without_path_at(&self) -> Option<Time> {
-        let may_come = |offer: &StreamOffer| !matches!(offer.state, StreamState::Failed(_));
-        let by_stream = self.choice.allows_tcp() && self.offered.streams.iter().any(may_come);
-        if self.connected_at.is_some() || !self.offered.reached.is_empty() || by_stream {
+        let by_stream =
+            self.choice.allows_tcp() && self.offered.streams.iter().any(StreamOffer::may_come);
+        let by_relay =
+            !self.more_relays.is_empty() || self.relays.iter().any(RelayEnd::is_reaching);
+        if self.connected_at.is_some() || !self.offered.reached.is_empty() || by_stream || by_relay
+        {
             return None;
-        }
-        if let Some(relay) = &self.relay {
-            match &relay.failure {
-                Some((at, _)) => return Some(*at),
-                None if relay.refused.len() < relay.wanted.len() => return None,
-                None => {}
-            }
         }
         let wait = if self.offered.is_whole {
             Duration::ZERO
         } else {
             CANDIDATES_WAIT
         };
-        self.described_at.map(|at| at + wait)
+        let described_at = self.described_at.map(|at| at + wait);
+        if self.relays.iter().any(|relay| !relay.is_hopeless()) {
+            return described_at;
+        }
+        let given_up = |relay: &RelayEnd| relay.failure.as_ref().map(|(at, _)| *at);
+        let failed_at = self.relays.iter().filter_map(given_up).max();
+        failed_at.or(described_at)
     }
 
     /// Why no candidate of the server can be used: what it offers, and what we have.
@@ -495,8 +565,9 @@ impl PeerHalf {
             unwanted,
             ..
         } = &self.offered;
-        if let Some(relay) = &self.relay {
-            return relay.without_path();
+        if self.only_relays {
+            let told = self.relays.iter().map(RelayEnd::without_path);
+            return format!("no path for media: {}", named(told));
         }
         let ours = self.our_addresses();
         let tcp = named(streams.iter().map(|offer| offer.address));
@@ -530,7 +601,8 @@ impl PeerHalf {
             );
         }
         let offers = offers.join("; and ");
-        format!("no path for media: the server offers {offers} (ours: {ours})")
+        let relays = self.story_of_relays();
+        format!("no path for media: the server offers {offers} (ours: {ours}){relays}")
     }
 
     fn failed_streams(&self) -> String {
@@ -545,6 +617,17 @@ impl PeerHalf {
         named(told)
     }
 
+    fn story_of_relays(&self) -> String {
+        let told = self.relays.iter().map(|relay| match &relay.bound[..] {
+            peers if peers.is_empty() || relay.failure.is_some() => relay.without_path(),
+            peers => {
+                let (url, peers) = (&relay.url, named(peers.iter().map(SocketAddr::ip)));
+                format!("through the TURN server {url} to {peers}")
+            }
+        });
+        told.map(|story| format!("; {story}")).collect()
+    }
+
     /// The two ends of a path that does not work, without ports of UDP: those differ between
     /// participants.
     pub(super) fn ends(&self) -> String {
@@ -554,11 +637,12 @@ impl PeerHalf {
             none if none.is_empty() => String::new(),
             ends => format!(" over UDP from {ends}"),
         };
+        let relays = self.story_of_relays();
         if !self.offered.streams.iter().any(is_tried) {
-            return udp;
+            return udp + &relays;
         }
         let and = if udp.is_empty() { "" } else { ", and" };
-        format!("{udp}{and} over TCP to {}", self.failed_streams())
+        format!("{udp}{and} over TCP to {}{relays}", self.failed_streams())
     }
 
     /// What ended it.
@@ -577,7 +661,7 @@ impl PeerHalf {
 
     /// What is to be reachable at the server.
     pub(super) fn port_question(&self) -> &'static str {
-        if self.relay.is_some() {
+        if self.only_relays {
             "does the TURN server reach it?"
         } else if self.offered.reached.is_empty() && !self.offered.streams.is_empty() {
             "is the server's TCP port for media reachable?"
@@ -586,25 +670,40 @@ impl PeerHalf {
         }
     }
 
-    /// Why TCP carries what UDP was to carry; `None` where it was asked for, or UDP does.
+    /// Over what it goes where UDP was to carry it, and why; `None` where that was asked for, or
+    /// UDP does.
     pub(super) fn why_not_udp(&self) -> Option<String> {
         if !self.choice.is_auto() || self.via == Via::Udp {
             return None;
         }
+        let over = match self.relay_in_use() {
+            Some(url) => format!("through the TURN server {url}"),
+            None => "over TCP".to_owned(),
+        };
+        Some(format!("{over}: {}", self.why_not_straight()))
+    }
+
+    fn why_not_straight(&self) -> String {
+        if self.only_relays {
+            return "the server wants media to go through one".to_owned();
+        }
         let offered = &self.offered;
         let ends = offered.pairs();
-        Some(if !ends.is_empty() {
+        let udp = if !ends.is_empty() {
             let patience = UDP_HEAD_START.as_secs();
             let ends = named(&ends);
             format!("UDP from {ends} did not come up within {patience} s")
         } else if !offered.unreached.is_empty() {
-            format!(
-                "this host has no route for UDP to {}",
-                named(&offered.unreached)
-            )
+            let unreached = named(&offered.unreached);
+            format!("this host has no route for UDP to {unreached}")
         } else {
             "the server offers no UDP candidate".to_owned()
-        })
+        };
+        let by_tcp = offered.streams.is_empty() || self.relay_in_use().is_none();
+        if by_tcp {
+            return udp;
+        }
+        format!("{udp}, nor did TCP to {}", self.failed_streams())
     }
 
     fn our_addresses(&self) -> String {
@@ -634,24 +733,34 @@ struct RelayEnd {
 }
 
 impl RelayEnd {
-    /// The candidate, where it is reached already.
-    fn reach(&mut self, peer: SocketAddr) -> Option<SocketAddr> {
+    /// Whether the candidate is reached already.
+    fn reach(&mut self, peer: SocketAddr) -> bool {
         if !self.wanted.contains(&peer) && self.wanted.len() < RELAYED_MAX {
             self.wanted.push(peer);
             // One that has failed says so elsewhere.
             let _ = self.asked.send(peer);
         }
-        self.bound.contains(&peer).then_some(peer)
+        self.bound.contains(&peer)
+    }
+
+    /// Peers are reached by it, or still may be.
+    fn is_reaching(&self) -> bool {
+        !self.wanted.is_empty() && !self.is_hopeless()
+    }
+
+    /// It gives nothing any more.
+    fn is_hopeless(&self) -> bool {
+        self.failure.is_some() || !self.wanted.is_empty() && self.refused.len() >= self.wanted.len()
     }
 
     fn without_path(&self) -> String {
         match &self.failure {
-            Some((_, why)) => format!("no path for media: {why}"),
-            None if self.refused.is_empty() => {
-                "no path for media: the server offers no UDP candidate for the relay to reach"
-                    .to_owned()
-            }
-            None => format!("no path for media: {}", named(&self.refused)),
+            Some((_, why)) => why.clone(),
+            None if self.refused.is_empty() => format!(
+                "the server offers no UDP candidate for the TURN server {} to reach",
+                self.url
+            ),
+            None => named(&self.refused),
         }
     }
 }
@@ -665,6 +774,8 @@ struct OfferedCandidates {
     unreached: Vec<String>,
     /// UDP addresses that are not to be used.
     unwanted: Vec<SocketAddr>,
+    /// UDP addresses that a relay may reach.
+    udp: Vec<SocketAddr>,
     streams: Vec<StreamOffer>,
     /// The server said that no more follow.
     is_whole: bool,
@@ -681,6 +792,12 @@ impl OfferedCandidates {
             }
         }
         pairs
+    }
+
+    fn add_udp(&mut self, address: SocketAddr) {
+        if !self.udp.contains(&address) && self.udp.len() < RELAYED_MAX {
+            self.udp.push(address);
+        }
     }
 
     fn add_stream(&mut self, address: SocketAddr) {
@@ -711,6 +828,11 @@ enum StreamState {
 }
 
 impl StreamOffer {
+    /// It is not known to be of no use.
+    fn may_come(&self) -> bool {
+        !matches!(self.state, StreamState::Failed(_))
+    }
+
     fn reset(&mut self) {
         self.state = StreamState::Waiting;
     }

@@ -222,6 +222,11 @@ impl Session {
         self.viewer.start_over();
     }
 
+    /// The server may move it to a relay.
+    fn goes_past_relay(&self) -> bool {
+        self.plan.transport.is_auto() && !self.transport().is_relay()
+    }
+
     pub(super) fn tell_reconnected(&mut self) {
         if let Some(lost) = self.lost.take() {
             let after = self.context.epoch.now().since(lost.at);
@@ -244,6 +249,15 @@ async fn resumption(
 ) -> Result<(), SessionFailure> {
     loop {
         match receiver.next().await? {
+            SignalEvent::Reconnect { force_relay, .. }
+                if force_relay && session.goes_past_relay() =>
+            {
+                // Its new address is told in a new session.
+                return Err(SessionFailure::of(
+                    "the server wants media to go through a TURN server from now on",
+                    Cure::Rejoin,
+                ));
+            }
             SignalEvent::Reconnect { .. } => return Ok(()),
             SignalEvent::Leave(leave) => return Err(SessionFailure::from(&leave)),
             SignalEvent::Join(_) => {

@@ -98,6 +98,15 @@ impl FromStr for TurnUrl {
 }
 
 impl TurnUrl {
+    /// What goes through it.
+    pub fn as_choice(&self) -> TransportChoice {
+        match self.link {
+            TurnLink::Udp => TransportChoice::TurnUdp,
+            TurnLink::Tcp => TransportChoice::TurnTcp,
+            TurnLink::Tls => TransportChoice::TurnTls,
+        }
+    }
+
     /// The same server, reached as media is to be carried.
     ///
     /// # Errors
