@@ -1,6 +1,7 @@
 //! Media through a relay: whole runs against a real LiveKit server, through a real coturn or
 //! LiveKit's own TURN server.
 
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::process::Command;
 use std::time::Duration;
@@ -309,6 +310,7 @@ fn a_relay_that_is_not_trusted_or_not_there_is_told_by_its_link() {
     let closed = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let closed_port = closed.local_addr().expect("an address").port();
     drop(closed);
+    let web = web_server();
     for (transport, url, said) in [
         (
             "turn-tls",
@@ -327,7 +329,7 @@ fn a_relay_that_is_not_trusted_or_not_there_is_told_by_its_link() {
         ),
         (
             "turn-tcp",
-            format!("turn:{}?transport=tcp", address_of(&server)),
+            format!("turn:{web}?transport=tcp"),
             "answers with what is no TURN",
         ),
     ] {
@@ -345,6 +347,19 @@ fn a_relay_that_is_not_trusted_or_not_there_is_told_by_its_link() {
     let more = [&more[..], &who].concat();
     let (finished, report) = run_through(&server.url, &server, "single", &more);
     by_relay("--insecure", "turn-tls", &finished, &report);
+}
+
+/// One that takes anything for a bad request, and says so at once.
+fn web_server() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("an address");
+    std::thread::spawn(move || {
+        for mut client in listener.incoming().take(100).flatten() {
+            let _ = client.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n");
+            let _ = client.read(&mut [0; 512]);
+        }
+    });
+    address
 }
 
 #[test]

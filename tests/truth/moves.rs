@@ -182,6 +182,7 @@ const CAUSES: &[Cause] = &[
             "publisher session.wire_bytes_received",
             "publisher media.rtx_sent",
             "publisher media.uplink_packets_lost",
+            "publisher media.uplink_packets_asked",
             // The server keeps a place for what it waits for; the subscriber asks for it, and gets
             // it late.
             "subscriber session.nacks_sent",
@@ -191,6 +192,7 @@ const CAUSES: &[Cause] = &[
             "subscriber audio.bytes_received",
             "subscriber audio.rtx_received",
             "subscriber audio.packets_lost_network",
+            "subscriber audio.packets_missing_uplink",
             "subscriber audio.packets_repaired",
             "subscriber audio.loss_to_repair p50",
         ],
