@@ -301,7 +301,7 @@ fn a_coordinator_of_ours_hears_all_that_a_run_counts_and_what_it_says_at_the_end
         .flat_map(|beat| beat.body["frames"].as_array().unwrap())
         .next_back()
         .unwrap();
-    assert_eq!(*frames, json!([0, 0, 0, totals.audio.frames_sent]));
+    assert_eq!(*frames, json!([0, 0, 0, totals.audio.frames_sent, 0]));
     assert_eq!(totals.audio.frames_delivered, totals.audio.frames_expected);
     assert!(probing.kept().is_empty());
 }
