@@ -60,6 +60,8 @@ fn viewers_of_somebody_elses_stream_judge_it(server: &Server) {
             count("packets_received"),
             "{about}"
         );
+        let first = &viewers.0["totals"][kind]["foreign_first_frame"]["count"];
+        assert_eq!(*first, 3, "{about}");
         // As often as the presenter sends: it has its own account of its own subscriber.
         let frames = count("foreign_frames");
         assert!(

@@ -490,7 +490,11 @@ type RawSocket = tokio_tungstenite::WebSocketStream<tokio::net::TcpStream>;
 
 /// A WebSocket without our client around it.
 async fn raw(server: &SfuServer, identity: &str) -> RawSocket {
-    let mut request = format!("{}/rtc?auto_subscribe=1&protocol=16", server.url())
+    raw_at(server, identity, "/rtc?auto_subscribe=1&protocol=16").await
+}
+
+async fn raw_at(server: &SfuServer, identity: &str, path: &str) -> RawSocket {
+    let mut request = format!("{}{path}", server.url())
         .into_client_request()
         .unwrap();
     let bearer = format!("Bearer {}", token("hall", identity).expose());
@@ -545,19 +549,8 @@ async fn raw_single(server: &SfuServer, identity: &str, sdk: proto::client_info:
         ..Default::default()
     };
     let encoded = base64::engine::general_purpose::URL_SAFE.encode(wrapped.encode_to_vec());
-    let path = format!("{}/rtc/v1?join_request={encoded}", server.url());
-    let mut request = path.into_client_request().unwrap();
-    let bearer = format!("Bearer {}", token("hall", identity).expose());
-    request
-        .headers_mut()
-        .insert("authorization", bearer.parse().unwrap());
-    let stream = tokio::net::TcpStream::connect(server.address())
-        .await
-        .unwrap();
-    let (socket, _) = tokio_tungstenite::client_async(request, stream)
-        .await
-        .unwrap();
-    socket
+    let path = format!("/rtc/v1?join_request={encoded}");
+    raw_at(server, identity, &path).await
 }
 
 /// Reads until the server's answer.
