@@ -1,5 +1,5 @@
 //! Pages for Prometheus (text format 0.0.4), written by the `prometheus` crate. There is no
-//! registry: a page is made of what is known when somebody asks.
+//! registry: each request builds the page from the values known at that moment.
 
 use prometheus::proto::{
     Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType, Quantile, Summary,
@@ -8,34 +8,34 @@ use prometheus::{TEXT_FORMAT, TextEncoder};
 
 pub const CONTENT_TYPE: &str = TEXT_FORMAT;
 
-/// What the samples of one name are.
+/// Metric type of all samples of one name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FigureKind {
     Counter,
     Gauge,
-    /// Some of them grow for ever and some do not, as whoever counts them knows.
+    /// Some samples only ever grow and some do not. Only the code that counts them knows which.
     Untyped,
 }
 
-/// Percentiles of one histogram, with what they are of.
+/// Quantiles, sum and count of one histogram, with its labels.
 #[derive(Clone, Copy, Debug)]
 pub struct PageSummary<'a, const N: usize> {
     pub labels: [(&'a str, &'a str); N],
-    /// Share (0..=1) and value.
+    /// Pairs of a share (0..=1) and its value.
     pub quantiles: [(f64, f64); 3],
     pub sum: f64,
     pub count: u64,
 }
 
-/// A page that grows, name by name.
+/// A page that is built one metric name at a time.
 #[derive(Debug, Default)]
 pub struct FiguresPage {
     text: String,
 }
 
 impl FiguresPage {
-    /// All samples of one name. Where there are none, the page does not speak of it. `help` may be
-    /// empty.
+    /// Adds all samples of one name. Without samples the page does not mention the name. `help` may
+    /// be empty.
     pub fn add<'a, const N: usize>(
         &mut self,
         kind: FigureKind,
@@ -61,7 +61,7 @@ impl FiguresPage {
             FigureKind::Counter => self.write(MetricType::COUNTER, name, help, metrics),
             FigureKind::Gauge => self.write(MetricType::GAUGE, name, help, metrics),
             FigureKind::Untyped => {
-                // The library panics at this type. Its samples look like a gauge's.
+                // The library panics at this type. Its samples are written like a gauge's.
                 let mut page = FiguresPage::default();
                 page.write(MetricType::GAUGE, name, help, metrics);
                 let [gauge, untyped] =
@@ -71,7 +71,8 @@ impl FiguresPage {
         }
     }
 
-    /// All summaries of one name, likewise.
+    /// Adds all summaries of one name. Without summaries the page does not mention the name. `help`
+    /// may be empty.
     pub fn add_summaries<'a, const N: usize>(
         &mut self,
         name: &str,

@@ -1,26 +1,27 @@
-//! What one node said over the time, and what lies between two moments of it. No clock and no
-//! socket: readings come in with their time.
+//! The readings of one node, and what was counted between two of them. No clock and no socket: each
+//! reading comes in with its time.
 //!
-//! Counters are kept as what was counted since the first reading. One that falls has begun anew
-//! (its process was started again), so what it says then is what came since; what came between the
-//! last reading before that and the restart is lost, a second of it at most.
+//! Counters are kept as the increase since the first reading. A counter that falls was reset (its
+//! process was restarted), so its new value is the increase since the restart. The increase between
+//! the last reading before the restart and the restart itself is lost: a second of it at most.
 
 use std::time::{Duration, Instant};
 
 use super::page::{Bracket, Buckets, Counter, Counters, Gauges, MetricsPage};
 
-/// The ends of a stretch are known by readings within it that are no further from them.
+/// Largest distance between an end of a stretch and the reading within the stretch that stands for
+/// that end.
 const NEAR: Duration = Duration::from_secs(2);
-/// Gaps that are kept by name; a page that comes and goes has no end of them.
+/// Number of gaps that are listed. Bounded because a page may come and go any number of times.
 const GAPS_MAX: usize = 100;
-/// How far the start of a process may move while it is the same: it is worked out from clocks that
-/// are set meanwhile.
+/// How far the start time of a process may move while it is still the same process. It is
+/// calculated from clocks that may be adjusted meanwhile.
 const START_STEADY_SECONDS: f64 = 1.5;
 
 #[derive(Debug, Default)]
 pub struct NodeBook {
     points: Vec<PageReading>,
-    /// What the next reading is compared to: each figure as it was said last.
+    /// Latest known value of each figure. The next reading is compared with it.
     said: MetricsPage,
     /// The point up to which rows have been taken.
     row_from: usize,
@@ -38,17 +39,17 @@ struct PageReading {
     gauges: Gauges,
 }
 
-/// A stretch without a reading.
+/// A time span without a reading.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UnreadSpan {
-    /// The last reading before it.
+    /// Time of the last reading before the span.
     pub from: Instant,
-    /// The first one behind it; `None` where there was none.
+    /// Time of the first reading after the span; `None` if there was none.
     pub to: Option<Instant>,
     pub why: String,
 }
 
-/// A second of a node, by the readings at its ends. `None` is unknown.
+/// Figures of one node for about a second, from the readings at its ends. `None` means unknown.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct NodeRow {
     pub cpu_cores: Option<f64>,
@@ -60,25 +61,25 @@ pub struct NodeRow {
     pub forward_latency_us_mean: Option<f64>,
 }
 
-/// What a stretch of time cost a node, or several together.
+/// Cost of a stretch of time for one node, or for several nodes together.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Cost {
     pub seconds: f64,
     pub counted: Counters,
     pub latency: Option<Buckets>,
-    /// The sum of all participants' times on the node.
+    /// Sum of the times that all participants spent on the node.
     pub participant_seconds: Option<f64>,
     pub participants_peak: Option<f64>,
     pub resident_bytes_peak: Option<f64>,
-    /// At the end.
+    /// Gauges at the end of the stretch.
     pub gauges: Gauges,
-    /// When the node was read for the first time.
+    /// Gauges of the node's first reading.
     pub before: Gauges,
     pub forwarding: Option<Forwarding>,
 }
 
-/// CPU beside what was forwarded with it. LiveKit's counters lie behind, so this is a part of the
-/// stretch in which they hold what was forwarded in it.
+/// CPU time, and the traffic that was forwarded with it. LiveKit's counters lag, so this covers
+/// only the part of the stretch for which the counters hold what was forwarded.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Forwarding {
     pub seconds: f64,
@@ -135,7 +136,7 @@ impl NodeBook {
         self.open.get_or_insert((from, why));
     }
 
-    /// What came since the last row; `None` where no reading did.
+    /// Returns the figures since the last row; `None` if there was no reading since.
     pub fn row(&mut self) -> Option<NodeRow> {
         let to = self
             .points
@@ -159,9 +160,9 @@ impl NodeBook {
         })
     }
 
-    /// What a stretch cost; `None` where the node was not read near its ends.
+    /// Returns the cost of a stretch; `None` if the node was not read near its ends.
     pub fn between(&self, from: Instant, to: Instant) -> Option<Cost> {
-        // Readings within it: one outside would bring in what others did.
+        // Only readings within the stretch: one outside would include load from before or after it.
         let first = self.points.partition_point(|point| point.at < from);
         let last = self
             .points
@@ -179,8 +180,8 @@ impl NodeBook {
         Some(cost)
     }
 
-    /// What all of it cost, from the first reading to the last; `None` where the node could not be
-    /// read at the end.
+    /// Returns the cost from the first reading to the last; `None` if the node could not be read at
+    /// the end.
     pub fn whole(&self) -> Option<Cost> {
         let last = self
             .points
@@ -192,9 +193,9 @@ impl NodeBook {
         Some(cost)
     }
 
-    /// Whether it holds all that was forwarded until `left`, when everybody had left: it was read
-    /// since, or asked in vain; where counters lag, it was read twice and told nothing new of
-    /// media.
+    /// Whether the book holds all that was forwarded until `left`, the time when everybody had
+    /// left. This is so when the node was read since then, or could not be read. If its counters
+    /// lag, it must have been read twice since then, without a change of the media counters.
     pub fn is_complete(&self, left: Instant) -> bool {
         let since = self
             .points
@@ -217,7 +218,8 @@ impl NodeBook {
         }
     }
 
-    /// What was counted since the first reading; unknown what no reading told.
+    /// Returns what was counted since the first reading. A counter that no reading contained is
+    /// unknown.
     pub fn whole_counters(&self) -> Counters {
         self.points
             .last()
@@ -225,7 +227,7 @@ impl NodeBook {
             .unwrap_or_default()
     }
 
-    /// How far its counters may lie behind.
+    /// How far the node's counters may lag.
     pub fn lag(&self) -> Duration {
         self.said.lag
     }
@@ -246,7 +248,7 @@ impl NodeBook {
         self.restarts
     }
 
-    /// The first [`GAPS_MAX`], the one that is still open included.
+    /// Returns the first [`GAPS_MAX`] gaps, and the gap that is still open.
     pub fn gaps(&self) -> Vec<UnreadSpan> {
         let open = self.open.clone().map(|(from, why)| UnreadSpan {
             from,
@@ -262,7 +264,7 @@ impl NodeBook {
         }
     }
 
-    /// The reading nearest to `at`, if it is near.
+    /// The reading nearest to `at`, if it is at most [`NEAR`] away.
     fn near(&self, at: Instant) -> Option<usize> {
         let behind = self.points.partition_point(|point| point.at < at);
         let around = [
@@ -281,9 +283,10 @@ impl NodeBook {
         point.saturating_duration_since(at) + at.saturating_duration_since(point)
     }
 
-    /// Where to begin so that what was counted until `last` was forwarded since: behind `from` by
-    /// as much as counters lag, give or take a second, and a whole number of that before
-    /// `last`, because each of them moves once in that time.
+    /// The reading at which to begin, so that what was counted from there until `last` was
+    /// forwarded within the stretch. It lies after `from` by the lag of the counters, give or take
+    /// a second. It lies a whole number of lags before `last`, because each counter moves once in
+    /// that time.
     fn settled(&self, from: Instant, last: usize) -> Option<usize> {
         const GIVE_OR_TAKE: Duration = Duration::from_secs(1);
         let (lag, end) = (self.lag(), self.points[last].at);
@@ -337,7 +340,7 @@ impl NodeBook {
         }
     }
 
-    /// What came between two points. What was first heard of in between began at 0.
+    /// What was counted between two points. A counter that first appeared in between started at 0.
     fn counted(&self, first: usize, last: usize) -> Counters {
         let (from, to) = (&self.points[first].counted, &self.points[last].counted);
         let mut counted = Counters::default();
@@ -349,8 +352,8 @@ impl NodeBook {
 }
 
 impl PageReading {
-    /// What `page` has counted since `said` comes on top; all that it has counted, where the server
-    /// began anew in between.
+    /// Adds what `page` has counted since `said`. After a restart in between, adds all that `page`
+    /// has counted.
     fn counted_with(&self, said: &MetricsPage, page: &MetricsPage, restarted: bool) -> Counters {
         let mut counted = self.counted;
         for counter in Counter::ALL {
@@ -365,7 +368,7 @@ impl PageReading {
         counted
     }
 
-    /// Likewise.
+    /// Does the same for the latency histogram.
     fn latency_with(
         &self,
         said: &MetricsPage,
@@ -394,7 +397,7 @@ impl MetricsPage {
         }
     }
 
-    /// With the figures of `before` where this one has none, unless the process is another.
+    /// Fills in the figures that this page lacks from `before`, unless the process was restarted.
     fn with_what_it_leaves_out(mut self, before: &MetricsPage, restarted: bool) -> MetricsPage {
         self.node_id = self.node_id.or_else(|| before.node_id.clone());
         if !restarted {
@@ -410,7 +413,7 @@ impl MetricsPage {
 }
 
 impl Cost {
-    /// Several nodes over the same stretch; `None` where there are none.
+    /// Adds up several nodes over the same stretch; `None` if there are none.
     pub fn of_all(costs: impl IntoIterator<Item = Cost>) -> Option<Cost> {
         costs.into_iter().reduce(|sum, cost| sum.beside(&cost))
     }
@@ -425,7 +428,7 @@ impl Cost {
             .zip(other.latency.as_ref())
             .and_then(|(one, other)| one.plus(other));
         self.participant_seconds = sum(self.participant_seconds, other.participant_seconds);
-        // Peaks that may have come at different times give only a bound.
+        // The nodes' peaks may have come at different times, so their sum would only be a bound.
         (self.participants_peak, self.resident_bytes_peak) = (None, None);
         self.gauges = self.gauges.beside(&other.gauges);
         self.before = self.before.beside(&other.before);
@@ -446,7 +449,7 @@ impl Cost {
         self.counted[Counter::CpuSeconds]
     }
 
-    /// Cores that were kept busy.
+    /// Mean number of busy cores.
     pub fn cpu_cores(&self) -> Option<f64> {
         ratio(self.cpu_seconds()?, self.seconds)
     }
@@ -469,14 +472,15 @@ impl Cost {
         ratio(forwarding.cpu_seconds * 1e6, forwarding.packets)
     }
 
-    /// What memory grew by since the first reading, by as many as have come since.
+    /// Memory growth since the first reading, divided by the growth in participants since then.
     pub fn bytes_per_participant(&self) -> Option<f64> {
         let grown = self.gauges.resident_bytes? - self.before.resident_bytes?;
         ratio(grown, self.gauges.participants? - self.before.participants?)
             .filter(|bytes| *bytes >= 0.0)
     }
 
-    /// In microseconds; `None` where the server does not measure it.
+    /// A quantile of the forwarding latency in microseconds; `None` if the server does not measure
+    /// it.
     pub fn forward_latency_us(&self, share: f64) -> Option<Bracket> {
         let bracket = self.latency.as_ref()?.quantile(share)?;
         Some(Bracket {
@@ -508,7 +512,7 @@ mod tests {
         }
     }
 
-    /// A server with so much CPU time and so many packets of 1,000 bytes behind it.
+    /// A page of a server with this CPU time, and this number of sent packets of 1,000 bytes each.
     fn page(cpu: f64, packets: f64, participants: f64) -> MetricsPage {
         let mut page = MetricsPage {
             process_start: Some(BASE),
@@ -536,7 +540,7 @@ mod tests {
         let (clock, mut book) = (Clock::start(), NodeBook::default());
         for second in 0..=20 {
             let load = f64::from(second.clamp(5, 15)) - 5.0;
-            // Half a core and 1,000 packets a second while ten people are there.
+            // Half a core and 1,000 packets a second while ten participants are there.
             book.note(
                 clock.at(f64::from(second)),
                 page(
@@ -647,7 +651,7 @@ mod tests {
             why: "refused 5".into(),
         };
         assert_eq!((book.gaps(), book.failures()), (vec![lost.clone()], 4));
-        // It comes back: what was counted meanwhile is known again.
+        // The page comes back: what was counted meanwhile is known again.
         book.note(clock.at(9.0), page(9.0, 0.0, 1.0));
         assert_eq!(
             book.gaps(),
@@ -668,8 +672,8 @@ mod tests {
     #[test]
     fn counters_that_lag_are_compared_with_the_cpu_of_their_own_time() {
         let (clock, mut book) = (Clock::start(), NodeBook::default());
-        // Media begins at second 10 and costs half a core; 1,000 packets a second are told each 5
-        // s, two seconds after the fives.
+        // Media begins at second 10 and costs half a core. 1,000 packets a second are reported
+        // every 5 s, two seconds after each multiple of five.
         for second in 0..=30 {
             let told = f64::from((second - 12_i32).div_euclid(5).max(0)) * 5_000.0;
             let cpu = f64::from((second - 10).max(0)) * 0.5;

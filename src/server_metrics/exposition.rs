@@ -1,15 +1,16 @@
-//! Prometheus' text format, version 0.0.4: a page in, its samples out.
+//! Reads Prometheus' text format, version 0.0.4: a page in, its samples out.
 //!
-//! Strict: a line that is neither a sample, a comment nor empty makes the page unreadable, because
-//! what else it says may be as wrong. Nothing is copied but label values with escapes in them.
+//! The reader is strict: a line that is neither a sample, a comment nor empty makes the page
+//! unreadable, because its other lines may be just as wrong. Only label values with escapes in them
+//! are copied.
 
 use std::borrow::Cow;
 
-/// A line that is not what the format allows.
+/// Error for a line that the format does not allow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("line {line} {what}")]
 pub struct MalformedLine {
-    /// From 1 on.
+    /// Line number, counted from 1.
     pub line: usize,
     pub what: &'static str,
 }
@@ -22,11 +23,11 @@ pub struct MetricSample<'a> {
     pub value: f64,
 }
 
-/// What stands between the braces: checked, and read when it is asked for.
+/// The text between the braces. It is checked at once, and parsed when a label is asked for.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Labels<'a>(&'a str);
 
-/// The samples of a page in its order, up to the first line that is malformed.
+/// Returns the samples of a page in order, up to the first malformed line.
 pub fn samples(page: &str) -> impl Iterator<Item = Result<MetricSample<'_>, MalformedLine>> {
     page.lines().enumerate().filter_map(|(at, line)| {
         let line = line.trim_matches(BLANK);
@@ -44,7 +45,7 @@ impl<'a> Labels<'a> {
             .map(|pair| unescaped(pair.1))
     }
 
-    /// Whether each of these labels has this value.
+    /// Whether each of these labels is present with this value.
     pub fn have(&self, wanted: &[(&str, &str)]) -> bool {
         wanted
             .iter()
@@ -92,7 +93,7 @@ fn sample(line: &str) -> Result<MetricSample<'_>, &'static str> {
     }
 }
 
-/// The labels with their closing brace, and what follows it.
+/// Splits the labels, with their closing brace, from what follows.
 fn labels(inside: &str) -> Result<(Labels<'_>, &str), &'static str> {
     let mut rest = inside;
     loop {
@@ -106,8 +107,8 @@ fn labels(inside: &str) -> Result<(Labels<'_>, &str), &'static str> {
 
 type Pair<'a> = (&'a str, &'a str);
 
-/// The next `name="value"`, and what follows it and its comma; no pair but what follows the closing
-/// brace where that comes.
+/// Splits the next `name="value"` from what follows it and its comma. At the closing brace it
+/// returns no pair, and what follows the brace.
 fn next_pair(text: &str) -> Result<(Option<Pair<'_>>, &str), &'static str> {
     let text = text.trim_start_matches(BLANK);
     if let Some(after) = text.strip_prefix('}') {
@@ -134,7 +135,7 @@ fn next_pair(text: &str) -> Result<(Option<Pair<'_>>, &str), &'static str> {
     }
 }
 
-/// Where the first quote stands that no backslash protects.
+/// Position of the first quote that is not escaped by a backslash.
 fn closing_quote(text: &str) -> Option<usize> {
     let mut protected = false;
     text.bytes().position(|byte| {
@@ -152,7 +153,7 @@ fn is_name(c: char) -> bool {
     c.is_ascii_alphanumeric() || c == '_'
 }
 
-/// `\\`, `\"` and `\n`; a backslash before anything else stands for itself.
+/// Resolves `\\`, `\"` and `\n`. A backslash before any other character is kept.
 fn unescaped(value: &str) -> Cow<'_, str> {
     if !value.contains('\\') {
         return Cow::Borrowed(value);

@@ -1,10 +1,10 @@
-//! The server's own figures: its Prometheus pages, read once a second beside our series, and what
-//! the load cost it.
+//! The server's own figures: its Prometheus pages are read once a second beside our series, to show
+//! what the load cost the server.
 //!
-//! [`exposition`] reads the text, [`page`] knows the names, [`book`] keeps what one node said and
-//! works out what lies between two moments. None of them has a socket or a clock; [`PageWatch`] has
-//! both. Whoever leads a test reads the pages: a run for itself, a coordinator for all its probers,
-//! which read none.
+//! [`exposition`] reads the text, [`page`] knows the metric names, [`book`] keeps the readings of
+//! one node and calculates what was counted between two moments. None of them has a socket or a
+//! clock; [`PageWatch`] has both. The pages are read by the process that leads a test: a run reads
+//! them for itself, a coordinator for all its probers, which read none.
 
 pub mod book;
 pub mod exposition;
@@ -20,15 +20,15 @@ use url::Url;
 pub use book::{Cost, NodeRow};
 pub use watch::{PageWatch, UnwatchablePages};
 
-/// Where a node has its page. A user name and password in it, and its query, are for the server
-/// alone and never shown.
+/// Address of a node's page. Its user name, password and query are sent to the server only and
+/// never shown.
 #[derive(Clone, PartialEq, Eq)]
 pub struct PageUrl(Url);
 
 impl FromStr for PageUrl {
     type Err = &'static str;
 
-    /// Without a path it is `/metrics`, as Prometheus has it.
+    /// Parses an address. Without a path it gets `/metrics`, Prometheus' default.
     fn from_str(text: &str) -> Result<PageUrl, Self::Err> {
         const WANTED: &str =
             "takes the address of a Prometheus page: http://HOST:PORT/metrics, or https://..";
@@ -64,7 +64,7 @@ impl fmt::Debug for PageUrl {
     }
 }
 
-/// A part of a test by its name: `hold`, or a tier's.
+/// A named part of a test: `hold`, or a tier by its name.
 #[derive(Clone, Debug)]
 pub struct NamedStretch {
     pub name: String,
@@ -72,18 +72,18 @@ pub struct NamedStretch {
     pub to: Instant,
 }
 
-/// What the servers said of a test.
+/// All that the servers reported during a test.
 #[derive(Clone, Debug, Default)]
 pub struct Account {
     pub nodes: Vec<NodeReadings>,
-    /// All nodes together, stretch by stretch, and at the end `total`.
+    /// Cost of all nodes together, one entry for each stretch, and `total` at the end.
     pub stretches: Vec<StretchCost>,
 }
 
-/// What one of them said.
+/// All that one node reported.
 #[derive(Clone, Debug)]
 pub struct NodeReadings {
-    /// Without what it keeps secret.
+    /// Address without its secret parts.
     pub url: String,
     pub node_id: Option<String>,
     pub readings: usize,
@@ -93,16 +93,16 @@ pub struct NodeReadings {
     pub stretches: Vec<StretchCost>,
 }
 
-/// A stretch without a reading, in seconds since the start of the test; negative before it.
+/// A time span without a reading, in seconds since the start of the test; negative before it.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct ReadingGap {
     pub from: f64,
-    /// `None` where it was not read any more.
+    /// `None` if the node was not read again.
     pub to: Option<f64>,
     pub why: String,
 }
 
-/// `None` where the node, or one of several, could not be read near the ends of the stretch.
+/// Cost of one stretch. `None` if a node could not be read near the ends of the stretch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StretchCost {
     pub name: String,
@@ -110,7 +110,8 @@ pub struct StretchCost {
 }
 
 impl Account {
-    /// What the reader should know: pages that were away, processes that were started again.
+    /// Notes for the reader of the report: pages that could not be read, processes that were
+    /// restarted.
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         for node in &self.nodes {
@@ -149,7 +150,7 @@ impl ReadingGap {
     }
 }
 
-/// Seconds from `start` to `at`, negative where it lies before.
+/// Seconds from `start` to `at`; negative if `at` is earlier.
 fn seconds_since(start: Instant, at: Instant) -> f64 {
     at.saturating_duration_since(start).as_secs_f64()
         - start.saturating_duration_since(at).as_secs_f64()

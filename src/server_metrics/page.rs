@@ -1,38 +1,40 @@
-//! One reading of a server's page: the names that LiveKit and the embedded SFU give to what we want
-//! to know.
+//! One reading of a server's page, with the names that LiveKit and the embedded SFU give to the
+//! figures that we read.
 //!
-//! `None` is what a page does not say. A counter that cannot be one (negative, no number) makes the
-//! page unreadable.
+//! A figure that is not on the page is `None`. A counter with an impossible value (negative, not a
+//! number) makes the page unreadable.
 
 use std::time::Duration;
 
 use super::exposition::{self, Labels, MalformedLine, MetricSample};
 use crate::words;
 
-/// LiveKit brings a track's packets, bytes and requests up to date each 5 s, and when the track
+/// LiveKit updates a track's counts of packets, bytes and requests every 5 s, and when the track
 /// ends.
 const LIVEKIT_LAG: Duration = Duration::from_secs(5);
-/// A histogram with more is none of LiveKit's, which has eleven.
+/// Largest number of buckets accepted. LiveKit's histograms have eleven.
 const BUCKETS_MAX: usize = 64;
 
-/// Up to here numbers are exact; nothing that we read counts as far in a lifetime of a server.
+/// Largest count that a float holds exactly. Nothing that we read reaches it in the lifetime of a
+/// server.
 const COUNT_MAX: f64 = (1u64 << 53) as f64;
 
-/// What a page says, at one moment.
+/// All figures of one page at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MetricsPage {
-    /// LiveKit's name for itself.
+    /// LiveKit's own id of the node.
     pub node_id: Option<String>,
-    /// Seconds since 1970. Another one is another process, which counts from 0.
+    /// Start time of the process in seconds since 1970. If it differs, the process is another one,
+    /// whose counters started at 0.
     pub process_start: Option<f64>,
     pub counters: Counters,
     pub gauges: Gauges,
     pub forward_latency: Option<Buckets>,
-    /// How far the counters of media may lie behind.
+    /// How far the media counters may lag.
     pub lag: Duration,
 }
 
-/// Why a page cannot be used.
+/// Reason why a page cannot be used.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum PageError {
     #[error("its {0}: is this a Prometheus page?")]
@@ -45,7 +47,7 @@ pub enum PageError {
     Foreign,
 }
 
-/// What is true of one moment.
+/// Values that hold at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Gauges {
     pub rooms: Option<f64>,
@@ -54,10 +56,10 @@ pub struct Gauges {
     pub resident_bytes: Option<f64>,
 }
 
-/// Declares the counters with where they stand on a page.
+/// Declares the counters, each with the metric and labels that it is read from.
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident, $text:literal: $family:literal [$($label:ident = $value:literal),*];)*) => {
-        /// What a server counts, from its own side.
+        /// Counters of a server, from the server's point of view.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Counter {
             $($(#[$doc])* $name,)*
@@ -66,14 +68,14 @@ macro_rules! counters {
         impl Counter {
             pub const ALL: [Counter; [$(Counter::$name),*].len()] = [$(Counter::$name),*];
 
-            /// As reports name it.
+            /// Name in reports.
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Counter::$name => $text,)*
                 }
             }
 
-            /// The metric on a page, and the labels of those of its samples that count.
+            /// Name of the metric on a page, and the labels that a sample must have to be counted.
             const fn source(self) -> (&'static str, &'static [(&'static str, &'static str)]) {
                 match self {
                     $(Counter::$name => ($family, &[$((stringify!($label), $value)),*]),)*
@@ -85,29 +87,29 @@ macro_rules! counters {
 
 counters! {
     CpuSeconds, "cpu_seconds": "process_cpu_seconds_total" [];
-    /// Retransmissions included: LiveKit does not tell them apart here.
+    /// Includes retransmissions: LiveKit does not distinguish them here.
     PacketsReceived, "packets_received": "livekit_packet_total" [direction = "incoming"];
     BytesReceived, "bytes_received": "livekit_packet_bytes" [direction = "incoming"];
     PacketsSent, "packets_sent": "livekit_packet_total" [direction = "outgoing", transmission = "initial"];
     BytesSent, "bytes_sent": "livekit_packet_bytes" [direction = "outgoing", transmission = "initial"];
     PacketsResent, "packets_resent": "livekit_packet_total" [direction = "outgoing", transmission = "retransmit"];
     BytesResent, "bytes_resent": "livekit_packet_bytes" [direction = "outgoing", transmission = "retransmit"];
-    // The direction is that of the media: what is asked of publishers concerns what comes in.
+    // The direction is that of the media: requests sent to publishers concern incoming media.
     NacksSent, "nacks_sent": "livekit_nack_total" [direction = "incoming"];
     NacksReceived, "nacks_received": "livekit_nack_total" [direction = "outgoing"];
     PlisSent, "plis_sent": "livekit_pli_total" [direction = "incoming"];
     PlisReceived, "plis_received": "livekit_pli_total" [direction = "outgoing"];
-    /// From publishers, as the server sees it.
+    /// Packets lost from publishers, as the server sees it.
     UplinkPacketsLost, "uplink_packets_lost": "livekit_packet_loss_total" [direction = "incoming"];
-    /// To subscribers, as these report it.
+    /// Packets lost to subscribers, as they report it.
     DownlinkPacketsLost, "downlink_packets_lost": "livekit_packet_loss_total" [direction = "outgoing"];
-    /// By the queueing disciplines of the server's host, whoever sent them.
+    /// Packets dropped by the queueing disciplines of the server's host, whoever sent them.
     HostPacketsDropped, "host_packets_dropped": "livekit_node_packet_total" [type = "dropped"];
     SocketDrops, "socket_drops": "throng_sfu_socket_drops" [];
     SendErrors, "send_errors": "throng_sfu_send_errors" [];
 }
 
-/// A value for each [`Counter`].
+/// One optional value for each [`Counter`].
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Counters([Option<f64>; Counter::ALL.len()]);
 
@@ -131,16 +133,17 @@ impl std::ops::IndexMut<Counter> for Counters {
     }
 }
 
-/// A Prometheus histogram: how many values were at most so large, for each of some bounds, the last
-/// of which is infinite.
+/// A Prometheus histogram: for each bound, the number of values at or below it. The last bound is
+/// infinite.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Buckets {
-    /// Bound and count, by bound.
+    /// Pairs of a bound and its count, sorted by bound.
     at_most: Vec<(f64, f64)>,
     sum: f64,
 }
 
-/// Between which bounds a quantile lies; no upper one where it is beyond the last.
+/// The bounds between which a quantile lies. There is no upper bound if it lies above the last
+/// finite one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bracket {
     pub over: f64,
@@ -148,8 +151,10 @@ pub struct Bracket {
 }
 
 impl MetricsPage {
+    /// Reads a page.
+    ///
     /// # Errors
-    /// Where the text is no page of an SFU.
+    /// If the text is not a readable page of an SFU.
     pub fn read(text: &str) -> Result<MetricsPage, PageError> {
         const LATENCY: &str = "livekit_forward_latency_ns";
         let mut page = MetricsPage::default();
@@ -159,7 +164,7 @@ impl MetricsPage {
             page.take_counters(&sample)?;
             page.gauges.take(&sample);
             if sample.name.starts_with("livekit_") && page.node_id.is_none() {
-                // It is shown to people.
+                // The id is shown to users.
                 page.node_id = sample
                     .labels
                     .value("node_id")
@@ -200,8 +205,8 @@ impl MetricsPage {
             if sample.name != family {
                 continue;
             }
-            // A page names a metric with those labels that have been counted: where the others
-            // stand, this one is 0.
+            // A page lists a metric only with the label values that have been counted. If it has
+            // others and not these, this counter is 0.
             let counted = self.counters[counter].get_or_insert(0.0);
             if sample.labels.have(labels) {
                 *counted += sample.value;
@@ -229,7 +234,7 @@ impl Gauges {
         *gauge = Some(gauge.unwrap_or(0.0) + sample.value);
     }
 
-    /// Two nodes together.
+    /// Adds up the gauges of two nodes.
     pub(super) fn beside(&self, other: &Gauges) -> Gauges {
         let sum = |one: Option<f64>, other: Option<f64>| Some(one? + other?);
         Gauges {
@@ -240,7 +245,7 @@ impl Gauges {
         }
     }
 
-    /// Nothing here can be negative; what cannot be is not known.
+    /// Drops impossible values: no gauge can be negative, so such a value is unknown.
     fn possible(self) -> Gauges {
         let possible = |gauge: Option<f64>| gauge.filter(|sum| (0.0..=COUNT_MAX).contains(sum));
         Gauges {
@@ -252,7 +257,7 @@ impl Gauges {
     }
 }
 
-/// Not a number where there is none, so that the histogram is refused.
+/// NaN if there is no bound, so that the histogram is refused.
 fn bound(labels: &Labels<'_>) -> f64 {
     labels
         .value("le")
@@ -261,8 +266,8 @@ fn bound(labels: &Labels<'_>) -> f64 {
 }
 
 impl Buckets {
-    /// `None` where the counts fall from one bound to the next, a bound comes twice, or the
-    /// infinite one is missing.
+    /// Returns `None` if counts fall from one bound to the next, a bound occurs twice, the infinite
+    /// bound is missing, or a count or the sum is out of range.
     fn new(mut at_most: Vec<(f64, f64)>, sum: f64) -> Option<Buckets> {
         at_most.sort_by(|a, b| a.0.total_cmp(&b.0));
         let rise = at_most
@@ -274,7 +279,7 @@ impl Buckets {
         let ends = at_most
             .last()
             .is_some_and(|(bound, _)| *bound == f64::INFINITY);
-        // Nanoseconds of as many.
+        // The sum is in nanoseconds: at most 1 s for each value.
         let sums = (0.0..=1e9 * COUNT_MAX).contains(&sum);
         (rise && count && ends && sums).then_some(Buckets { at_most, sum })
     }
@@ -287,12 +292,13 @@ impl Buckets {
         (self.count() > 0.0).then(|| self.sum / self.count())
     }
 
-    /// What came since `earlier`; `None` where that had other bounds, or more.
+    /// The difference to an `earlier` reading; `None` if its bounds differ or its counts are
+    /// higher.
     pub fn since(&self, earlier: &Buckets) -> Option<Buckets> {
         self.combine(earlier, |now, before| now - before)
     }
 
-    /// Both together; `None` where bounds differ.
+    /// Adds up two histograms; `None` if their bounds differ.
     pub fn plus(&self, other: &Buckets) -> Option<Buckets> {
         self.combine(other, |one, other| one + other)
     }
@@ -312,8 +318,8 @@ impl Buckets {
             .flatten()
     }
 
-    /// The bucket in which the value lies that `share` of all do not exceed. `None` where there are
-    /// none.
+    /// The bucket that holds the value which `share` of all values do not exceed. `None` if there
+    /// are no values.
     pub fn quantile(&self, share: f64) -> Option<Bracket> {
         let rank = (share * self.count()).ceil().max(1.0);
         let at = self.at_most.iter().position(|(_, count)| *count >= rank)?;
@@ -328,7 +334,7 @@ impl Buckets {
 pub(super) mod tests {
     use super::*;
 
-    /// LiveKit 1.13's, without what we do not read.
+    /// A page of LiveKit 1.13, without the metrics that we do not read.
     pub const LIVEKIT: &str = r#"
 # TYPE livekit_forward_latency_ns histogram
 livekit_forward_latency_ns_bucket{node_id="ND_a",node_type="SERVER",le="50000"} 10

@@ -1,4 +1,4 @@
-//! Asks for the pages: one task a node, once a second, away from the engine's threads.
+//! Fetches the pages: one task for each node, once a second, outside the engine's threads.
 
 use std::time::{Duration, Instant};
 
@@ -16,14 +16,15 @@ use crate::signal::fetch::{FetchFault, Fetcher};
 use crate::signal::link::{LinkFault, LinkStage};
 
 const INTERVAL: Duration = Duration::from_secs(1);
-/// A page that takes longer is not read in that second.
+/// A page that takes longer counts as not read.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// LiveKit's page has some 100 KiB, and more with many countries in it.
+/// LiveKit's page has about 100 KiB, and more with many countries in it.
 const PAGE_BYTES_MAX: usize = 8 << 20;
-/// Readings that wait for [`PageWatch::take`]; a node's task waits where they are full.
+/// Bound of the readings that wait for [`PageWatch::rows`]. When they are full, a node's task
+/// waits.
 const READINGS_WAITING: usize = 64;
 
-/// The pages of some nodes, being read.
+/// Reads the pages of several nodes during a test.
 pub struct PageWatch {
     nodes: Vec<WatchedPage>,
     heard: mpsc::Receiver<Heard>,
@@ -44,19 +45,19 @@ struct Heard {
     page: Result<MetricsPage, UnreadPage>,
 }
 
-/// Why a page was not read.
+/// Reason why a page was not read.
 #[derive(Debug, thiserror::Error)]
 enum UnreadPage {
     #[error("no answer within {} s", TIMEOUT.as_secs())]
     Timeout,
     #[error(transparent)]
     FetchFault(FetchFault),
-    /// Somebody else answered.
+    /// Something other than the server answered.
     #[error(transparent)]
     Answer(AnswerFault),
     #[error("it answers {0}")]
     Status(http::StatusCode),
-    /// The server itself may want one, or what stands in front of it.
+    /// The server itself may require a password, or a proxy in front of it.
     #[error("it answers {0}: where it wants a password, write http://USER:PASSWORD@HOST..")]
     Locked(http::StatusCode),
     #[error("it has more than {} MiB", PAGE_BYTES_MAX >> 20)]
@@ -67,16 +68,16 @@ enum UnreadPage {
     Malformed(#[from] PageError),
 }
 
-/// Why the pages that were named cannot be watched, a line each.
+/// Reasons why the named pages cannot be watched, one on each line.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct UnwatchablePages(String);
 
 impl PageWatch {
-    /// Reads each page for the first time: what is counted from now on is the test's.
+    /// Reads each page for the first time. What is counted from then on belongs to the test.
     ///
     /// # Errors
-    /// Where one cannot be read, or two are the same node's.
+    /// If a page cannot be read, or two pages belong to the same node.
     pub async fn start(urls: &[PageUrl]) -> Result<PageWatch, UnwatchablePages> {
         let (tell, heard) = mpsc::channel(READINGS_WAITING);
         let mut watch = PageWatch {
@@ -120,7 +121,7 @@ impl PageWatch {
         }
     }
 
-    /// What the pages do not say that the report would have shown.
+    /// Warnings about figures that the report would show but that are missing on the pages.
     pub fn warnings(&self) -> Vec<String> {
         let silent = self
             .nodes
@@ -136,8 +137,8 @@ impl PageWatch {
             .collect()
     }
 
-    /// Reads on, at `first` and each second from then on. Needs the runtime of tokio that it is
-    /// called in.
+    /// Continues reading, at `first` and every second from then on. Must be called within a tokio
+    /// runtime.
     pub fn go_on(&mut self, first: Instant) {
         for (node, watched) in self.nodes.iter().enumerate() {
             let (fetcher, url, tell, interval) = (
@@ -160,8 +161,8 @@ impl PageWatch {
         }
     }
 
-    /// A row of the series: what each node said since the last one, in the order in which they were
-    /// named.
+    /// Returns one row of the series: each node's figures since the last row, in the order in which
+    /// the nodes were named.
     pub fn rows(&mut self) -> Vec<Option<NodeRow>> {
         while let Ok(heard) = self.heard.try_recv() {
             self.note(heard);
@@ -169,8 +170,8 @@ impl PageWatch {
         self.nodes.iter_mut().map(|node| node.book.row()).collect()
     }
 
-    /// Reads until the counters hold all that was forwarded, which they do when everybody has left,
-    /// or as long as they may lag; then ends.
+    /// Reads until the counters hold all that was forwarded, which they do once everybody has left.
+    /// Ends at the latest after the longest lag of the counters and `TIMEOUT`.
     pub async fn finish(mut self, start: Instant, stretches: &[NamedStretch]) -> Account {
         let left = Instant::now();
         let lag = self
@@ -208,7 +209,7 @@ fn fetcher(url: &PageUrl) -> Fetcher {
     Fetcher::new(&url.to_string(), url.0.as_str(), &[], TIMEOUT)
 }
 
-/// The page, and when it was true: between question and answer.
+/// Returns the page and the moment it describes: halfway between request and response.
 async fn read(fetcher: &Fetcher, url: &PageUrl) -> (Instant, Result<MetricsPage, UnreadPage>) {
     let asked = Instant::now();
     let text = text(fetcher, url).await;
@@ -232,7 +233,7 @@ async fn text(fetcher: &Fetcher, url: &PageUrl) -> Result<String, UnreadPage> {
     if fetched.status == 200 {
         return String::from_utf8(fetched.body).map_err(|_| UnreadPage::NotText);
     }
-    // Whatever stands behind the host may hold a password.
+    // Only the shown form of the address is passed on, because its other parts may hold a password.
     let fault = AnswerFault::of(
         &HttpAnswer {
             status: fetched.status,
@@ -319,7 +320,7 @@ mod tests {
     use super::*;
     use crate::server_metrics::page::tests::LIVEKIT;
 
-    /// A server with some pages, until the runtime ends.
+    /// Serves some pages until the runtime ends.
     async fn serve(pages: Router) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -415,7 +416,7 @@ mod tests {
         let asked = Arc::new(AtomicUsize::new(0));
         let counting = asked.clone();
         let page = move || async move {
-            // Half a second of CPU and 40 packets each time; the third time it is away.
+            // Half a second of CPU and 40 packets each time. The third request fails.
             match counting.fetch_add(1, Ordering::Relaxed) {
                 2 => StatusCode::SERVICE_UNAVAILABLE.into_response(),
                 n => format!(
