@@ -1,9 +1,9 @@
-//! A limit that a test gives the SFU, to see whether it is found: beyond so many media packets a
-//! second the outlet drops them, as an overloaded server does.
+//! A limit that a test sets on the SFU, to see whether a search finds it: beyond a number of media
+//! packets a second the outlet drops packets, as an overloaded server does.
 //!
-//! A token bucket. What is above its rate is lost, whatever is sent again. From second to second
-//! the rate wanders, as that of a server does whose host is shared: near the edge one run passes
-//! and the next one fails.
+//! The limit is a token bucket. Packets above its rate are dropped, retransmissions included. The
+//! rate varies from second to second, as that of a server on a shared host does: near the limit one
+//! run passes and the next one fails.
 
 use std::time::Duration;
 
@@ -11,22 +11,22 @@ use crate::seeded::{Seeded, scatter};
 use crate::transport::rtp;
 use crate::units::Time;
 
-/// What may leave at once after silence, as a share of a second: frames come in bursts.
+/// Burst allowed after silence, as a share of a second's packets: frames come in bursts.
 const BURST: Duration = Duration::from_millis(250);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BottleneckLimit {
-    /// RTP packets that one router sends, repeated ones included.
+    /// RTP packets a second that one router may send, retransmissions included.
     pub packets_per_second: f64,
-    /// By what share each second's rate lies above or below at most.
+    /// Largest relative deviation of a second's rate, up or down.
     pub wander: f64,
     pub seed: u64,
 }
 
-/// One router's limit at work.
+/// The limit of one router, with its current state.
 pub struct Bottleneck {
     limit: BottleneckLimit,
-    /// Packets that may leave now.
+    /// Number of packets that may leave now.
     allowance: f64,
     refilled_at: Time,
     dropped: u64,
@@ -42,7 +42,7 @@ impl Bottleneck {
         }
     }
 
-    /// Lets time pass.
+    /// Adds the allowance for the time since the last call.
     pub fn refill(&mut self, now: Time) {
         let rate = self.rate(now);
         let more = rate * now.since(self.refilled_at).as_secs_f64();
@@ -50,8 +50,8 @@ impl Bottleneck {
         self.refilled_at = now;
     }
 
-    /// Whether a burst of `packets`, of which `first` is the first, leaves. What is not media
-    /// always does.
+    /// Whether a burst of `packets` may leave; `first` is its first packet. Anything that is not
+    /// media may always leave.
     pub fn admits(&mut self, first: &[u8], packets: usize) -> bool {
         if !matches!(rtp::classify(first), rtp::Datagram::Rtp) {
             return true;
@@ -66,7 +66,7 @@ impl Bottleneck {
         admits
     }
 
-    /// Packets dropped since this was asked last.
+    /// Returns the number of packets dropped since the last call.
     pub fn take_dropped(&mut self) -> u64 {
         std::mem::take(&mut self.dropped)
     }
@@ -92,7 +92,7 @@ mod tests {
     /// A receiver report.
     const REPORT: [u8; 8] = [0x80, 201, 0, 1, 0, 0, 0, 1];
 
-    /// What leaves of `offered` packets a second, each second of ten.
+    /// Number of packets admitted in each of ten seconds, with `offered` packets a second.
     fn admitted(limit: BottleneckLimit, offered: u64) -> Vec<u64> {
         let mut bottleneck = Bottleneck::new(limit, Time::ZERO);
         let mut each = vec![0; 10];

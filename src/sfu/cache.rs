@@ -1,44 +1,43 @@
-//! The latest packets of one published encoding, opened: what subscribers get is written from here,
-//! and so is what they ask for again.
+//! The latest packets of one published encoding, decrypted. Packets for subscribers are written
+//! from here, and so are retransmissions.
 //!
-//! Allocated once. Payloads lie one behind the other in a ring of bytes; which packet is where is
+//! All memory is allocated once. Payloads lie one after the other in a ring of bytes. A packet is
 //! found by its number.
 
 use crate::codec::vp8::Vp8Descriptor;
 use crate::units::Time;
 
-/// What a packet holds, beyond its payload.
+/// Content of a packet, beyond its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PacketContent {
     Audio {
-        /// The value of RFC 6464's extension, V bit included.
+        /// Value of the RFC 6464 extension, V bit included.
         level: Option<u8>,
-        /// Where the Opus packet begins: behind RED's headers and redundant blocks. 0: it comes by
-        /// itself.
+        /// Offset of the Opus packet, after RED's headers and redundant blocks. 0 without RED.
         primary_at: u16,
     },
     Vp8 {
-        /// Its picture id, if it has one, is unwrapped to 15 bits.
+        /// Payload descriptor. Its picture id, if it has one, is unwrapped to 15 bits.
         descriptor: Vp8Descriptor,
-        /// Bytes of the descriptor at the payload's front.
+        /// Length of the descriptor at the front of the payload, in bytes.
         descriptor_len: u8,
         starts_key_frame: bool,
     },
-    /// Nothing to forward: padding alone, or a payload type that nobody agreed on.
+    /// Nothing to forward: padding only, or a payload type that was not agreed on.
     Empty,
 }
 
-/// One packet.
+/// One packet in the cache.
 #[derive(Clone, Copy, Debug)]
 pub struct CacheEntry {
-    /// Unwrapped sequence number; [`u64::MAX`] where there is none.
+    /// Unwrapped sequence number; [`u64::MAX`] if the entry is vacant.
     pub ext: u64,
     pub arrival: Time,
     pub rtp_time: u32,
     pub marker: bool,
     pub content: PacketContent,
     len: u16,
-    /// Bytes that had been written before its own.
+    /// Number of bytes written to the ring before this packet's own.
     position: u64,
 }
 
@@ -52,7 +51,7 @@ const VACANT: CacheEntry = CacheEntry {
     position: 0,
 };
 
-/// A packet to remember.
+/// A packet to insert.
 #[derive(Clone, Copy, Debug)]
 pub struct CachedPacket<'a> {
     pub ext: u64,
@@ -66,12 +65,12 @@ pub struct CachedPacket<'a> {
 pub struct Cache {
     entries: Box<[CacheEntry]>,
     bytes: Box<[u8]>,
-    /// Bytes written so far, those skipped at the ring's end included.
+    /// Bytes written so far, including those skipped at the end of the ring.
     written: u64,
 }
 
 impl Cache {
-    /// Room for so many packets, and so many bytes of their payloads.
+    /// Makes a cache for a number of packets, and a number of bytes of their payloads.
     pub fn new(packets: usize, bytes: usize) -> Cache {
         assert!(packets > 0 && bytes > 0, "a cache holds something");
         Cache {
@@ -81,8 +80,8 @@ impl Cache {
         }
     }
 
-    /// Remembers a packet and forgets the oldest for it. False where the packet itself is older
-    /// than all that is kept, or longer than the cache.
+    /// Stores a packet in place of the oldest. Returns false if the packet is older than all that
+    /// are kept, or longer than the cache.
     pub fn insert(&mut self, packet: &CachedPacket<'_>) -> bool {
         let place = self.place(packet.ext);
         let older = self.entries[place].ext;
@@ -115,7 +114,7 @@ impl Cache {
         true
     }
 
-    /// The packet with an unwrapped sequence number, and its payload.
+    /// Finds a packet by its unwrapped sequence number, with its payload.
     pub fn find(&self, ext: u64) -> Option<(&CacheEntry, &[u8])> {
         let entry = &self.entries[self.place(ext)];
         let room = self.bytes.len() as u64;
@@ -157,7 +156,7 @@ mod tests {
         let mut newest = 0;
         let mut known = std::collections::BTreeSet::new();
         for _ in 0..20_000 {
-            // Mostly the next one, sometimes after a gap, sometimes late.
+            // Mostly the next number, sometimes one after a gap, sometimes a late one.
             let ext = match random.below(10) {
                 0 => newest + 1 + random.below(5),
                 1 => newest.saturating_sub(random.below(100)),

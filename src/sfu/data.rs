@@ -1,4 +1,4 @@
-//! What becomes of a data packet on its way from one participant to the others of its room.
+//! Rewriting of a data packet on its way from one participant to the others of its room.
 
 use livekit_protocol as proto;
 use livekit_protocol::data_packet::Value;
@@ -6,16 +6,17 @@ use prost::Message as _;
 
 use super::DataParameters;
 
-/// A packet as the others are to get it.
+/// A packet as the other participants receive it.
 pub(super) struct RelayedPacket {
     pub bytes: Vec<u8>,
-    /// Identities; empty: for everybody.
+    /// Identities of the receivers; empty means everybody.
     destinations: Vec<String>,
 }
 
 impl RelayedPacket {
-    /// Reads what `sender` sent, and writes who that is into it: a client is not taken at its word.
-    /// `None`: it cannot be read, or has in it what only a server says, or nothing that we know.
+    /// Reads a packet from `sender` and writes the sender's real identity into it, because a
+    /// client's claim is not trusted. Returns `None` if the packet cannot be read, has content that
+    /// only a server may send, or has no content that we know.
     #[allow(deprecated)]
     pub fn of(sender: &DataParameters, payload: &[u8]) -> Option<RelayedPacket> {
         let mut packet = proto::DataPacket::decode(payload).ok()?;
@@ -32,7 +33,7 @@ impl RelayedPacket {
             Value::User(user) => {
                 user.participant_sid = sid.to_owned();
                 user.participant_identity = identity.to_owned();
-                // Where clients of before name them.
+                // Older clients name the receivers here.
                 let older = std::mem::take(&mut user.destination_identities);
                 if destinations.is_empty() {
                     destinations = older;
@@ -46,7 +47,7 @@ impl RelayedPacket {
         })
     }
 
-    /// Nobody gets what it sent itself.
+    /// Whether `receiver` gets the packet. Nobody gets what it sent itself.
     pub fn is_for(&self, receiver: &DataParameters, sender: &DataParameters) -> bool {
         let named = |identity: &String| **identity == *receiver.identity;
         receiver.receives

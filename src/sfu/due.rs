@@ -1,25 +1,25 @@
-//! When each of many things is due: a binary heap that knows where each of them stands, so that
-//! setting and taking one costs the logarithm of how many are set, whatever else is there.
-//! Allocates when it grows, and never again.
+//! Due times of many slots. A binary heap that knows the position of each slot, so setting or
+//! removing one takes time logarithmic in the number of slots that are set, however many others
+//! exist. It allocates only when it grows.
 
 use crate::units::Time;
 
-/// Not in the heap.
+/// Position of a slot that is not in the heap.
 const NOWHERE: u32 = u32::MAX;
 
 /// Due times by slot. Among equal times the lower slot comes first.
 #[derive(Default)]
 pub struct DueQueue {
     heap: Vec<(Time, u32)>,
-    /// Where each slot stands in the heap.
+    /// Position of each slot in the heap.
     places: Vec<u32>,
-    /// Entries compared, for tests of what a call costs.
+    /// Number of entries compared, for tests of what a call costs.
     #[cfg(test)]
     looked_at: u64,
 }
 
 impl DueQueue {
-    /// Sets anew when a slot is due, whether or not it was set; [`Time::MAX`] clears it.
+    /// Sets or changes the due time of a slot. [`Time::MAX`] clears it.
     pub fn set(&mut self, slot: u32, at: Time) {
         if self.places.len() <= slot as usize {
             self.places.resize(slot as usize + 1, NOWHERE);
@@ -41,12 +41,12 @@ impl DueQueue {
         }
     }
 
-    /// When the first of all is due; [`Time::MAX`] where none is set.
+    /// Returns the earliest due time; [`Time::MAX`] if none is set.
     pub fn next_at(&self) -> Time {
         self.heap.first().map_or(Time::MAX, |(at, _)| *at)
     }
 
-    /// Takes out the next slot that is due.
+    /// Removes and returns the next slot that is due.
     pub fn pop_due(&mut self, now: Time) -> Option<u32> {
         let (_, slot) = *self.heap.first().filter(|(at, _)| *at <= now)?;
         self.remove(0);
@@ -135,7 +135,7 @@ mod tests {
             assert_eq!(due.pop_due(now), Some(7_777));
             assert_eq!(due.pop_due(now), None);
         }
-        // Up, down and out: a few looks for each of 14 levels.
+        // Raise, lower and remove: a few comparisons for each of 14 levels.
         assert!(due.looked_at < 1_000 * 14 * 4, "{}", due.looked_at);
     }
 

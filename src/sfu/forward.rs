@@ -1,12 +1,13 @@
-//! One subscription: what of a published track goes to one subscriber, and under which numbers.
+//! One subscription: which packets of a published track go to one subscriber, and with which
+//! numbers.
 //!
-//! A subscriber sees one stream that never breaks: its sequence numbers, timestamps and picture ids
-//! go on over layer switches, pauses and dropped packets. What is remembered for that are
-//! *segments*, not packets: from one outgoing number on, packets of one layer leave with the same
-//! offsets. A packet that comes late, or is asked for again, is found by its segment, and is
-//! written again byte by byte as it was (the cache keeps what came, segments never change).
-//! So one outgoing number is one packet for ever, as SRTP's keys demand: no two packets are sealed
-//! under one index.
+//! A subscriber sees one stream without breaks: its sequence numbers, timestamps and picture ids
+//! continue across layer switches, pauses and dropped packets. To do this, the subscription
+//! remembers *segments*, not packets. From the first outgoing number of a segment on, packets of
+//! one layer leave with the same offsets. A late packet, or one to retransmit, is found through its
+//! segment and written again with the same bytes, because the cache keeps the received packet and
+//! segments never change. So an outgoing number always means the same packet. SRTP requires this:
+//! no two packets may be sealed under one index.
 
 use crate::transport::rtp::Ssrc;
 use std::collections::VecDeque;
@@ -35,47 +36,49 @@ use crate::transport::sequence::Seq;
 use crate::transport::srtp::Sealer;
 use crate::units::Time;
 
-/// Segments remembered. One is used up by each layer switch, pause and run of dropped packets; what
-/// lies before the oldest can no longer be resent.
+/// Number of segments remembered. Each layer switch, pause and run of dropped packets uses one.
+/// Packets before the oldest segment can no longer be retransmitted.
 const SEGMENTS_MAX: usize = 8;
-/// LiveKit's limits of resends: a packet goes out again this often at most ..
+/// Largest number of retransmissions of a packet (LiveKit's limit).
 const RESENDS_MAX: u8 = 3;
-/// .. and not within this, or two round trips, of its last time.
+/// Least time between two transmissions of a packet (LiveKit's limit), unless two round trips are
+/// shorter.
 const RESEND_DEAF: Duration = Duration::from_millis(100);
-/// LiveKit's guess until a round trip has been measured.
+/// Round trip time assumed until one has been measured (LiveKit's value).
 const RTT_UNKNOWN: Duration = Duration::from_millis(70);
-/// Resent packets whose last time is remembered. Two whose numbers are so far apart share a place:
-/// the older one may then be resent sooner, not more often.
+/// Number of retransmitted packets whose last time is remembered. Two packets whose numbers differ
+/// by a multiple of this share an entry: the older one may then be retransmitted sooner, but not
+/// more often.
 const AUDIO_RESENDS: usize = 16;
 const VIDEO_RESENDS: usize = 128;
-/// Packets whose resends are counted: all that the cache holds. One that lies further back is not
-/// resent.
+/// Number of packets whose retransmissions are counted: all that the cache holds. An older packet
+/// is not retransmitted.
 const AUDIO_COUNTED: u64 = 128;
 const VIDEO_COUNTED: u64 = 512;
-/// A step ahead of the publisher's numbers beyond this is a restart of its stream (RFC 3550, A.1),
+/// A jump ahead of the publisher's numbers beyond this is a restart of its stream (RFC 3550, A.1),
 /// and not a loss to show the subscriber.
 const RESTART: u64 = 3_000;
-/// So many packets may have come before the one that a subscriber can begin with, where that was
-/// late. They are half of what is kept: nothing that the subscriber gets from then on is beyond
-/// repair.
+/// Largest number of packets by which the first packet for a subscriber may lie behind the newest
+/// one, if it arrives late. This is half of the video packets that are kept, so all packets that
+/// the subscriber gets from then on can still be repaired.
 const CATCH_UP_MAX: u64 = 256;
-/// So old may that packet be where it starts a picture, by the publisher's clock. A repair takes a
-/// few round trips; a picture that was missing for longer is worth no step back in time, and the
+/// Largest age of that packet when it starts a picture, by the publisher's clock. A repair takes a
+/// few round trips. A picture that was missing for longer is not worth a step back in time, and the
 /// next key frame is on its way.
 const CATCH_UP_TIME_MAX: Duration = Duration::from_millis(500);
-/// Clocks that disagree by more than this are not believed: the arrival times say how far apart two
-/// packets are.
+/// Largest error of a clock. If two clocks disagree by more, the distance between two packets is
+/// taken from their arrival times.
 const CLOCK_ERROR_MAX: Duration = Duration::from_secs(5);
-/// Bytes of padding in a packet that only holds a place.
+/// Bytes of padding in a packet that only fills a sequence number.
 const FILLER_BYTES: usize = 4;
-/// Packets of one encoding that are forwarded together.
+/// Largest number of packets of one encoding that are forwarded together.
 pub const RUN_MAX: usize = net::SEGMENTS_MAX;
-/// The fixed header, and the one extension that a packet of ours may carry: four bytes that say so,
-/// and a level in as many.
+/// Length of the fixed header. The one extension that our packets may carry takes four bytes for
+/// the extension header and four for an audio level.
 const HEADER_LEN: usize = 12;
 const LEVELED_HEADER_LEN: usize = HEADER_LEN + 8;
 
-/// What a packet needs on its way out.
+/// Context that is needed to send a packet.
 pub struct ForwardWire<'a, I> {
     pub io: &'a mut I,
     pub to: SocketAddr,
@@ -85,19 +88,19 @@ pub struct ForwardWire<'a, I> {
     pub statistics: &'a mut RouterStatistics,
 }
 
-/// A packet and its payload, as the cache has them.
+/// A packet and its payload from the cache.
 type Found<'a> = (&'a CacheEntry, &'a [u8]);
 
-/// Packets of one encoding that came one behind the other: found, and looked at, once for all of
-/// the track's subscribers.
+/// Consecutively received packets of one encoding. They are looked up and checked once for all
+/// subscribers of the track.
 pub struct PacketRun<'a> {
     encodings: &'a [Ingest],
     layer: u8,
     format: &'a Format,
     exts: &'a [u64],
-    /// What the cache has of them.
+    /// The packets that the cache holds.
     packets: [Option<Found<'a>>; RUN_MAX],
-    /// All are there, and each has something to forward.
+    /// All packets are in the cache, and each has content to forward.
     is_whole: bool,
     starts_key_frame: bool,
     lowest: u64,
@@ -105,7 +108,7 @@ pub struct PacketRun<'a> {
 }
 
 impl<'a> PacketRun<'a> {
-    /// `exts` are at most [`RUN_MAX`] packets that `layer` has taken.
+    /// Makes a run of at most [`RUN_MAX`] packets, `exts`, that `layer` has accepted.
     pub fn new(
         encodings: &'a [Ingest],
         layer: u8,
@@ -138,7 +141,8 @@ impl<'a> PacketRun<'a> {
     }
 }
 
-/// Packets `[start_in..]` of a layer leave as `[start_out..]`, up to the next segment's start.
+/// Maps packets `[start_in..]` of a layer to outgoing numbers `[start_out..]`, up to the start of
+/// the next segment.
 #[derive(Clone, Copy, Debug, Default)]
 struct Segment {
     start_in: u64,
@@ -156,8 +160,8 @@ impl Segment {
     }
 }
 
-/// The latest segments, newest first: it is the one that most packets need. They share out the
-/// outgoing numbers without overlap.
+/// The latest segments, newest first, because most packets need the newest. Their ranges of
+/// outgoing numbers do not overlap.
 #[derive(Default)]
 #[repr(C)]
 struct Segments {
@@ -174,7 +178,7 @@ impl Segments {
         self.as_slice().first()
     }
 
-    /// A segment in whose place nothing was sent yet is replaced.
+    /// Adds a segment. It replaces the newest one if nothing was sent in that one yet.
     fn push(&mut self, segment: Segment) {
         match self.newest() {
             Some(newest) if newest.start_out == segment.start_out => {}
@@ -207,7 +211,7 @@ impl Segments {
     }
 }
 
-/// What went out last, as the next segment must go on from it.
+/// The last packet sent, from which the next segment must continue.
 #[derive(Clone, Copy)]
 struct Last {
     rtp_time: u32,
@@ -223,19 +227,19 @@ struct LastPicture {
     key_idx: u8,
 }
 
-/// How often packets were resent lately, by their number: strictly, since a subscriber may ask for
-/// anything as often as it likes.
+/// Counts recent retransmissions by packet number. The counts are exact, because a subscriber may
+/// ask for anything as often as it likes.
 struct Resends {
     recent: Box<[Resent]>,
     /// Two bits for each of the last numbers.
     counts: Box<[u8]>,
-    /// The number behind the last one that has a place in `counts`.
+    /// First number that has no place in `counts` yet.
     counted_to: u64,
 }
 
 #[derive(Clone, Copy, Default)]
 struct Resent {
-    /// Milliseconds, modulo 2^32.
+    /// Time of the last retransmission in milliseconds, modulo 2^32.
     at: u32,
     seq: u16,
     known: bool,
@@ -260,8 +264,9 @@ impl Resends {
         }
     }
 
-    /// `out` is the packet's number and `next_out` the one behind the last that was sent; `sent_at`
-    /// is when the packet first left. What is allowed is counted as resent.
+    /// Decides about a retransmission of the packet with number `out`, and counts it if it is
+    /// allowed. `next_out` is the number after the last one sent. `sent_at` is when the packet was
+    /// first sent.
     fn allow(
         &mut self,
         out: u64,
@@ -298,7 +303,7 @@ impl Resends {
         ResendDecision::Allowed
     }
 
-    /// Numbers up to `next_out` have been sent: each begins with none.
+    /// Extends the counts up to `next_out`. Each new number starts at zero.
     fn count_to(&mut self, next_out: u64) {
         let counted = self.counts.len() as u64 * 4;
         for out in self.counted_to.max(next_out.saturating_sub(counted))..next_out {
@@ -317,7 +322,7 @@ impl Resends {
 /// The retransmission stream (RFC 4588).
 struct Rtx {
     header: HeaderTemplate,
-    /// ROC << 16 | sequence number of its next packet.
+    /// ROC << 16 | sequence number of the next packet of this stream.
     index: u64,
 }
 
@@ -330,10 +335,10 @@ impl Rtx {
     }
 }
 
-/// A header with room for an audio level, and where that is.
+/// A header with room for an audio level, and the position of the level.
 type LeveledHeader = (HeaderTemplate<LEVELED_HEADER_LEN>, ExtensionSlot);
 
-/// Where levels were agreed on.
+/// Makes such a header if audio levels were agreed on.
 fn leveled_header(
     kind: Kind,
     payload_type: u8,
@@ -352,21 +357,21 @@ fn leveled_header(
         .transpose()
 }
 
-/// Where an ended stream stopped: one that takes its SSRC again under the same keys must go on
-/// there.
+/// Position at which a stream ended. A stream that uses the SSRC again with the same keys must
+/// continue from there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EndedStream {
     pub ssrc: Ssrc,
     pub next_index: u64,
 }
 
-/// Streams of one connection that have ended, the latest last. The lobby never names an SSRC
-/// again ([`super::MediaCommand::Unsubscribe`]), so this only guards against one that comes again
-/// soon; older ones are forgotten.
+/// Streams of one connection that have ended, the latest last. The lobby never uses an SSRC again
+/// ([`super::MediaCommand::Unsubscribe`]), so this only guards against one that comes again soon.
+/// Older entries are forgotten.
 #[derive(Default)]
 pub struct EndedStreams(VecDeque<EndedStream>);
 
-/// More than one exchange of descriptions ends and begins again.
+/// More streams than one exchange of descriptions ends and begins again.
 pub const ENDED_STREAMS_MAX: usize = 64;
 
 impl EndedStreams {
@@ -384,7 +389,7 @@ impl EndedStreams {
             .map(|ended| ended.next_index)
     }
 
-    /// The stream goes on: where it stopped no longer matters.
+    /// Forgets where a stream ended, because it continues.
     pub fn forget(&mut self, ssrc: Ssrc) {
         self.0.retain(|ended| ended.ssrc != ssrc);
     }
@@ -395,50 +400,50 @@ impl EndedStreams {
     }
 }
 
-/// What one packet is made of, before it is written.
+/// The parts of a packet before it is written.
 struct Parts<'a> {
-    /// As the subscriber gets it, and as it is written.
+    /// VP8 descriptor as the subscriber gets it. The next field holds its bytes.
     sent: Option<Vp8Descriptor>,
     descriptor: [u8; Vp8Descriptor::MAX_LEN],
     descriptor_len: usize,
     payload: &'a [u8],
     level: Option<u8>,
-    /// The payload is RED's, and leaves under this payload type.
+    /// Payload type to send with, if the payload is RED.
     red_payload_type: Option<u8>,
 }
 
-/// What every packet needs comes first, on as few cache lines as can be: thousands of subscriptions
-/// take their turns ([`ForwardedSubscription::prefetch`]).
+/// The fields that every packet needs come first, on as few cache lines as possible, because
+/// thousands of subscriptions are processed in turn ([`ForwardedSubscription::prefetch`]).
 #[repr(C, align(64))]
 pub struct ForwardedSubscription {
     header: HeaderTemplate<HEADER_LEN>,
     leveled_header: Option<LeveledHeader>,
     codec: Codec,
-    /// The subscriber takes RED, under this payload type.
+    /// Payload type of RED, if the subscriber accepts RED.
     red_payload_type: Option<u8>,
     selection: Selection,
-    /// The layer that goes out.
+    /// The layer that is being sent.
     current: Option<u8>,
-    /// The layer that is to go out; it takes over with its next key frame.
+    /// The layer to send. It takes over at its next key frame.
     target: Option<u8>,
-    /// Waits for a key frame: to begin, to switch, or because the subscriber asks for one.
+    /// Waits for a key frame: to begin, to switch, or because the subscriber asked for one.
     wants_key_frame: bool,
     last_picture: Option<LastPicture>,
     octets: u32,
-    /// ROC << 16 | sequence number of what goes out next.
+    /// ROC << 16 | sequence number of the next packet to send.
     next_out: u64,
     packets: u64,
     bytes: u64,
     last: Option<Last>,
     segments: Segments,
-    // From here on nothing is read when a packet comes, but to begin with it.
+    // The fields from here on are not read for a packet, except to begin with it.
     pub id: SubscriptionId,
-    /// Where its connection and its track are kept.
+    /// Slots of its connection and its track.
     pub transport: u32,
     pub track: u32,
     rtx_ssrc: Option<Ssrc>,
     rtx: Option<Box<Rtx>>,
-    /// Chooses the first timestamp and picture id.
+    /// Seed of the first timestamp and picture id.
     origin: u64,
     resends: Resends,
     rtt: Option<Duration>,
@@ -450,13 +455,14 @@ pub struct ForwardedSubscription {
     reported_lost: i32,
 }
 
-/// From the start of a [`ForwardedSubscription`] to the end of its newest segment.
+/// Bytes from the start of a [`ForwardedSubscription`] to the end of its newest segment.
 const HOT_BYTES: usize =
     offset_of!(ForwardedSubscription, segments) + offset_of!(Segments, list) + size_of::<Segment>();
 
 impl ForwardedSubscription {
-    /// `seed` chooses the first numbers; `ended` are the streams that this connection has carried
-    /// before. Errors where the negotiated payload types or extension ids cannot be.
+    /// Makes a subscription. `seed` determines the first numbers; `ended` holds the streams that
+    /// this connection carried before. Returns an error if the negotiated payload types or
+    /// extension ids are invalid.
     pub fn new(
         id: SubscriptionId,
         transport: u32,
@@ -471,7 +477,7 @@ impl ForwardedSubscription {
         let header = HeaderTemplate::with_room(payload_type, parameters.ssrc)?;
         let leveled_header = leveled_header(kind, payload_type, parameters)?;
         let origin = scatter(seed ^ u64::from(parameters.ssrc.0));
-        // Below 2^15, so that SRTP's index cannot be guessed wrong when the first packets are lost
+        // Below 2^15, so that the SRTP index is guessed right even if the first packets are lost
         // (RFC 3711, section 3.3.1).
         let first_index = |ssrc: Ssrc| {
             let fresh = scatter(seed ^ u64::from(ssrc.0)) >> 49;
@@ -518,7 +524,7 @@ impl ForwardedSubscription {
         })
     }
 
-    /// Fetches into the cache what a packet needs, and reads none of it: nobody waits.
+    /// Prefetches what a packet needs into the CPU cache. It reads nothing, so it never waits.
     pub fn prefetch(&self) {
         net::prefetch(self, HOT_BYTES);
     }
@@ -531,7 +537,7 @@ impl ForwardedSubscription {
         self.rtx_ssrc
     }
 
-    /// Where its streams stop, when it ends.
+    /// Positions at which its streams stop when the subscription ends.
     pub fn ended_streams(&self) -> impl Iterator<Item = EndedStream> {
         let media = EndedStream {
             ssrc: self.ssrc(),
@@ -548,7 +554,7 @@ impl ForwardedSubscription {
         self.selection = selection;
     }
 
-    /// Chooses the layer anew. Returns the layer of which a key frame is needed now.
+    /// Chooses the layer again. Returns the layer whose key frame is needed now.
     pub fn choose_layer(&mut self, encodings: &[Ingest]) -> Option<u8> {
         let chosen = select::choose(self.selection, encodings.len(), |layer| {
             encodings[layer].activity.is_active()
@@ -562,15 +568,15 @@ impl ForwardedSubscription {
         if chosen == self.target {
             return None;
         }
-        // Where no layer is being sent, the one that was sent may yet go on.
+        // If no layer is being sent, the layer that was sent may still continue.
         self.target = chosen.or(self.current);
         self.wants_key_frame =
             !self.codec.begins_anywhere() && self.target.is_some() && self.target != self.current;
         self.key_frame_layer()
     }
 
-    /// The subscriber asks for a key frame, or has just come up. Returns the layer that it needs
-    /// one of.
+    /// Handles a key frame request from the subscriber, or a subscriber that has just connected.
+    /// Returns the layer whose key frame is needed.
     pub fn request_key_frame(&mut self) -> Option<u8> {
         self.wants_key_frame = !self.codec.begins_anywhere() && self.target.is_some();
         self.key_frame_layer()
@@ -580,12 +586,12 @@ impl ForwardedSubscription {
         self.plis += 1;
     }
 
-    /// The layer whose key frame it waits for.
+    /// The layer whose key frame the subscription waits for.
     pub fn key_frame_layer(&self) -> Option<u8> {
         self.target.filter(|_| self.wants_key_frame)
     }
 
-    /// Sends what of a run is for this subscriber.
+    /// Sends the packets of a run that this subscriber is to get.
     pub fn forward<I: Outgoing>(&mut self, run: &PacketRun<'_>, wire: &mut ForwardWire<'_, I>) {
         let mut burst = Burst::default();
         match self.segment_of(run) {
@@ -607,8 +613,8 @@ impl ForwardedSubscription {
         burst.finish(wire);
     }
 
-    /// The newest segment, if all of the run belongs to it: the subscriber is in the midst of this
-    /// layer, and no packet is one to decide about.
+    /// The newest segment, if the whole run belongs to it. Then the subscriber is in the middle of
+    /// this layer, and no packet needs a decision of its own.
     fn segment_of(&self, run: &PacketRun<'_>) -> Option<Segment> {
         let goes_on = run.is_whole
             && self.selection.enabled
@@ -618,7 +624,7 @@ impl ForwardedSubscription {
         (newest.layer == run.layer && newest.start_in <= run.lowest).then_some(*newest)
     }
 
-    /// Decides about each packet by itself.
+    /// Decides about each packet on its own.
     fn forward_each<I: Outgoing>(
         &mut self,
         run: &PacketRun<'_>,
@@ -635,7 +641,7 @@ impl ForwardedSubscription {
                 Admission::Withheld => {}
                 Admission::Placed => self.send(entry, payload, layer, burst, wire),
                 Admission::Begins => {
-                    // Packets behind the first one of a key frame may have come before it: they
+                    // Later packets of the key frame may have arrived before its first one. They
                     // were of no use until now.
                     let newest = encoding.highest().unwrap_or(*ext);
                     for (entry, payload) in (*ext..=newest).filter_map(|ext| encoding.find(ext)) {
@@ -658,7 +664,7 @@ impl ForwardedSubscription {
         }
     }
 
-    /// Decides about one packet, and begins a segment where one is needed.
+    /// Decides about one packet, and starts a segment if needed.
     fn admit(
         &mut self,
         run: &PacketRun<'_>,
@@ -710,7 +716,7 @@ impl ForwardedSubscription {
         newest.is_some_and(|newest| newest.out_of(ext) > self.next_out + RESTART)
     }
 
-    /// From this packet on the subscriber gets `layer`.
+    /// Starts a segment: from this packet on the subscriber gets `layer`.
     fn begin(&mut self, encodings: &[Ingest], layer: u8, entry: &CacheEntry, format: &Format) {
         let rtp_offset = self.rtp_offset(encodings, layer, entry, format);
         let mut segment = Segment {
@@ -747,8 +753,8 @@ impl ForwardedSubscription {
         self.wants_key_frame = false;
     }
 
-    /// What to add to the packet's timestamp, so that the stream's clock goes on as the publisher's
-    /// did.
+    /// Offset to add to the packet's timestamp, so that the outgoing stream's clock continues in
+    /// step with the publisher's.
     fn rtp_offset(
         &self,
         encodings: &[Ingest],
@@ -786,8 +792,8 @@ impl ForwardedSubscription {
         rtp_time.wrapping_sub(entry.rtp_time)
     }
 
-    /// Leaves a packet out without a hole. One that comes too late for that holds its place as
-    /// padding.
+    /// Leaves a packet out without a gap in the numbers. If it comes too late for that, padding
+    /// takes its number.
     fn skip(&mut self, ext: u64, layer: u8, statistics: &mut RouterStatistics) -> Admission {
         let Some((segment, out)) = self.segments.of_incoming(layer, ext) else {
             statistics.withheld_late += 1;
@@ -806,7 +812,7 @@ impl ForwardedSubscription {
         Admission::Withheld
     }
 
-    /// Sends one packet to its place, if it still has one.
+    /// Sends one packet under its number, if it still has one.
     fn send<I: Outgoing>(
         &mut self,
         entry: &CacheEntry,
@@ -821,7 +827,7 @@ impl ForwardedSubscription {
         }
     }
 
-    /// Writes, seals and sends one packet under the number `out`.
+    /// Writes, seals and sends one packet with the sequence number `out`.
     fn send_as<I: Outgoing>(
         &mut self,
         entry: &CacheEntry,
@@ -891,8 +897,8 @@ impl ForwardedSubscription {
         }
     }
 
-    /// What a subscriber without RED gets of its packets is the primary block alone, as LiveKit's
-    /// do.
+    /// Splits a packet into its parts. A subscriber without RED gets only the primary block of a
+    /// RED packet, as with LiveKit.
     fn parts<'a>(
         &self,
         entry: &CacheEntry,
@@ -930,7 +936,7 @@ impl ForwardedSubscription {
         Some(parts)
     }
 
-    /// Header and payload of a media packet, before it is sealed.
+    /// Length of header and payload of a media packet, before it is sealed.
     fn media_len(&self, parts: &Parts<'_>) -> usize {
         let header_len = match (&self.leveled_header, parts.level) {
             (Some((header, _)), Some(_)) => header.len(),
@@ -939,7 +945,7 @@ impl ForwardedSubscription {
         header_len + parts.len()
     }
 
-    /// Writes header and payload, and returns the header's length.
+    /// Writes header and payload, and returns the length of the header.
     fn write_media(
         &self,
         parts: &Parts<'_>,
@@ -963,14 +969,14 @@ impl ForwardedSubscription {
         let payload = buffer.get_mut(header_len..)?;
         parts.write(payload)?;
         if let Some(red) = parts.red_payload_type {
-            // The publisher's numbers for the blocks may be others.
+            // The publisher may use other payload types for the blocks.
             red::set_payload_types(payload, self.header.payload_type());
             set_payload_type(buffer, red);
         }
         Some(header_len)
     }
 
-    /// Sends packets again that the subscriber misses.
+    /// Retransmits packets that the subscriber reports as missing.
     pub fn handle_nack<I: Outgoing>(
         &mut self,
         encodings: &[Ingest],
@@ -1023,8 +1029,8 @@ impl ForwardedSubscription {
         }
     }
 
-    /// Over RTX where agreed; else as the very packet that it was, which SRTP seals to the very
-    /// same bytes.
+    /// Retransmits over RTX if that was agreed. Otherwise it sends the same packet again, which
+    /// SRTP seals to the same bytes.
     fn send_again<I: Outgoing>(
         &mut self,
         entry: &CacheEntry,
@@ -1062,11 +1068,11 @@ impl ForwardedSubscription {
         self.rtt = rtt.or(self.rtt);
     }
 
-    /// What a sender report says now; `None` while nothing has been sent, or the publisher has not
-    /// told its clock.
+    /// Content of a sender report at this moment. `None` while nothing has been sent, or the
+    /// publisher has not reported its clock.
     ///
-    /// `publisher_ntp` is the publisher's wall clock at this moment, nanoseconds since 1900; `ntp`
-    /// is ours.
+    /// `publisher_ntp` is the publisher's wall clock at this moment, in nanoseconds since 1900;
+    /// `ntp` is our wall clock.
     pub fn sender_info(
         &self,
         encodings: &[Ingest],
@@ -1103,13 +1109,13 @@ impl ForwardedSubscription {
     }
 }
 
-/// What becomes of a packet.
+/// Decision about a packet.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Admission {
     Withheld,
-    /// It has its place in a segment.
+    /// The packet has its place in a segment.
     Placed,
-    /// A segment begins with it.
+    /// The packet starts a new segment.
     Begins,
 }
 
@@ -1123,7 +1129,7 @@ fn starts_key_frame(entry: &CacheEntry) -> bool {
     )
 }
 
-/// Whether a subscriber may begin with a packet: what came before it is soon caught up with.
+/// Whether a subscriber may begin with a packet, because it soon catches up with the newest one.
 fn is_recent(encoding: &Ingest, entry: &CacheEntry, format: &Format) -> bool {
     let Some((newest, _)) = encoding.highest().and_then(|newest| encoding.find(newest)) else {
         return true;
@@ -1134,8 +1140,8 @@ fn is_recent(encoding: &Ingest, entry: &CacheEntry, format: &Format) -> bool {
         && (format.payloads.codec.begins_anywhere() || i64::from(behind) <= limit)
 }
 
-/// What to add to timestamps of layer `to` beyond what layer `from` has: both are stamps of one
-/// clock, by the sender reports of each.
+/// Difference to add to timestamps of layer `to`, beyond the offset of layer `from`, so that both
+/// are on one clock. It comes from the sender reports of both layers.
 fn offset_between(encodings: &[Ingest], from: u8, to: u8, format: &Format) -> Option<u32> {
     let from = encodings.get(usize::from(from))?.clock()?;
     let to = encodings.get(usize::from(to))?.clock()?;
@@ -1161,7 +1167,7 @@ fn rewritten(descriptor: Vp8Descriptor, segment: &Segment) -> Vp8Descriptor {
 }
 
 impl Parts<'_> {
-    /// Nothing to forward, but a number that must not be missing.
+    /// Whether there is nothing to forward, but the sequence number must not be missing.
     fn is_filler(&self) -> bool {
         self.descriptor_len == 0 && self.payload.is_empty()
     }
@@ -1174,7 +1180,7 @@ impl Parts<'_> {
         }
     }
 
-    /// Writes what is behind the header, and returns its length.
+    /// Writes what follows the header, and returns its length.
     fn write(&self, out: &mut [u8]) -> Option<usize> {
         let out = out.get_mut(..self.len())?;
         if self.is_filler() {
@@ -1191,7 +1197,7 @@ impl Parts<'_> {
 
 const PADDING_FLAG: u8 = 0x20;
 
-/// Packets that leave with one call: all as long as the first, but for the last, which may be
+/// Packets that are sent with one call. All are as long as the first, except the last, which may be
 /// shorter.
 #[derive(Default)]
 struct Burst {
@@ -1202,8 +1208,8 @@ struct Burst {
 }
 
 impl Burst {
-    /// Before a packet of `size` bytes is written behind those that wait: sends them where it
-    /// cannot join them.
+    /// Prepares for a packet of `size` bytes: sends the waiting packets first if it cannot join
+    /// them.
     fn make_room<I: Outgoing>(&mut self, size: usize, wire: &mut ForwardWire<'_, I>) {
         let joins = !self.closed
             && size <= self.segment
@@ -1314,8 +1320,8 @@ mod tests {
         let (mut next_out, mut exhausted) = (1_000u64, 0);
         for round in 0..200_000u64 {
             next_out += u64::from(round % 50 == 0) * (1 + chance.below(3));
-            // Numbers that share places are asked for one behind the other, and neither rest nor
-            // round trip holds a subscriber back that says it is near.
+            // The numbers requested in turn share entries. No minimum time holds the subscriber
+            // back, because it claims a very short round trip.
             let out = next_out - 1 - (chance.below(12) * 64).min(next_out - 1_001).min(600);
             match resends.allow(
                 out,

@@ -1,5 +1,5 @@
-//! One published encoding (one SSRC, and the one of its retransmissions): opened, put in order,
-//! kept for its subscribers, and reported on to its publisher.
+//! One published encoding (one SSRC, and that of its retransmissions). Its packets are decrypted,
+//! ordered, kept for its subscribers, and reported on to its publisher.
 
 use crate::transport::rtp::Ssrc;
 use std::time::Duration;
@@ -19,28 +19,29 @@ use crate::transport::sequence::{ReplayWindow, SeqExtender};
 use crate::transport::srtp::Opener;
 use crate::units::Time;
 
-/// Packets kept, as far as the bytes below allow: 2.5 s of audio at 20 ms.
+/// Number of packets kept, within the limit of bytes below: 2.5 s of audio at 20 ms.
 const AUDIO_PACKETS: usize = 128;
 const VIDEO_PACKETS: usize = 512;
-/// Bytes kept: 2 s of audio at 64 kb/s, and 2 s of video at 1 Mb/s, or half a second at 4.
+/// Number of bytes kept: 2 s of audio at 64 kb/s, and 2 s of video at 1 Mb/s, or half a second at 4
+/// Mb/s.
 const AUDIO_BYTES: usize = 16 * 1024;
 const VIDEO_BYTES: usize = 256 * 1024;
 
-/// LiveKit's least time between two requests for a key frame, of a track's only or lowest layer ..
+/// Least time between two key frame requests for a track's only or lowest layer (LiveKit's value).
 const KEY_FRAME_INTERVAL: Duration = Duration::from_millis(500);
-/// .. and of a higher one.
+/// Least time between two key frame requests for a higher layer (LiveKit's value).
 const KEY_FRAME_INTERVAL_HIGH: Duration = Duration::from_secs(1);
 
-/// What the description says of all encodings of a track.
+/// Format that the description gives all encodings of a track.
 #[derive(Clone, Copy, Debug)]
 pub struct Format {
     pub payloads: PayloadTypes,
     pub rtx_payload_type: Option<u8>,
-    /// The id of RFC 6464's extension, where agreed.
+    /// Id of the RFC 6464 extension, if agreed.
     pub audio_level_id: Option<u8>,
 }
 
-/// What an encoding needs from around it for one packet.
+/// Context that an encoding needs to handle one packet.
 pub struct IngestContext<'a> {
     pub format: &'a Format,
     pub opener: &'a Opener,
@@ -48,7 +49,7 @@ pub struct IngestContext<'a> {
     pub statistics: &'a mut RouterStatistics,
 }
 
-/// Why a packet was not taken; each has a counter of its own.
+/// Reason why a packet was refused. Each has its own counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RefusedIngest {
     Malformed,
@@ -59,7 +60,7 @@ pub enum RefusedIngest {
 }
 
 impl RefusedIngest {
-    /// It came from the publisher.
+    /// Whether the packet came from the publisher.
     #[inline]
     pub fn is_authentic(self) -> bool {
         match self {
@@ -80,25 +81,25 @@ impl RefusedIngest {
     }
 }
 
-/// What a packet was that was taken.
+/// Kind of an accepted packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
-    /// Kept under this unwrapped number: for the subscribers.
+    /// Media for the subscribers, kept under this unwrapped number.
     Media { ext: u64 },
     /// A retransmission without payload.
     Probe,
 }
 
-/// A moment on the sender's clock, by its sender report.
+/// A moment on the sender's clock, from its sender report.
 #[derive(Clone, Copy, Debug)]
 pub struct SenderClock {
-    /// Nanoseconds since 1900 by the sender's wall clock.
+    /// The sender's wall clock, in nanoseconds since 1900.
     pub ntp_nanos: i64,
     pub rtp_time: u32,
 }
 
 impl SenderClock {
-    /// The RTP time at `ntp_nanos` on the same clock.
+    /// Returns the RTP time at `ntp_nanos` on the same clock.
     pub fn rtp_time_at(&self, ntp_nanos: i64, clock_rate: u32) -> u32 {
         let elapsed = i128::from(ntp_nanos) - i128::from(self.ntp_nanos);
         let ticks = elapsed * i128::from(clock_rate) / 1_000_000_000;
@@ -106,12 +107,12 @@ impl SenderClock {
     }
 }
 
-/// An NTP timestamp as nanoseconds since 1900.
+/// Converts an NTP timestamp to nanoseconds since 1900.
 pub fn ntp_nanos(ntp: u64) -> i64 {
     ((u128::from(ntp) * 1_000_000_000) >> 32) as i64
 }
 
-/// The SSRC that an encoding has now, and SRTP's state for it.
+/// The current SSRC of an encoding, and the SRTP state for it.
 #[derive(Default)]
 struct IngestSource {
     ssrc: Option<Ssrc>,
@@ -120,7 +121,7 @@ struct IngestSource {
 }
 
 impl IngestSource {
-    /// Opens one datagram in place and returns its plain length.
+    /// Decrypts one datagram in place and returns the length of the plain packet.
     fn open(
         &mut self,
         datagram: &mut [u8],
@@ -133,8 +134,8 @@ impl IngestSource {
         }
         let Ok(len) = opener.open_rtp(datagram, header.header_len, index) else {
             if self.extender.highest().is_none() {
-                // The first packets were lost, and with them the wrap of the sequence number: the
-                // next one is tried with the next rollover count.
+                // The first packets were lost, and the sequence number wrapped among them: the next
+                // packet is tried with the next rollover count.
                 self.extender = SeqExtender::at_roc(1);
             } else if self.ssrc.is_none() {
                 self.extender = SeqExtender::default();
@@ -156,8 +157,8 @@ pub struct Ingest {
     receive: ReceiveStream,
     /// Retransmissions have an SSRC of their own.
     has_rtx: bool,
-    /// Added to the numbers of `receive`: no number of an encoding comes twice, whatever SSRC it
-    /// takes.
+    /// Added to the numbers of `receive`, so that no number of an encoding occurs twice, whatever
+    /// SSRC it uses.
     ext_base: u64,
     highest: Option<u64>,
     cache: Cache,
@@ -191,8 +192,8 @@ impl Format {
 }
 
 impl Ingest {
-    /// `layer` counts from the lowest; `has_rtx` says that retransmissions have an SSRC of their
-    /// own.
+    /// Makes an encoding. `layer` counts from the lowest; `has_rtx` says that retransmissions have
+    /// an SSRC of their own.
     pub fn new(format: &Format, layer: usize, has_rtx: bool) -> Ingest {
         let (packets, bytes) = match format.payloads.codec.kind() {
             Kind::Audio => (AUDIO_PACKETS, AUDIO_BYTES),
@@ -226,7 +227,7 @@ impl Ingest {
         }
     }
 
-    /// The SSRC of its media; `None` until its first authentic packet.
+    /// The SSRC of its media; `None` until the first authentic packet.
     pub fn ssrc(&self) -> Option<Ssrc> {
         self.media.ssrc
     }
@@ -244,12 +245,12 @@ impl Ingest {
         self.clock
     }
 
-    /// The audio level of the packet taken last, once.
+    /// Returns the audio level of the last accepted packet, once.
     pub fn take_level(&mut self) -> Option<u8> {
         self.last_level.take()
     }
 
-    /// Opens one datagram in place, and keeps what is new.
+    /// Decrypts one datagram in place, and keeps its content if it is new.
     pub fn handle_rtp(
         &mut self,
         datagram: &mut [u8],
@@ -287,12 +288,13 @@ impl Ingest {
         }
     }
 
-    /// The publisher has given this encoding another SSRC.
+    /// Switches to another SSRC that the publisher uses for this encoding.
     fn follow(&mut self, source: IngestSource, format: &Format) {
         self.media = source;
         self.receive = ReceiveStream::new(format.clock_rate());
         self.receive.set_rtx(self.has_rtx);
-        // Whole cycles, of which a receive stream leaves its first one free.
+        // Only whole cycles are added. A receive stream leaves its first cycle free, so the new
+        // numbers begin above the earlier ones.
         self.ext_base = self.highest.map_or(0, |highest| highest >> 16 << 16);
         self.clock = None;
         self.last_picture_id = None;
@@ -363,7 +365,8 @@ impl Ingest {
         PacketContent::Audio { level, primary_at }
     }
 
-    /// What is no VP8 payload cannot be forwarded: no receiver could read it.
+    /// Classifies a VP8 payload. An invalid one cannot be forwarded, because no receiver could read
+    /// it.
     fn vp8(&mut self, payload: &[u8]) -> PacketContent {
         let Some((mut descriptor, len)) = Vp8Descriptor::parse(payload) else {
             return PacketContent::Empty;
@@ -384,7 +387,7 @@ impl Ingest {
         }
     }
 
-    /// A picture id in 15 bits: one of 7 bits goes on where its 128 end.
+    /// Unwraps a picture id to 15 bits: a 7-bit id continues after its wrap at 128.
     fn unwrapped(&mut self, id: PictureId) -> u16 {
         let id = match id {
             PictureId::Long(id) => id,
@@ -417,7 +420,8 @@ impl Ingest {
         self.receive.next_nack_at()
     }
 
-    /// Writes the numbers to ask the publisher for now; see [`ReceiveStream::poll_nack`].
+    /// Writes the sequence numbers to request from the publisher now; see
+    /// [`ReceiveStream::poll_nack`].
     pub fn poll_nack(&mut self, now: Time, rtt: RoundTrip, out: &mut [u16]) -> usize {
         let NackPoll { count, .. } = self.receive.poll_nack(now, rtt, out);
         count
@@ -427,7 +431,7 @@ impl Ingest {
         self.nacks_sent += 1;
     }
 
-    /// A subscriber cannot go on without a key frame.
+    /// Notes that a subscriber cannot continue without a key frame.
     pub fn want_key_frame(&mut self) {
         self.key_frame_wanted = true;
     }
@@ -445,8 +449,8 @@ impl Ingest {
         }
     }
 
-    /// Whether to ask now. `still_wanted`: a subscriber goes on waiting. Asking is noted; it is
-    /// repeated until a key frame comes.
+    /// Whether to request a key frame now. `still_wanted` says that a subscriber is still waiting.
+    /// The request is noted, and repeated until a key frame comes.
     pub fn poll_key_frame_request(&mut self, now: Time, still_wanted: bool) -> bool {
         if self.key_frame_request_at() > now {
             return false;
@@ -459,7 +463,7 @@ impl Ingest {
         still_wanted
     }
 
-    /// The numbers of a report block; `None` before the first packet.
+    /// Returns the numbers of a report block; `None` before the first packet.
     pub fn report_block(&mut self, now: Time) -> Option<ReportNumbers> {
         self.receive.report_block(now)
     }

@@ -1,11 +1,11 @@
-//! The signalling half: rooms, participants and their descriptions. Sans-IO: what clients ask for,
-//! what routers tell and the time go in, messages and media commands come out. No clock, no ambient
-//! randomness: a seed gives the same run every time.
+//! The signalling half: rooms, participants and their descriptions. It is sans-IO: client requests,
+//! router events and the time go in, messages and media commands come out. It has no clock and no
+//! ambient randomness: the same seed gives the same run every time.
 //!
 //! `handle_*` takes input, [`Lobby::poll_output`] gives output, [`Lobby::next_timeout`] says when
-//! [`Lobby::handle_timeout`] is due. Everything that comes from a client is hostile: bounded,
-//! checked, never a reason to panic. What a participant gets is bounded by the edge, which closes
-//! slow readers.
+//! [`Lobby::handle_timeout`] is due. All input from a client is treated as hostile: it is bounded
+//! and checked, and never causes a panic. The output to a participant is bounded by the edge, which
+//! closes slow readers.
 
 #[cfg(test)]
 mod tests;
@@ -27,14 +27,15 @@ use crate::transport::sdp::Fingerprint;
 use crate::units::{Epoch, Time};
 
 pub struct LobbyConfig {
-    /// What is shown to everybody comes from it: sids and the session ids of descriptions.
+    /// Seed of the ids that everybody may see: sids and the session ids of descriptions.
     pub seed: u64,
-    /// ICE credentials come from here.
+    /// Source of the ICE credentials.
     pub secrets: Secrets,
     pub epoch: Epoch,
     /// Fingerprint of the certificate that all routers share.
     pub fingerprint: Fingerprint,
-    /// Where each router receives. A room goes to the one with the fewest participants.
+    /// Address on which each router receives. A room goes to the router with the fewest
+    /// participants.
     pub routers: Vec<SocketAddr>,
 }
 
@@ -67,7 +68,7 @@ impl Lobby {
         }
     }
 
-    /// A WebSocket is open. Its first message follows from [`Lobby::poll_output`].
+    /// Handles a new WebSocket. Its first message follows from [`Lobby::poll_output`].
     pub fn handle_entry(&mut self, entry: Entrant, now: Time) -> ConnectionId {
         let connection = self.shared.ids.connection();
         match &entry.resume {
@@ -116,7 +117,7 @@ impl Lobby {
         }
     }
 
-    /// The WebSocket is gone. The participant may come back.
+    /// Handles a closed WebSocket. The participant may come back.
     pub fn handle_disconnect(&mut self, connection: ConnectionId, now: Time) {
         if let Some((room, session)) = self.shared.connections.remove(&connection)
             && let Some(room) = self.rooms.get_mut(&room)
@@ -137,7 +138,7 @@ impl Lobby {
                     room.handle_failed(shared, session, failure, now)
                 });
             }
-            // A track counts as published when it is agreed, not when it is heard.
+            // A track counts as published when it is agreed on, not when its first packet comes.
             MediaEvent::TrackStarted { .. } => {}
             MediaEvent::AudioLevels { levels } => self.handle_levels(router, &levels, now),
         }
@@ -180,7 +181,7 @@ impl Lobby {
         }
     }
 
-    /// `Time::MAX` where nothing is due.
+    /// When the next timeout is due; `Time::MAX` if none is.
     pub fn next_timeout(&self) -> Time {
         self.shared.timers.first().map_or(Time::MAX, |(at, _)| *at)
     }
@@ -189,7 +190,7 @@ impl Lobby {
         self.shared.outputs.pop_front()
     }
 
-    /// Makes the room, or finds it; what the request says holds only for a new one.
+    /// Creates the room, or finds it. The request's settings apply only to a new room.
     pub fn create_room(&mut self, request: &proto::CreateRoomRequest, now: Time) -> proto::Room {
         let existed = self.names.contains_key(&request.name);
         let id = self.find_or_open(&request.name, now);
@@ -202,7 +203,7 @@ impl Lobby {
         room.describe()
     }
 
-    /// Everybody in it is sent away. `false`: there is no such room.
+    /// Removes everybody from the room and deletes it. Returns `false` if there is no such room.
     pub fn delete_room(&mut self, name: &str, now: Time) -> bool {
         match self.names.get(name).copied() {
             Some(id) => {
@@ -213,7 +214,7 @@ impl Lobby {
         }
     }
 
-    /// All rooms in the order of their making, or those of these names.
+    /// Returns all rooms in the order of their creation, or only those with the given names.
     pub fn list_rooms(&self, names: &[String]) -> Vec<proto::Room> {
         let wanted = self
             .rooms
@@ -222,13 +223,13 @@ impl Lobby {
         wanted.map(SfuRoom::describe).collect()
     }
 
-    /// In the order of their joins; nobody where there is no such room.
+    /// Returns the visible participants in the order of their joins; none if there is no such room.
     pub fn list_participants(&self, room: &str) -> Vec<proto::ParticipantInfo> {
         let room = self.names.get(room).and_then(|room| self.rooms.get(room));
         room.map_or(Vec::new(), SfuRoom::list_participants)
     }
 
-    /// `false`: no such participant.
+    /// Removes a participant. Returns `false` if there is no such participant.
     pub fn remove_participant(&mut self, room: &str, identity: &str, now: Time) -> bool {
         let room = self
             .names

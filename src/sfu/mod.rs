@@ -1,14 +1,15 @@
-//! The embedded SFU: the default target of a run, what a host is calibrated against, and the test
-//! bed. It speaks LiveKit's signalling, so that real clients can join it; it is not a product SFU.
+//! The embedded SFU: the default target of a run, the server that a host is calibrated against, and
+//! the test bed. It speaks LiveKit's signalling, so real clients can join it; it is not a product
+//! SFU.
 //!
-//! Two halves, both sans-IO. The *lobby* (signalling) keeps rooms, participants, tokens and
+//! It has two halves, both sans-IO. The *lobby* (signalling) keeps rooms, participants, tokens and
 //! descriptions: requests and media events go in, responses and media commands come out. The
 //! *router* (media) keeps the connections of its rooms: datagrams, time and commands go in,
-//! datagrams and events come out. Around them stand the edges: an axum server with the WebSockets
-//! and the room service, and a thread a router with its one UDP socket.
+//! datagrams and events come out. Around them are the edges: an axum server with the WebSockets and
+//! the room service, and one thread for each router with its one UDP socket.
 //!
-//! A room lives on one router, so a packet that came is forwarded without leaving its thread. The
-//! types below are all that the halves know of each other.
+//! A room lives on one router, so a received packet is forwarded without leaving its thread. The
+//! two halves share only the types below.
 
 pub mod bottleneck;
 mod cache;
@@ -37,26 +38,26 @@ use crate::transport::peer::{IceCredentials, PeerFailure};
 use crate::transport::sdp::{ExtensionIds, Fingerprint};
 use crate::units::Time;
 
-/// What the names of the embedded SFU's threads start with.
+/// Prefix of the names of the embedded SFU's threads.
 pub const THREAD_PREFIX: &str = "sfu-";
 
-/// One peer connection. Given out by the lobby, never twice.
+/// One peer connection. The lobby assigns the id, and never twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TransportId(pub u32);
 
-/// One published track. Given out by the lobby, never twice.
+/// One published track. The lobby assigns the id, and never twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TrackId(pub u32);
 
-/// One track on its way to one subscriber. Given out by the lobby, never twice.
+/// One track on its way to one subscriber. The lobby assigns the id, and never twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SubscriptionId(pub u32);
 
-/// Where a router's datagrams go. The backend lends the buffer that a packet is written into, so
-/// nothing is copied on the way to the kernel.
+/// Destination of a router's datagrams. The backend lends the buffer that a packet is written into,
+/// so nothing is copied on the way to the kernel.
 pub trait Outgoing {
-    /// The buffer for what is sent next: at least [`crate::net::SEND_BYTES_MAX`] bytes. Between two
-    /// sends it is the same one, with what was written into it.
+    /// Returns the buffer for the next send: at least [`crate::net::SEND_BYTES_MAX`] bytes. Between
+    /// two sends it is the same buffer, with what was written into it.
     fn lend(&mut self) -> &mut [u8];
 
     /// Sends the first `len` bytes of the lent buffer as datagrams of `segment` bytes (the last may
@@ -64,20 +65,22 @@ pub trait Outgoing {
     fn send(&mut self, to: SocketAddr, len: usize, segment: usize);
 }
 
-/// What the lobby asks of a router.
+/// Commands from the lobby to a router.
 #[derive(Clone, Debug)]
 pub enum MediaCommand {
-    /// Both descriptions are known. The router is `ice-lite`: it answers checks and sends none.
+    /// Adds a connection whose two descriptions are known. The router is `ice-lite`: it answers
+    /// checks and sends none.
     AddTransport {
         transport: TransportId,
         parameters: Box<TransportParameters>,
     },
-    /// The connection has data channels: what comes on them goes to the others of its room.
+    /// The connection has data channels. Messages from them go to the other participants of its
+    /// room.
     ServeData {
         transport: TransportId,
         parameters: Box<DataParameters>,
     },
-    /// New ICE credentials on both sides; the DTLS session stays.
+    /// New ICE credentials on both sides. The DTLS session stays.
     RestartIce {
         transport: TransportId,
         local: IceCredentials,
@@ -87,7 +90,7 @@ pub enum MediaCommand {
     RemoveTransport {
         transport: TransportId,
     },
-    /// A track that this connection will send us, once its description is agreed.
+    /// Adds a track that this connection will send us once its description is agreed.
     AddTrack {
         transport: TransportId,
         track: TrackId,
@@ -96,7 +99,7 @@ pub enum MediaCommand {
     RemoveTrack {
         track: TrackId,
     },
-    /// From now on `track` goes to `transport` as well.
+    /// Starts sending `track` to `transport` as well.
     Subscribe {
         subscription: SubscriptionId,
         transport: TransportId,
@@ -107,8 +110,8 @@ pub enum MediaCommand {
         subscription: SubscriptionId,
         selection: Selection,
     },
-    /// For good: neither the subscription nor its SSRCs come again. Under SRTP's keys an SSRC that
-    /// began anew would seal two packets under one number.
+    /// Ends the subscription for good: neither its id nor its SSRCs are used again. With unchanged
+    /// SRTP keys, an SSRC that started again would seal two packets under one number.
     Unsubscribe {
         subscription: SubscriptionId,
     },
@@ -123,26 +126,26 @@ pub struct TransportParameters {
     pub dtls_active: bool,
 }
 
-/// Whose data it is, and where it goes.
+/// The participant of a connection with data channels, and where its data goes.
 #[derive(Clone, Debug)]
 pub struct DataParameters {
-    /// Connections of one room have the same.
+    /// Id of the room. All connections of one room have the same.
     pub room: u32,
-    /// The participant's.
+    /// The participant's sid.
     pub sid: Box<str>,
-    /// As others address it.
+    /// Identity by which other participants address it.
     pub identity: Box<str>,
-    /// Others are not told whose it is.
+    /// Other participants are not told who sent the data.
     pub hidden: bool,
-    /// What the participant sends is for the others. Without: dropped, and counted.
+    /// The participant may send data to others. Otherwise its data is dropped and counted.
     pub may_publish: bool,
-    /// What others send goes this way.
+    /// Data from other participants is sent over this connection.
     pub receives: bool,
     /// We open the channels, as on a connection whose offers are ours.
     pub opens: bool,
 }
 
-/// What a publisher's description and its AddTrack say of one track.
+/// Parameters of one track, from its publisher's description and AddTrack.
 #[derive(Clone, Debug)]
 pub struct TrackParameters {
     pub payloads: PayloadTypes,
@@ -166,14 +169,14 @@ impl TrackParameters {
     }
 }
 
-/// How a track's packets are told from others.
+/// How the packets of a track are recognised.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Encodings {
-    /// One encoding, by the SSRCs of its description.
+    /// One encoding, recognised by the SSRCs of its description.
     Ssrc { ssrc: Ssrc, rtx_ssrc: Option<Ssrc> },
-    /// Simulcast layers from low to high, by their rid until the SSRC is known.
+    /// Simulcast layers from low to high, recognised by their rid until the SSRC is known.
     Rids(Vec<Box<str>>),
-    /// One encoding without `a=ssrc`: by mid.
+    /// One encoding without `a=ssrc`, recognised by mid.
     Mid,
 }
 
@@ -186,7 +189,7 @@ impl Encodings {
     }
 }
 
-/// What our description says of one track to its subscriber.
+/// Parameters of one track, from our description for its subscriber.
 #[derive(Clone, Debug)]
 pub struct SubscriptionParameters {
     pub ssrc: Ssrc,
@@ -197,28 +200,29 @@ pub struct SubscriptionParameters {
     pub selection: Selection,
 }
 
-/// Which of a track's layers a subscriber is to get.
+/// The layers of a track that a subscriber is to get.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Selection {
-    /// `false`: nothing (the subscriber disabled the track, or its publisher muted it).
+    /// `false`: nothing is sent (the subscriber disabled the track, or its publisher muted it).
     pub enabled: bool,
-    /// The highest layer wanted, 0 the smallest. A track with fewer layers gives its highest.
+    /// The highest layer wanted; 0 is the smallest. For a track with fewer layers, its highest is
+    /// used.
     pub layer: u8,
 }
 
-/// What a router tells the lobby.
+/// Events from a router to the lobby.
 #[derive(Clone, Debug, PartialEq)]
 pub enum MediaEvent {
     /// DTLS is done: media may flow.
     Connected { transport: TransportId, at: Time },
-    /// The connection is gone; the router has dropped it.
+    /// The connection has failed, and the router has dropped it.
     Failed {
         transport: TransportId,
         failure: PeerFailure,
     },
-    /// The first packet of a track came.
+    /// The first packet of a track arrived.
     TrackStarted { track: TrackId, at: Time },
-    /// Loudness of the tracks that spoke in the last interval: dBov below full scale as the
-    /// audio-level extension has it (0 the loudest), averaged.
+    /// Average loudness of the tracks that spoke in the last interval, as the audio-level
+    /// extension gives it: dBov below full scale, 0 the loudest.
     AudioLevels { levels: Vec<(TrackId, u8)> },
 }

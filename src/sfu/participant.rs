@@ -1,5 +1,5 @@
-//! A participant as the lobby keeps it: who it is, its peer connections, what it publishes and what
-//! it gets.
+//! A participant in the lobby: its identity, its peer connections, the tracks that it publishes and
+//! the tracks that it gets.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,28 +21,29 @@ use crate::units::Time;
 
 pub(super) struct Participant {
     pub id: SessionId,
-    /// What others are told of it.
+    /// Information about it that other participants get.
     pub info: proto::ParticipantInfo,
-    /// `info`, encoded.
+    /// Encoded form of `info`; see [`Participant::encode`].
     pub encoded: Bytes,
     pub permission: proto::ParticipantPermission,
     pub auto_subscribe: bool,
     pub adaptive_stream: bool,
-    /// The WebSocket, while there is one.
+    /// The current WebSocket, if any.
     pub connection: Option<ConnectionId>,
-    /// The WebSocket is missing since this.
+    /// Time at which the WebSocket was lost.
     pub lost_at: Option<Time>,
     pub joined_at: Time,
-    /// Its own offers: a publisher's, or those of the single connection.
+    /// The connection whose offers come from the client: the publisher connection, or the single
+    /// one.
     pub answering: AnsweringPeer,
-    /// Our offers, in dual mode, if it may subscribe.
+    /// The connection whose offers come from us: in dual mode, if it may subscribe.
     pub offering: Option<OfferingPeer>,
     pub single: bool,
-    /// Announced and not yet in an offer.
+    /// Tracks that were announced and are not yet in an offer.
     pub pending: Vec<PendingTrack>,
     pub published: BTreeSet<TrackId>,
     pub subscriptions: BTreeMap<TrackId, ParticipantSubscription>,
-    /// Descriptions are to be exchanged: not before this moment.
+    /// Earliest time for the next exchange of descriptions; `None` if none is needed.
     pub negotiate_at: Option<Time>,
     pub negotiated_at: Option<Time>,
 }
@@ -57,9 +58,9 @@ pub(super) struct ParticipantSubscription {
     pub id: SubscriptionId,
     pub sent: SentTrack,
     pub settings: Settings,
-    /// Where in our offers, or in the client's (single connection).
+    /// Index of its section in our offers, or in the client's (single connection).
     pub section: Option<usize>,
-    /// As the router knows it; `None` before the descriptions are agreed.
+    /// State at the router; `None` before the descriptions are agreed on.
     pub live: Option<LiveSelection>,
 }
 
@@ -78,7 +79,7 @@ impl Participant {
         self.info.state() == proto::participant_info::State::Active
     }
 
-    /// `info` has changed.
+    /// Encodes `info` again after a change, with a new version.
     pub fn encode(&mut self) {
         self.info.version += 1;
         self.encoded = self.info.encode_to_vec().into();
@@ -104,7 +105,7 @@ impl Participant {
         .flatten()
     }
 
-    /// The connection that carries our tracks.
+    /// The connection that carries the tracks sent to this participant.
     pub fn downlink(&self) -> Option<TransportId> {
         match &self.offering {
             Some(peer) => Some(peer.transport),
@@ -112,7 +113,7 @@ impl Participant {
         }
     }
 
-    /// What the router is to do with data on one of its connections.
+    /// Parameters for the router's handling of data on one of its connections.
     pub fn data_service(&self, room: RoomId, transport: TransportId) -> DataParameters {
         let offered = self.offering.as_ref().map(|peer| peer.transport);
         DataParameters {
@@ -126,7 +127,8 @@ impl Participant {
         }
     }
 
-    /// Sections of the single connection that the client would have to add: audio, video.
+    /// Numbers of audio and video sections that the client would have to add to the single
+    /// connection.
     pub fn missing_sections(&self) -> (u32, u32) {
         let missing = |kind| {
             self.subscriptions
@@ -144,8 +146,8 @@ impl Participant {
 }
 
 impl ParticipantSubscription {
-    /// What comes of it from now on has another name and other SSRCs: the router forgets those of
-    /// before.
+    /// Gives the subscription another id and other SSRCs from now on, because the router
+    /// forgets the earlier ones.
     pub fn renew(&mut self, id: SubscriptionId) {
         let (ssrc, rtx_ssrc) = id.ssrcs();
         self.id = id;
@@ -170,10 +172,10 @@ impl ParticipantSubscription {
     }
 }
 
-/// Our end of one connection, and what the router knows of both.
+/// Our end of one connection, and what the router knows of both ends.
 pub(super) struct ConnectionEnds {
     pub local: LocalTransport,
-    /// Both ends' credentials as the router has them; `None`: it does not know the connection yet.
+    /// Credentials of both ends at the router; `None` if it does not know the connection yet.
     known: Option<(IceCredentials, IceCredentials)>,
     fingerprint: Option<Fingerprint>,
 }
@@ -191,14 +193,15 @@ impl ConnectionEnds {
         self.known.is_some()
     }
 
-    /// Whether a description of the client's begins a new generation of ICE.
+    /// Whether a description from the client restarts ICE.
     pub fn is_restarted_by(&self, remote: &RemoteTransport) -> bool {
         self.known
             .as_ref()
             .is_some_and(|(_, known)| *known != remote_credentials(remote))
     }
 
-    /// Whether the description is of another connection: DTLS sessions are kept, never made anew.
+    /// Whether the description belongs to another connection. A DTLS session is kept, and never
+    /// replaced.
     pub fn is_replaced_by(&self, remote: &RemoteTransport) -> bool {
         self.fingerprint
             .is_some_and(|known| known != remote.fingerprint)
@@ -209,7 +212,8 @@ impl ConnectionEnds {
         (self.local.ufrag, self.local.pwd) = (ufrag, password);
     }
 
-    /// What the router must be told now that both descriptions are known.
+    /// Takes the client's description. Returns the command for the router, now that both
+    /// descriptions are known.
     pub fn handle_remote(
         &mut self,
         transport: TransportId,
@@ -260,11 +264,11 @@ pub(super) struct AnsweringPeer {
     pub received: BTreeMap<usize, TrackId>,
     /// Sections that carry our tracks (single connection).
     pub sent: BTreeMap<usize, TrackId>,
-    /// Sections that carried our tracks in the last answer: another track may have them only after
-    /// an answer that had them idle, or the client takes it for the old one (RFC 9429, section
-    /// 5.10).
+    /// Sections that carried our tracks in the last answer. Another track may use them only after
+    /// an answer in which they were idle, or the client would take it for the old track (RFC 9429,
+    /// section 5.10).
     pub last_sent: BTreeSet<usize>,
-    /// Sections that the client was asked for since its last offer: audio, video.
+    /// Numbers of audio and video sections that the client was asked for since its last offer.
     pub requested: (u32, u32),
 }
 
@@ -319,7 +323,7 @@ impl OfferingPeer {
         }
     }
 
-    /// Puts a track into the next offer; returns its section.
+    /// Adds a track to the next offer, and returns its section.
     pub fn add(&mut self, track: TrackId, sent: SentTrack) -> usize {
         let section = self.offer.add(sent);
         self.tracks.insert(section, track);
@@ -331,14 +335,14 @@ impl OfferingPeer {
         self.tracks.remove(&section);
     }
 
-    /// New credentials, for the next offer.
+    /// Draws new ICE credentials for the next offer.
     pub fn restart(&mut self, shared: &mut SfuShared) {
         self.link.restart(shared);
         self.offer.rewrite();
     }
 }
 
-/// Our role where the client's answer says its own.
+/// Whether we take the active DTLS role, after an answer in which the client chose its own.
 pub(super) fn dtls_active_beside(remote: &RemoteTransport) -> bool {
     remote.setup == DtlsSetup::Passive
 }

@@ -1,6 +1,6 @@
-//! One room: who is in it, who publishes what, who gets what, and what everybody is told.
+//! One room: its participants, what they publish, what they subscribe to, and what they are told.
 
-// LiveKit calls some of a track's fields deprecated, and still fills and reads them, as clients do.
+// LiveKit calls some fields of a track deprecated, but still fills and reads them, as clients do.
 #![allow(deprecated)]
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -34,41 +34,43 @@ use crate::transport::sdp::serve::{
 use crate::transport::sdp::{DtlsSetup, Extension, RtcpFeedback, SdpError};
 use crate::units::Time;
 
-/// Changes of participants who publish nothing are told together, this often (LiveKit's
+/// Interval at which changes of participants without published tracks are sent together (LiveKit's
 /// `subscriberUpdateInterval`).
 const UPDATE_INTERVAL: Duration = Duration::from_secs(3);
-/// A publisher's tracks come together: one offer for them all.
+/// Delay that puts all tracks of a publisher into one offer, because they come together.
 const GATHER: Duration = Duration::from_millis(10);
-/// Between two offers to one participant. LiveKit waits 150 ms before each; here only the second of
-/// two pays, and a room that fills up still costs each participant at most ten descriptions a
-/// second.
+/// Least time between two offers to one participant. LiveKit waits 150 ms before each offer. Here
+/// only the second of two offers waits, and a room that fills up still costs each participant at
+/// most ten descriptions a second.
 const NEGOTIATION_SPACING: Duration = Duration::from_millis(100);
-/// LiveKit's own limits for an answer and for a participant's first connection.
+/// LiveKit's limits for an answer and for a participant's first connection.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
-/// Without a WebSocket for so long, a participant is gone. Media alone keeps nobody in.
+/// Time after which a participant without a WebSocket is removed. Media alone keeps nobody in the
+/// room.
 const SIGNAL_TIMEOUT: Duration = Duration::from_secs(20);
-/// Routers tell of loudness more often than this, as long as somebody speaks.
+/// Time after which speakers count as silent without a report. Routers report levels more often
+/// than this while somebody speaks.
 const SPEAKERS_STALE_AFTER: Duration = Duration::from_millis(800);
-/// Room service's defaults (LiveKit's).
+/// Defaults of the room service (LiveKit's values).
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(300);
 const DEPARTURE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Announced tracks that wait for their offer, and tracks of one participant: far more than anyone
-/// has.
+/// Limits of a participant's announced tracks that wait for their offer, and of its published
+/// tracks: far more than any client has.
 const PENDING_TRACKS_MAX: usize = 64;
 const PUBLISHED_TRACKS_MAX: usize = 256;
-/// Texts of a client that are repeated to everybody.
+/// Largest size of a client's texts that are repeated to everybody.
 const TEXT_BYTES_MAX: usize = 4096;
-/// Attributes that a participant has altogether, those of its token included (LiveKit's limit):
-/// everybody is told all of them each time.
+/// Largest size of all attributes of a participant, those of its token included (LiveKit's limit):
+/// everybody gets all of them on each change.
 const ATTRIBUTES_BYTES_MAX: usize = 64 << 10;
-/// Layers that an announcement describes: three, unless somebody plays.
+/// Largest number of layers in an announcement. Genuine clients describe three.
 const DESCRIBED_LAYERS_MAX: usize = 8;
 
 pub(super) struct SfuRoom {
     id: RoomId,
-    /// With the counts of those who are seen, which are kept as they come and go: everybody who
-    /// joins is told.
+    /// Includes the counts of visible participants, which are updated as they come and go, because
+    /// everybody who joins gets them.
     info: proto::Room,
     router: usize,
     participants: BTreeMap<SessionId, Participant>,
@@ -80,18 +82,18 @@ pub(super) struct SfuRoom {
     waiting_updates: BTreeMap<SessionId, Bytes>,
     update_at: Option<Time>,
     expires_at: Option<Time>,
-    /// Who was last said to speak, and how loud.
+    /// The speakers last reported, with their loudness.
     speakers: BTreeMap<SessionId, f32>,
     /// Tracks whose loudness has not decayed to nothing.
     heard: BTreeSet<TrackId>,
     speakers_stale_at: Option<Time>,
 }
 
-/// Why a participant's session ends, and what it is told to do.
+/// Reason why a participant's session ends, and what the participant is told to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct End {
     reason: proto::DisconnectReason,
-    /// `None`: it knows.
+    /// `None`: it already knows.
     action: Option<Action>,
 }
 
@@ -228,7 +230,7 @@ impl SfuRoom {
         self.expires_at.is_some_and(|at| at <= now)
     }
 
-    /// The room is no more; everybody is told.
+    /// Closes the room and tells everybody.
     pub fn close(&mut self, shared: &mut SfuShared, now: Time) {
         while let Some(session) = self
             .participants
@@ -239,7 +241,7 @@ impl SfuRoom {
         }
     }
 
-    // Who comes and goes.
+    // Joining and leaving.
 
     pub fn handle_join(
         &mut self,
@@ -296,7 +298,7 @@ impl SfuRoom {
         if let Some(offer) = publisher_offer {
             self.handle_offer(shared, session, &offer, now);
         }
-        // The subscriber connection comes up at once, with tracks or without.
+        // The subscriber connection is set up at once, with or without tracks.
         self.offer(shared, session, now);
     }
 
@@ -361,8 +363,8 @@ impl SfuRoom {
         }
     }
 
-    /// The participant is back with a new WebSocket; its connections have stayed. `false`: it is
-    /// not here.
+    /// Resumes a participant's session with a new WebSocket; its connections have stayed. Returns
+    /// `false` if the participant is not in the room.
     pub fn handle_resume(
         &mut self,
         shared: &mut SfuShared,
@@ -400,12 +402,12 @@ impl SfuRoom {
             Response::RoomUpdate(proto::RoomUpdate { room: Some(room) }),
         );
         if let Some(peer) = &mut participant.offering {
-            // Its path may be another now. An offer that was on its way may be lost: this one
-            // stands for it.
+            // The network path may have changed, and an earlier offer may be lost: this offer
+            // replaces it.
             peer.restart(shared);
             self.offer(shared, session, now);
         } else if participant.single {
-            // So may our wish for sections be.
+            // Our request for sections may be lost, too.
             participant.answering.requested = (0, 0);
             self.schedule_negotiation(shared, session, now);
         }
@@ -434,7 +436,7 @@ impl SfuRoom {
         session.is_some()
     }
 
-    /// Media may flow on one of its connections.
+    /// Handles a connection of a participant that has come up.
     pub fn handle_connected(
         &mut self,
         shared: &mut SfuShared,
@@ -458,7 +460,7 @@ impl SfuRoom {
         }
     }
 
-    /// One of its connections is gone: only a new session helps.
+    /// Ends a session after one of its connections failed: only a new session helps.
     pub fn handle_failed(
         &mut self,
         shared: &mut SfuShared,
@@ -468,7 +470,7 @@ impl SfuRoom {
     ) {
         if let Some(participant) = self.participants.get(&session) {
             let (room, identity) = (self.name(), participant.info.identity.as_str());
-            // A client that goes may end DTLS before it says so.
+            // A client that leaves may end DTLS before it says that it leaves.
             if failure == PeerFailure::ClosedByRemote {
                 debug!(room, identity, ?failure, "a media connection ended");
             } else {
@@ -524,8 +526,8 @@ impl SfuRoom {
             "left"
         );
         participant.encode();
-        // Whoever takes over an identity must not be taken for the one who went: the old one's end
-        // is told first.
+        // A participant that takes over an identity must not be confused with the one that left, so
+        // the end of the old one is sent first.
         self.tell(shared, &participant, end == End::REPLACED, now);
         if self.participants.is_empty() {
             self.expire_after(
@@ -541,7 +543,7 @@ impl SfuRoom {
         shared.set_timer(now + timeout, Timer::Room(self.id));
     }
 
-    // What everybody is told.
+    // Updates to everybody.
 
     fn visible(&self) -> impl Iterator<Item = &Participant> + Clone {
         self.participants
@@ -562,7 +564,7 @@ impl SfuRoom {
         }
     }
 
-    /// A participant's information has changed.
+    /// Sends a participant's changed information.
     fn announce(&mut self, shared: &mut SfuShared, session: SessionId, at_once: bool, now: Time) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
@@ -579,7 +581,7 @@ impl SfuRoom {
         self.queue_update(shared, session, encoded, urgent, now);
     }
 
-    /// As [`SfuRoom::announce`], of one who is no longer here.
+    /// Does the same as [`SfuRoom::announce`], for a participant that has left.
     fn tell(&mut self, shared: &mut SfuShared, gone: &Participant, at_once: bool, now: Time) {
         if !gone.is_hidden() {
             let urgent = at_once || gone.info.is_publisher;
@@ -587,8 +589,8 @@ impl SfuRoom {
         }
     }
 
-    /// Publishers' changes go out at once; those of an audience together, as LiveKit has it: each
-    /// of them would be told to everybody.
+    /// Sends an update. Changes of publishers are sent at once. Those of other participants are
+    /// sent together, as in LiveKit, because each of them goes to everybody.
     fn queue_update(
         &mut self,
         shared: &mut SfuShared,
@@ -626,7 +628,7 @@ impl SfuRoom {
         }
     }
 
-    /// How loud tracks were in the last interval; those that are missing were silent.
+    /// Takes the loudness of tracks in the last interval. Tracks that are missing were silent.
     pub fn handle_levels(&mut self, shared: &mut SfuShared, levels: &[(TrackId, u8)], now: Time) {
         let levels: BTreeMap<TrackId, u8> = levels.iter().copied().collect();
         let concerned: BTreeSet<TrackId> =
@@ -682,7 +684,7 @@ impl SfuRoom {
         }
     }
 
-    // What a participant asks for.
+    // Requests from participants.
 
     pub fn handle_request(
         &mut self,
@@ -716,8 +718,8 @@ impl SfuRoom {
                 };
                 self.respond(shared, session, Response::PongResp(pong));
             }
-            // We send no checks, so a client's candidates tell us nothing: its own checks show its
-            // address. Data, and what only a product needs, is not served.
+            // We send no checks, so a client's candidates are of no use: its own checks show its
+            // address. Data tracks and blobs, and what only a product needs, are not served.
             Request::Trickle(_)
             | Request::UpdateLayers(_)
             | Request::SubscriptionPermission(_)
@@ -780,7 +782,7 @@ impl SfuRoom {
                 .iter()
                 .map(|(key, value)| (key.clone(), value.clone()));
             info.attributes.extend(attributes);
-            // An empty value takes an attribute away.
+            // An empty value removes an attribute.
             info.attributes.retain(|_, value| !value.is_empty());
             proto::request_response::Reason::Ok
         };
@@ -824,8 +826,8 @@ impl SfuRoom {
             None
         };
         if let Some(reason) = reason {
-            // What was refused is repeated, so that the client knows which request this answers,
-            // unless it is long.
+            // The refused request is repeated, unless it is long, so that the client knows which
+            // request this answers.
             let repeated = (request.encoded_len() <= TEXT_BYTES_MAX)
                 .then_some(proto::request_response::Request::AddTrack(request));
             let response = proto::RequestResponse {
@@ -858,7 +860,7 @@ impl SfuRoom {
         self.respond(shared, session, Response::TrackPublished(published));
     }
 
-    /// A publisher's offer, or any of a single connection.
+    /// Handles a publisher's offer, or any offer of a single connection.
     fn handle_offer(
         &mut self,
         shared: &mut SfuShared,
@@ -879,7 +881,7 @@ impl SfuRoom {
         }
     }
 
-    /// Returns the tracks that it publishes.
+    /// Answers an offer. Returns the tracks that it publishes.
     fn answer(
         &mut self,
         shared: &mut SfuShared,
@@ -930,8 +932,8 @@ impl SfuRoom {
         Ok(published)
     }
 
-    /// One section of a client's offer is new or has changed. Returns the track that it begins to
-    /// publish.
+    /// Handles a section of a client's offer that is new or has changed. Returns the track that it
+    /// starts to publish.
     fn handle_section(
         &mut self,
         shared: &mut SfuShared,
@@ -1021,7 +1023,7 @@ impl SfuRoom {
         Some(id)
     }
 
-    /// The track ends for everybody.
+    /// Ends a track for everybody.
     fn unpublish(&mut self, shared: &mut SfuShared, id: TrackId, now: Time) {
         let Some(track) = self.tracks.remove(&id) else {
             return;
@@ -1087,7 +1089,7 @@ impl SfuRoom {
         self.announce(shared, session, true, now);
     }
 
-    /// Tells the publisher which of a video track's layers anybody watches, when that changes.
+    /// Tells the publisher which layers of a video track have viewers, when that changes.
     pub fn poll_dynacast(&mut self, shared: &mut SfuShared, id: TrackId, now: Time) {
         let Some(track) = self
             .tracks
@@ -1181,7 +1183,7 @@ impl SfuRoom {
         self.schedule_negotiation(shared, session, now);
     }
 
-    /// The subscription ends, by the subscriber's wish or with its track.
+    /// Ends a subscription, because the subscriber asked for it or the track ended.
     fn drop_subscription(
         &mut self,
         shared: &mut SfuShared,
@@ -1232,7 +1234,7 @@ impl SfuRoom {
         }
     }
 
-    /// The client has taken a section of its offer away from one of our tracks.
+    /// Handles a section of the client's offer that can no longer carry our track.
     fn take_section(&mut self, shared: &mut SfuShared, session: SessionId, id: TrackId, now: Time) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
@@ -1259,7 +1261,7 @@ impl SfuRoom {
         }
     }
 
-    /// The descriptions are agreed: the router is to send.
+    /// Starts a subscription at the router, after the descriptions have been agreed on.
     fn go_live(
         &mut self,
         shared: &mut SfuShared,
@@ -1370,7 +1372,7 @@ impl SfuRoom {
         }
     }
 
-    /// What a client says after a resume of what it had. Only what it had switched off can be news.
+    /// Handles a client's state after a resume. Only the tracks that it had disabled can be news.
     fn handle_sync_state(
         &mut self,
         shared: &mut SfuShared,
@@ -1392,7 +1394,7 @@ impl SfuRoom {
         }
     }
 
-    /// The subscriber's settings, or its publisher's muting, have changed.
+    /// Applies a subscriber's changed settings, or its publisher's changed mute state.
     fn apply_settings(
         &mut self,
         shared: &mut SfuShared,
@@ -1431,9 +1433,9 @@ impl SfuRoom {
         }
     }
 
-    // Descriptions that we begin.
+    // Descriptions that we initiate.
 
-    /// Something that a subscriber's descriptions must say has changed.
+    /// Schedules a negotiation after a change that a subscriber's descriptions must include.
     fn schedule_negotiation(&mut self, shared: &mut SfuShared, session: SessionId, now: Time) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
@@ -1483,7 +1485,7 @@ impl SfuRoom {
             return;
         };
         match &participant.offering {
-            // The answer that is missing brings us back here.
+            // The missing answer will schedule the negotiation again.
             Some(peer) if peer.offer.is_waiting_for_answer() => {}
             Some(_) => self.offer(shared, session, now),
             None if participant.single => self.require_sections(shared, session, now),
@@ -1514,8 +1516,7 @@ impl SfuRoom {
         shared.set_timer(now + ANSWER_TIMEOUT, Timer::Participant(self.id, session));
     }
 
-    /// Asks a single connection's client for an offer, with more sections if those that it has do
-    /// not suffice.
+    /// Asks the client of a single connection for an offer, with more sections if it has too few.
     fn require_sections(&mut self, shared: &mut SfuShared, session: SessionId, now: Time) {
         let Some(participant) = self.participants.get_mut(&session) else {
             return;
@@ -1547,7 +1548,7 @@ impl SfuRoom {
         let Some(peer) = &mut participant.offering else {
             return;
         };
-        // An answer to an offer that was replaced since. Old clients number nothing.
+        // Ignores an answer to an offer that has been replaced. Old clients send no offer ids.
         if !peer.offer.is_waiting_for_answer() || (answer.id != 0 && answer.id != peer.offer_id) {
             return;
         }
@@ -1580,8 +1581,8 @@ impl SfuRoom {
 
     // Answers to a client's offers.
 
-    /// Gives subscriptions that wait the free sections of the client's offer. Returns those that
-    /// were given.
+    /// Assigns free sections of the client's offer to waiting subscriptions, and returns those that
+    /// were assigned.
     fn assign_sections(&mut self, session: SessionId) -> Vec<(usize, TrackId)> {
         let mut assigned = Vec::new();
         let Some(participant) = self
@@ -1669,7 +1670,7 @@ impl SfuRoom {
         peer.requested = (0, 0);
     }
 
-    /// What the offer had no room for is asked for again.
+    /// Asks again for the sections that the offer did not have.
     fn after_answer(&mut self, shared: &mut SfuShared, session: SessionId, now: Time) {
         let Some(participant) = self
             .participants
@@ -1699,9 +1700,9 @@ fn kind_of(track_type: proto::TrackType) -> Option<Kind> {
     }
 }
 
-/// What others will be told of a track that was announced.
+/// Information about an announced track for other participants.
 fn track_info(sid: String, request: proto::AddTrackRequest) -> proto::TrackInfo {
-    // Until its description says more.
+    // The default codec holds until the track's description says more.
     let kind = kind_of(request.r#type()).unwrap_or(Kind::Audio);
     let mime_type = Codec::default_of(kind).mime();
     let layers: Vec<proto::VideoLayer> = request
@@ -1744,7 +1745,7 @@ fn is_cid_of(info: &proto::TrackInfo, track_id: &str) -> bool {
         .any(|codec| codec.cid == track_id || codec.sdp_cid == track_id)
 }
 
-/// What the offer says of an announced track.
+/// Adds the content of the offer to an announced track.
 fn describe_sent(info: &mut proto::TrackInfo, codec: Codec, section: &ClientSection) {
     info.mime_type = codec.mime().to_owned();
     info.mid = section.mid.to_string();
@@ -1758,8 +1759,8 @@ fn describe_sent(info: &mut proto::TrackInfo, codec: Codec, section: &ClientSect
     }
 }
 
-/// The announced track that an offer's section carries: by its cid, or the first of its kind,
-/// because browsers may rename a track when it is added.
+/// The announced track that belongs to a section of an offer: by its cid, otherwise the first of
+/// its kind, because browsers may rename a track when it is added.
 fn take_pending(
     pending: &mut Vec<PendingTrack>,
     kind: Kind,

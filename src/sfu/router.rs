@@ -1,11 +1,12 @@
 //! One router: the connections, tracks and subscriptions of its rooms. Datagrams, commands and time
-//! go in; datagrams, events and counts come out. No sockets, no clock, no lock, no chance of its
-//! own.
+//! go in; datagrams, events and counts come out. It has no socket, clock, lock or source of
+//! randomness.
 //!
-//! A packet's way: its address names the connection, its SSRC the encoding; there it is opened and
-//! kept ([`super::ingest`]). Packets of one encoding that came together are a *run*. When the run
-//! ends, each of the track's subscribers in turn gets what of it is for him ([`super::forward`]):
-//! so his state is fetched into the cache once a run, and his packets may leave with one call.
+//! The address of a packet identifies the connection, and its SSRC the encoding, where it is
+//! decrypted and kept ([`super::ingest`]). Packets of one encoding that came together form a *run*.
+//! When the run ends, each subscriber of the track in turn gets its packets of the run
+//! ([`super::forward`]). So the state of a subscriber is loaded into the CPU cache once for each
+//! run, and its packets may leave with one call.
 
 use crate::transport::rtp::Ssrc;
 use std::collections::{HashMap, VecDeque};
@@ -42,39 +43,40 @@ use crate::transport::sequence::Seq;
 use crate::transport::srtp::Rejected;
 use crate::units::{Epoch, Time, ntp_middle};
 
-/// Reports to publishers, as LiveKit has it.
+/// Interval of reports to publishers (LiveKit's value).
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
-/// Sender reports to subscribers, as LiveKit has it.
+/// Interval of sender reports to subscribers (LiveKit's value).
 const SENDER_REPORT_INTERVAL: Duration = Duration::from_secs(3);
-/// Loudness is told this often.
+/// Interval of level reports to the lobby.
 const LEVEL_INTERVAL: Duration = Duration::from_millis(500);
-/// LiveKit's judgement of who speaks: packets at least this loud (-dBov) ..
+/// Least loudness of an active packet, in -dBov (LiveKit's value).
 const LEVEL_ACTIVE: u8 = 35;
-/// .. make up this share of an interval.
+/// Least share of active packets in an interval for a track to count as speaking (LiveKit's value).
 const LEVEL_ACTIVE_PERCENT: u32 = 40;
-/// Until a round trip to a publisher has been measured.
+/// Round trip time to a publisher assumed until one has been measured.
 const RTT_UNKNOWN: Duration = Duration::from_millis(70);
-/// Sender reports in one compound, each with a description of its source: 28 and up to 36 bytes.
+/// Largest number of sender reports in one compound. Each has a source description: 28 and up to 36
+/// bytes.
 const SENDER_REPORTS_MAX: usize = 18;
-/// Checks that came before their connection was added: at most so many, of so many bytes, and for
-/// so long. Both ends learn of a description at about the same time, and a check that is lost costs
-/// the joining participant its repeat interval.
+/// Limits of the checks kept for connections that are not added yet: their number, their size and
+/// their age. Both ends learn of a description at about the same time, and a lost check delays the
+/// joining participant by its repeat interval.
 const EARLY_CHECKS_MAX: usize = 64;
 const EARLY_CHECK_BYTES_MAX: usize = 512;
 const EARLY_CHECK_AGE_MAX: Duration = Duration::from_secs(1);
-/// Addresses that one connection may be reached from: candidates of a few interfaces. A new one
-/// takes the place of the oldest that is not in use.
+/// Largest number of addresses of one connection: candidates of a few interfaces. A new one
+/// replaces the oldest that is not in use.
 const ADDRESSES_MAX: usize = 8;
 
-/// What a router is made with.
+/// Configuration of a router.
 #[derive(Clone)]
 pub struct RouterConfig {
     pub identity: Identity,
     pub epoch: Epoch,
-    /// Where its datagrams come in: the candidate that descriptions name.
+    /// Address that its datagrams arrive at: the candidate in descriptions.
     pub local_address: SocketAddr,
     pub send: SendMode,
-    /// Chooses the first sequence numbers, timestamps and picture ids.
+    /// Seed of the first sequence numbers, timestamps and picture ids.
     pub seed: u64,
 }
 
@@ -83,19 +85,19 @@ struct RouterTransport {
     id: TransportId,
     peer: Peer,
     ufrag: String,
-    /// Authentic checks came from these, the latest last.
+    /// Addresses that authentic checks came from, the latest last.
     addresses: Vec<SocketAddr>,
-    /// `(ssrc, track, encoding, is_rtx)` of what it publishes, by SSRC.
+    /// Its published streams: `(ssrc, track, encoding, is_rtx)`, sorted by SSRC.
     incoming: Vec<Incoming>,
-    /// `(ssrc, subscription)` of what it gets, retransmissions included, by SSRC.
+    /// Streams sent to it, retransmissions included: `(ssrc, subscription)`, sorted by SSRC.
     outgoing: Vec<(Ssrc, u32)>,
     tracks: Vec<u32>,
-    /// Streams that it has got before and that have ended.
+    /// Streams that were sent to it and have ended.
     ended: EndedStreams,
     transport_cc: Option<(u8, Box<ArrivalLog>)>,
     rtt: Option<Duration>,
-    /// The publisher's wall clock: nanoseconds since 1900 at [`Time::ZERO`], later by what a
-    /// packet takes at the fastest.
+    /// The publisher's wall clock in nanoseconds since 1900, at [`Time::ZERO`]. The estimate lags
+    /// by the travel time of the fastest packet.
     clock: Option<PeerClock>,
     report_at: Time,
     repair_at: Time,
@@ -112,18 +114,18 @@ struct Incoming {
     is_rtx: bool,
 }
 
-/// How a publisher's wall clock lies to ours.
+/// Relation of a publisher's wall clock to ours.
 #[derive(Clone, Copy)]
 struct PeerClock {
-    /// Its nanoseconds since 1900 less ours since the epoch, and less the shortest way of a
-    /// packet.
+    /// The publisher's nanoseconds since 1900, minus our nanoseconds since the epoch, minus the
+    /// shortest travel time of a packet.
     ahead: i64,
     at: Time,
 }
 
 impl PeerClock {
-    /// The report that travelled fastest tells most; 100 us a second are granted to clocks that
-    /// drift apart.
+    /// Updates the estimate with a sender report. The report that travelled fastest is the most
+    /// precise. Clocks may drift apart by 100 us a second.
     fn update(clock: Option<PeerClock>, ntp_nanos: i64, arrival: Time) -> PeerClock {
         let sample = ntp_nanos.saturating_sub(arrival.as_nanos() as i64);
         let ahead = clock.map_or(sample, |clock| {
@@ -156,7 +158,7 @@ impl RouterTransport {
             .filter(|known| known.ssrc == ssrc)
     }
 
-    /// Begins with the first track that agrees on it.
+    /// Starts transport-wide feedback, with the first track that agrees on it.
     fn give_feedback(&mut self, extension_id: u8, now: Time) {
         if self.transport_cc.is_some() {
             return;
@@ -167,7 +169,7 @@ impl RouterTransport {
         }
     }
 
-    /// The SSRCs that the track's description names.
+    /// Binds the SSRCs that the track's description names.
     fn bind_described(&mut self, track: u32, encodings: &Encodings) {
         let Encodings::Ssrc { ssrc, rtx_ssrc } = encodings else {
             return;
@@ -183,7 +185,7 @@ impl RouterTransport {
         }
     }
 
-    /// Says whose an SSRC is from now on.
+    /// Assigns an SSRC to an encoding of a track from now on.
     fn bind(&mut self, incoming: Incoming) {
         self.incoming.retain(|known| {
             known.ssrc != incoming.ssrc
@@ -211,13 +213,13 @@ struct RouterTrack {
     transport: u32,
     format: Format,
     mid: Box<str>,
-    /// The same for all tracks of a connection: subscribers play together what has one name (RFC
+    /// The same for all tracks of a connection: subscribers synchronise streams with one name (RFC
     /// 3550, section 6.5.1).
     cname: Box<str>,
     encodings_by: Encodings,
     extensions: ExtensionIds,
     nack: bool,
-    /// From low to high.
+    /// Encodings from low to high.
     encodings: Vec<Ingest>,
     subscribers: Vec<Subscriber>,
     started: bool,
@@ -225,26 +227,26 @@ struct RouterTrack {
     level: LevelSum,
 }
 
-/// Where the two parts of a subscriber's state are kept. Both are known without a look at either,
-/// so that they can be fetched before their turn.
+/// Slots of the two parts of a subscriber's state. Both are known without reading either part, so
+/// they can be prefetched.
 #[derive(Clone, Copy)]
 struct Subscriber {
     subscription: u32,
     transport: u32,
 }
 
-/// Audio levels since the last telling.
+/// Audio levels since the last report.
 #[derive(Clone, Copy, Default)]
 struct LevelSum {
     packets: u32,
     active: u32,
-    /// Level of active packets, in -dBov.
+    /// Sum of the levels of active packets, in -dBov.
     sum: u32,
 }
 
 impl LevelSum {
     fn add(&mut self, level: u8) {
-        // The first bit says whether there is voice; the seven others how loud.
+        // The first bit says whether there is voice. The other seven are the level.
         let level = level & 0x7F;
         self.packets += 1;
         if level <= LEVEL_ACTIVE {
@@ -260,7 +262,7 @@ impl LevelSum {
 }
 
 impl RouterTrack {
-    /// When NACKs, key frame requests and layers are to be looked at.
+    /// When NACKs, key frame requests and layers are to be checked.
     fn next_at(&self) -> Time {
         let encodings = self
             .encodings
@@ -270,7 +272,7 @@ impl RouterTrack {
     }
 }
 
-/// Things of one kind, each under a number that stays its own until it is removed.
+/// Entries of one type. Each has a number that belongs to it until it is removed.
 struct Slab<T> {
     entries: Vec<Option<Box<T>>>,
     free: Vec<u32>,
@@ -316,8 +318,8 @@ impl<T> Slab<T> {
     }
 }
 
-/// A hash for addresses of peers that have proved themselves: nobody else gets into the map, so it
-/// need not withstand an attack.
+/// A hash for addresses of peers that have been authenticated. Nobody else gets into the map, so
+/// the hash need not withstand attacks.
 #[derive(Default)]
 struct AddressHasher(u64);
 
@@ -351,21 +353,21 @@ impl Hasher for AddressHasher {
     }
 }
 
-/// A check that came before its connection.
+/// A check that came before its connection was added.
 struct EarlyCheck {
     from: SocketAddr,
     arrival: Time,
     bytes: Vec<u8>,
 }
 
-/// Packets of one encoding that came one behind the other, to be forwarded together.
+/// Consecutive packets of one encoding, to be forwarded together.
 struct PendingRun {
     track: u32,
     encoding: u8,
     packets: Vec<u64>,
 }
 
-/// One router; see the module.
+/// One router; see the module documentation.
 pub struct Router {
     config: RouterConfig,
     transports: Slab<RouterTransport>,
@@ -376,7 +378,7 @@ pub struct Router {
     subscription_slots: HashMap<SubscriptionId, u32>,
     addresses: HashMap<SocketAddr, u32, BuildHasherDefault<AddressHasher>>,
     ufrags: HashMap<String, u32>,
-    /// The address of the datagram before, and its connection: datagrams come in bursts.
+    /// Address and connection of the previous datagram, because datagrams come in bursts.
     last_from: Option<(SocketAddr, u32)>,
     /// The connections of each room that have data channels. Looked up, never iterated.
     data_rooms: HashMap<u32, Vec<u32>>,
@@ -384,13 +386,13 @@ pub struct Router {
     run: PendingRun,
     events: VecDeque<MediaEvent>,
     statistics: RouterStatistics,
-    /// When each transport is due, by its slot.
+    /// Due time of each transport, by its slot.
     due: DueQueue,
-    /// The slots that are due, while they are looked after.
+    /// The slots that are due, while they are being handled.
     due_now: Vec<u32>,
     levels_at: Time,
     somebody_spoke: bool,
-    /// Ours, in what we say of published media.
+    /// Our SSRC in reports about published media.
     rtcp_ssrc: Ssrc,
     cname: String,
 }
@@ -450,7 +452,7 @@ impl Router {
         }
     }
 
-    /// Each encoding of a track, from low to high; `None` where there is no such track.
+    /// Statistics of each encoding of a track, from low to high; `None` if there is no such track.
     pub fn track_statistics(&self, track: TrackId) -> Option<Vec<EncodingStatistics>> {
         let track = self.tracks.get(*self.track_slots.get(&track)?)?;
         Some(track.encodings.iter().map(Ingest::statistics).collect())
@@ -466,14 +468,14 @@ impl Router {
         Some(subscription.statistics())
     }
 
-    /// What the outlet counted, for the statistics.
+    /// Adds the outlet's counts to the statistics.
     pub fn count_outlet(&mut self, send_errors: u64, socket_drops: u64, limit_drops: u64) {
         self.statistics.send_errors += send_errors;
         self.statistics.socket_drops += socket_drops;
         self.statistics.limit_drops += limit_drops;
     }
 
-    /// Errors that came in place of datagrams.
+    /// Counts errors that the socket returned in place of datagrams.
     pub fn count_receive_errors(&mut self, errors: u64) {
         self.statistics.receive_errors += errors;
     }
@@ -812,7 +814,7 @@ impl Router {
         }
     }
 
-    /// A subscriber needs a key frame of one of a track's layers.
+    /// Notes that a subscriber needs a key frame of one of a track's layers.
     fn want_key_frame(&mut self, track: u32, layer: Option<u8>, now: Time) {
         let Some(layer) = layer else { return };
         let Some(found) = self.tracks.get_mut(track) else {
@@ -826,7 +828,7 @@ impl Router {
         self.repair_by(transport, at);
     }
 
-    /// Has a transport's repair timer look after one of its tracks.
+    /// Makes a transport's repair timer cover one of its tracks.
     fn look_after(&mut self, transport: u32, track: u32) {
         let Some(at) = self.tracks.get(track).map(RouterTrack::next_at) else {
             return;
@@ -854,8 +856,8 @@ impl Router {
 
     // Datagrams.
 
-    /// One datagram, opened in place. Media may be held back for those that come with it:
-    /// [`Router::end_batch`] follows the last datagram that is at hand.
+    /// Handles one datagram, which is decrypted in place. Media may be held back until the packets
+    /// that belong to it have come: [`Router::end_batch`] must follow the last available datagram.
     pub fn handle_datagram(
         &mut self,
         datagram: &mut [u8],
@@ -875,13 +877,13 @@ impl Router {
         }
     }
 
-    /// Forwards what [`Router::handle_datagram`] held back.
+    /// Forwards the media that [`Router::handle_datagram`] held back.
     pub fn end_batch(&mut self, now: Time, io: &mut impl Outgoing) {
         self.forward_run(now, io);
     }
 
-    /// Whether what is held back stops within a picture: what follows is then on its way, unless
-    /// the publisher spreads its packets over time.
+    /// Whether the media held back ends within a picture. Then the rest is on its way, unless the
+    /// publisher spreads its packets over time.
     pub fn is_mid_frame(&self) -> bool {
         let encodings = self
             .tracks
@@ -897,7 +899,7 @@ impl Router {
         })
     }
 
-    /// A datagram that the edge could not take whole.
+    /// Counts a datagram that the edge could not receive whole.
     pub fn refuse(&mut self) {
         self.statistics.datagrams_in += 1;
         self.statistics.refused_malformed += 1;
@@ -966,8 +968,8 @@ impl Router {
         true
     }
 
-    /// Checks that came just before this user name was known. They have been counted as refused,
-    /// and stay so.
+    /// Handles checks that came just before this user name was known. They have been counted as
+    /// refused, and stay counted.
     fn take_early_checks(&mut self, ufrag: &str, now: Time, io: &mut impl Outgoing) {
         let Some(slot) = self.ufrags.get(ufrag).copied() else {
             return;
@@ -982,7 +984,7 @@ impl Router {
         }
     }
 
-    /// An authentic check came from here: so may all the rest.
+    /// Learns an address from an authentic check. Other packets may come from it, too.
     fn learn_address(&mut self, slot: u32, from: SocketAddr) {
         if self.addresses.get(&from) == Some(&slot) {
             return;
@@ -1034,7 +1036,7 @@ impl Router {
         self.advance_setup(slot, now, io);
     }
 
-    /// Drives ICE, DTLS and data channels as far as they go, and hands on what came.
+    /// Drives ICE, DTLS and data channels as far as possible, and relays received data messages.
     fn advance_setup(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
         self.advance_peer(slot, now, io);
         while let Some(transport) = self.transports.get_mut(slot)
@@ -1044,7 +1046,7 @@ impl Router {
         }
     }
 
-    /// A participant's message goes to the others of its room.
+    /// Sends a participant's message to the others of its room.
     fn relay_data(&mut self, from: u32, message: &DataMessage, now: Time, io: &mut impl Outgoing) {
         self.statistics.data_in += 1;
         let sender = self.transports.get(from);
@@ -1073,7 +1075,7 @@ impl Router {
         }
     }
 
-    /// Drives ICE, DTLS and data channels as far as they go, and sets their next timer.
+    /// Drives ICE, DTLS and data channels as far as possible, and sets their next timer.
     fn advance_peer(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
         let Some(transport) = self.transports.get_mut(slot) else {
             return;
@@ -1107,8 +1109,8 @@ impl Router {
         }
         if connected {
             transport.connected = true;
-            // Spread over the interval, so that a wave of joins is not a wave of reports for ever
-            // after.
+            // Reports are spread over the interval, so that a wave of joins does not cause a
+            // lasting wave of reports.
             transport.report_at = now + Duration::from_millis(u64::from(id.0) * 37 % 200 + 100);
             if transport.transport_cc.is_some() {
                 transport.feedback_at = now + FEEDBACK_INTERVAL;
@@ -1122,7 +1124,7 @@ impl Router {
         self.schedule(slot);
     }
 
-    /// A connection is up: what it is subscribed to can begin.
+    /// Requests key frames for the subscriptions of a connection that has come up.
     fn begin_subscriptions(&mut self, slot: u32, now: Time) {
         let Some(transport) = self.transports.get(slot) else {
             return;
@@ -1197,7 +1199,7 @@ impl Router {
         }
     }
 
-    /// A packet is kept: it joins the run, or begins the next one.
+    /// Adds a kept packet to the run, or begins the next run with it.
     fn take_media(
         &mut self,
         slot: u32,
@@ -1237,7 +1239,7 @@ impl Router {
         self.run.packets.push(ext);
     }
 
-    /// Which layers of a track are being sent has changed.
+    /// Chooses layers again, after a layer of a track has started or stopped.
     fn choose_layers(&mut self, slot: u32, now: Time) {
         let Some(track) = self.tracks.get_mut(slot) else {
             return;
@@ -1270,8 +1272,8 @@ impl Router {
                 &track.format,
             );
             for (at, subscriber) in track.subscribers.iter().enumerate() {
-                // The next one's state is not in the cache: fetched now, it is there when his turn
-                // comes.
+                // The state of the next subscriber is not in the CPU cache. It is prefetched now,
+                // so it is there at its turn.
                 if let Some(next) = track.subscribers.get(at + 1) {
                     prefetch(&self.subscriptions, &self.transports, *next);
                 }
@@ -1308,7 +1310,7 @@ impl Router {
         now: Time,
         io: &mut impl Outgoing,
     ) {
-        // What a report or a NACK speaks of may still be in the run.
+        // The packets that a report or a NACK refers to may still be in the run.
         self.forward_run(now, io);
         let Some(slot) = self.transport_of(from) else {
             self.statistics.refused_unknown_address += 1;
@@ -1433,7 +1435,7 @@ impl Router {
             block.dlsr,
         );
         transport.rtt = rtt.or(transport.rtt);
-        // Reports on retransmissions say nothing of the media's loss.
+        // Reports on retransmissions say nothing about the loss of media.
         if let Some(subscription) = self
             .subscriptions
             .get_mut(subscription)
@@ -1490,8 +1492,8 @@ impl Router {
         self.want_key_frame(track, layer, now);
     }
 
-    /// A receiver without media learns its round trip from the answer (RFC 3611). It is given at
-    /// once; what the question waited for its turn is stated.
+    /// Answers a reference time report, from which a receiver without media measures its round trip
+    /// (RFC 3611). The answer is sent at once, and states how long the request had waited.
     fn answer_reference_time(
         &mut self,
         slot: u32,
@@ -1518,7 +1520,7 @@ impl Router {
     /// Sends what is due: NACKs, key frame requests, reports, feedback, set-up.
     pub fn handle_timeout(&mut self, now: Time, io: &mut impl Outgoing) {
         self.forward_run(now, io);
-        // What is due again at once waits for the next call: one call always ends.
+        // A slot that is due again at once waits for the next call, so each call ends.
         let mut due_now = std::mem::take(&mut self.due_now);
         while let Some(slot) = self.due.pop_due(now) {
             due_now.push(slot);
@@ -1566,8 +1568,8 @@ impl Router {
         self.schedule(slot);
     }
 
-    /// Asks a publisher for what is missing and for key frames that are needed, and judges its
-    /// layers.
+    /// Requests missing packets and needed key frames from a publisher, and checks which of its
+    /// layers are active.
     fn repair(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
         let Some(transport) = self.transports.get_mut(slot) else {
             return;
@@ -1647,8 +1649,8 @@ impl Router {
                     |subscriber: &Subscriber| layer_awaited(subscriber) == Some(layer as u8);
                 let still_wanted = track.subscribers.iter().any(waits);
                 if encoding.poll_key_frame_request(now, still_wanted) {
-                    // Some publishers answer only what names their stream in both places, as
-                    // LiveKit does.
+                    // Both SSRC fields name the media stream, as in LiveKit, because some
+                    // publishers answer nothing else.
                     send_compound(transport, &mut self.statistics, io, |writer| {
                         writer.pli(media_ssrc, media_ssrc)
                     });
@@ -1690,8 +1692,8 @@ impl Router {
         self.send_sender_reports(slot, now, io);
     }
 
-    /// RR for every published encoding, and our clock: the answer tells us the round trip (RFC
-    /// 3611).
+    /// Sends an RR for every published encoding, with our clock, so that the answer shows the round
+    /// trip (RFC 3611).
     fn send_receiver_reports(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
         let Some(transport) = self.transports.get_mut(slot) else {
             return;
@@ -1733,7 +1735,7 @@ impl Router {
         transport.incoming = published;
     }
 
-    /// SR for each stream that this connection gets, in our own clock.
+    /// Sends an SR, in our own clock, for each stream that this connection gets.
     fn send_sender_reports(&mut self, slot: u32, now: Time, io: &mut impl Outgoing) {
         let Some(transport) = self.transports.get_mut(slot) else {
             return;
@@ -1808,7 +1810,7 @@ impl Router {
             let sum = std::mem::take(&mut track.level);
             levels.extend(sum.spoke().map(|level| (track.id, level)));
         }
-        // Silence is told once.
+        // Silence is reported once.
         if self.somebody_spoke || !levels.is_empty() {
             self.somebody_spoke = !levels.is_empty();
             self.events.push_back(MediaEvent::AudioLevels { levels });
@@ -1816,8 +1818,8 @@ impl Router {
     }
 }
 
-/// Whose a packet of an unknown SSRC is, by the mid, rid and repaired rid in its header (RFC 8843,
-/// RFC 8852). Believed only once the packet proves authentic.
+/// Finds the track and encoding of a packet with an unknown SSRC, by the mid, rid and repaired rid
+/// in its header (RFC 8843, RFC 8852). The result counts only once the packet proves authentic.
 fn learn(
     transport: &RouterTransport,
     tracks: &Slab<RouterTrack>,
@@ -1856,7 +1858,7 @@ fn learn(
     })
 }
 
-/// For transport-wide feedback, where agreed.
+/// Records an arrival for transport-wide feedback, if that was agreed on.
 fn note_arrival(transport: &mut RouterTransport, header: &Header, datagram: &[u8], arrival: Time) {
     let Some((id, log)) = &mut transport.transport_cc else {
         return;
@@ -1879,7 +1881,8 @@ fn prefetch(
     }
 }
 
-/// Writes one compound into the lent buffer, seals and sends it; false where it cannot.
+/// Writes one compound into the lent buffer, seals it and sends it. Returns false if that is not
+/// possible.
 fn send_compound(
     transport: &mut RouterTransport,
     statistics: &mut RouterStatistics,
@@ -1903,7 +1906,7 @@ mod tests {
     use crate::sfu::Selection;
     use crate::transport::sdp::Fingerprint;
 
-    /// Datagrams that nobody reads.
+    /// Discards all datagrams.
     struct Nowhere(Vec<u8>);
 
     impl Outgoing for Nowhere {

@@ -1,14 +1,15 @@
-//! Which of a track's layers a subscriber is to get: the highest that is sent and not above what it
-//! wants, else the lowest that is sent.
+//! Chooses the layer of a track that a subscriber gets: the highest layer that is sent and not
+//! above the wanted one, otherwise the lowest that is sent.
 
 use std::time::Duration;
 
 use super::Selection;
 use crate::units::Time;
 
-/// How often it is judged whether a layer is being sent: LiveKit's interval.
+/// Interval at which layers are checked for being sent (LiveKit's value).
 pub const ACTIVITY_WINDOW: Duration = Duration::from_millis(500);
-/// Fewer packets in a window, and a layer above the lowest counts as stopped: LiveKit's limit.
+/// Least number of packets in a window for a layer above the lowest to count as sent (LiveKit's
+/// value).
 const PACKETS_MIN: u32 = 5;
 
 /// Whether one layer is being sent.
@@ -23,7 +24,7 @@ impl LayerActivity {
         self.active
     }
 
-    /// A packet came. Returns whether the layer has become active with it.
+    /// Counts a packet. Returns whether the layer has become active with it.
     pub fn handle_packet(&mut self, layer: usize) -> bool {
         self.packets += 1;
         let starts = !self.active && self.packets >= needed(layer);
@@ -31,7 +32,7 @@ impl LayerActivity {
         starts
     }
 
-    /// A window has passed. Returns whether the layer has become inactive.
+    /// Ends a window. Returns whether the layer has become inactive.
     pub fn close_window(&mut self, layer: usize) -> bool {
         let stops = self.active && self.packets < needed(layer);
         self.active &= !stops;
@@ -44,7 +45,8 @@ fn needed(layer: usize) -> u32 {
     if layer == 0 { 1 } else { PACKETS_MIN }
 }
 
-/// When a track's layers are judged next; a track with one layer has nothing to choose.
+/// When a track's layers are checked first; never for a track with one layer, which has nothing to
+/// choose.
 pub fn first_window(layers: usize, now: Time) -> Time {
     if layers > 1 {
         now + ACTIVITY_WINDOW
@@ -53,7 +55,7 @@ pub fn first_window(layers: usize, now: Time) -> Time {
     }
 }
 
-/// The layer to send. `None` where none is wanted, or none of several is being sent.
+/// The layer to send. `None` if none is wanted, or if there are several and none is being sent.
 pub fn choose(
     selection: Selection,
     layers: usize,

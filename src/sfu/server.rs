@@ -1,8 +1,8 @@
 //! The edge around the lobby and the routers: one port for WebSockets, room service and metrics,
-//! one thread for signalling (`sfu-signal`), one for each router (`sfu-0`, ..).
+//! one thread for signalling (`sfu-signal`), and one for each router (`sfu-0`, ..).
 //!
-//! [`SfuServer::start`] and the rest may be called from anywhere, within another runtime too: the
-//! server brings its own.
+//! [`SfuServer::start`] and the other functions may be called from anywhere, even within another
+//! runtime: the server has its own.
 
 pub mod access;
 mod metrics;
@@ -39,46 +39,47 @@ use crate::units::{Epoch, Time};
 use access::SfuAccess;
 use websocket::{ClientOutbox, UnsentMessage};
 
-/// What `lk` and LiveKit's own `--dev` use, with a secret that is long enough for everybody's JWT
+/// Key of `lk` and of LiveKit's own `--dev`, with a secret that is long enough for every JWT
 /// library.
 pub const DEV_KEY: &str = "devkey";
 pub const DEV_SECRET: &str = "devsecretdevsecretdevsecretdevsecret";
-/// A thousand participants a second come in bursts.
+/// Large, because a thousand joins a second come in bursts.
 const LISTEN_BACKLOG: i32 = 4096;
-/// More participants than one signalling thread serves.
+/// More participants than one signalling thread can serve.
 pub const CONNECTIONS_MAX: usize = 32_768;
-/// Requests of sockets that wait for the lobby; beyond, sockets are not read.
+/// Largest number of requests that wait for the lobby. Beyond it, sockets are not read.
 const INPUTS_MAX: usize = 4096;
-/// .. and so many bytes of them.
+/// Largest size of these requests in bytes.
 const REQUESTS_BYTES_MAX: usize = 32 << 20;
-/// Room service's requests are names and a few numbers.
+/// Requests to the room service consist of names and a few numbers.
 const BODY_BYTES_MAX: usize = 64 << 10;
-/// For an answer from the signalling thread: it is busy for milliseconds, never for this.
+/// Timeout of an answer from the signalling thread, which is never busy for more than milliseconds.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 const ROUTERS_MAX: usize = 256;
 
 pub struct ServerConfig {
-    /// Address of signalling, room service and metrics. Port 0: any.
+    /// Address of signalling, room service and metrics. Port 0 means any free port.
     pub listen: SocketAddr,
-    /// Where media comes in; `None`: at the address of `listen`, or, where that is none, at the
-    /// one that this host uses towards others.
+    /// Address for media. `None` means the address of `listen`, or, if that is unspecified, the
+    /// address that this host uses towards others.
     pub media_ip: Option<IpAddr>,
     pub send: SendMode,
-    /// Threads for media. A room lives on one.
+    /// Number of media threads. A room lives on one.
     pub routers: usize,
-    /// Connections that may be open at a time; more are closed at once. Where this process may
-    /// open fewer files, that is the bound.
+    /// Largest number of open connections. Beyond it, the connection that has waited longest
+    /// without being served is closed, or else the new one. A lower limit of open files of this
+    /// process takes precedence.
     pub connections: usize,
     pub api_key: String,
     pub api_secret: Secret,
-    /// What is no secret comes from it: sids, first sequence numbers and timestamps.
+    /// Seed of all that is not secret: sids, first sequence numbers and timestamps.
     pub seed: u64,
-    /// What each router is limited to, for tests that look for it.
+    /// Limit of each router, for tests that search for it.
     pub limit: Option<BottleneckLimit>,
 }
 
 impl ServerConfig {
-    /// On loopback, at any port, with the well-known key pair.
+    /// A server on loopback, at any free port, with the well-known key pair.
     pub fn loopback(seed: u64) -> ServerConfig {
         ServerConfig {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
@@ -94,7 +95,7 @@ impl ServerConfig {
     }
 }
 
-/// Why the server did not start; each says what to do.
+/// Reason why the server did not start. Each message says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error(
@@ -132,15 +133,15 @@ pub enum StartError {
     Thread(io::Error),
 }
 
-/// What the server has done and what is in it.
+/// Counts of what the server has done and what is in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ServerStatistics {
     pub lobby: LobbyStatistics,
-    /// Over all routers together.
+    /// Sum over all routers.
     pub media: RouterStatistics,
     /// WebSockets that were closed because their client did not read.
     pub slow_readers: u64,
-    /// TCP connections that were closed at once, because so many were open.
+    /// TCP connections that were closed because too many were open.
     pub refused_connections: u64,
 }
 
@@ -215,7 +216,7 @@ impl SfuServer {
         })
     }
 
-    /// For clients on this host where the server listens on every address.
+    /// URL for clients on this host, also when the server listens on every address.
     pub fn url(&self) -> String {
         let ip = match self.address.ip() {
             ip if !ip.is_unspecified() => ip,
@@ -225,13 +226,13 @@ impl SfuServer {
         format!("ws://{}", SocketAddr::new(ip, self.address.port()))
     }
 
-    /// Where signalling listens.
+    /// Address of signalling.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Waits for the signalling thread's answer: a moment, during which an asynchronous caller's
-    /// thread does nothing else.
+    /// Waits for the signalling thread's answer. This takes a moment and blocks the calling thread,
+    /// even if the caller is asynchronous.
     pub fn statistics(&self) -> ServerStatistics {
         let (reply, answer) = std::sync::mpsc::sync_channel(1);
         let call = Input::Call(Box::new(move |desk, _| {
@@ -247,7 +248,7 @@ impl SfuServer {
         })
     }
 
-    /// Everybody is sent away. Returns what there was at the end.
+    /// Disconnects everybody and stops. Returns the final statistics.
     pub fn stop(mut self) -> ServerStatistics {
         let statistics = self.statistics();
         self.halt();
@@ -257,13 +258,13 @@ impl SfuServer {
         }
     }
 
-    /// Ends signalling; the routers end with the last handle of them, which is ours.
+    /// Ends signalling. The routers end with their last handle, which is ours.
     fn halt(&mut self) {
         if self.shutdown.take().is_some() {
             info!(address = %self.address, "the embedded SFU stops");
         }
         if let Some(thread) = self.thread.take() {
-            // A panic of the thread has been printed by itself.
+            // A panic of the thread has already been printed.
             let _ = thread.join();
         }
     }
@@ -282,7 +283,7 @@ fn listen(address: SocketAddr) -> Result<std::net::TcpListener, StartError> {
             Type::STREAM,
             Some(Protocol::TCP),
         )?;
-        // A port whose last connections are still closing is free.
+        // Allows a port whose last connections are still closing.
         socket.set_reuse_address(true)?;
         socket.set_nonblocking(true)?;
         socket.bind(&address.into())?;
@@ -334,7 +335,7 @@ fn start_workers(
 }
 
 /// The address that this host uses towards others. Connecting a UDP socket sends nothing; the
-/// addresses are for documentation (RFC 5737, RFC 3849).
+/// remote addresses are reserved for documentation (RFC 5737, RFC 3849).
 fn outward_address(any: IpAddr) -> Option<IpAddr> {
     let far: SocketAddr = match any {
         IpAddr::V4(_) => (Ipv4Addr::new(192, 0, 2, 1), 9).into(),
@@ -352,17 +353,17 @@ fn media_statistics(workers: &[RouterWorker]) -> RouterStatistics {
     sum
 }
 
-/// What request handlers need.
+/// State shared by the request handlers.
 #[derive(Clone)]
 struct ServerState {
     access: Arc<SfuAccess>,
     inputs: mpsc::Sender<Input>,
-    /// One permit for each byte of a request that may wait for the lobby.
+    /// One permit for each byte of the requests that may wait for the lobby.
     requests: Arc<Semaphore>,
 }
 
 impl ServerState {
-    /// Asks the lobby. `None`: the server is stopping.
+    /// Runs a call in the lobby's task. Returns `None` if the server is stopping.
     async fn call<R: Send + 'static>(
         &self,
         act: impl FnOnce(&mut LobbyDesk, Time) -> R + Send + 'static,
@@ -376,7 +377,7 @@ impl ServerState {
     }
 }
 
-/// What reaches the lobby from sockets and callers.
+/// Input of the lobby from sockets and callers.
 enum Input {
     Enter {
         entry: Box<Entrant>,
@@ -386,7 +387,7 @@ enum Input {
     Request {
         connection: ConnectionId,
         request: Box<proto::SignalRequest>,
-        /// Its bytes' share of what may wait; given back when it has been handled.
+        /// Permits for the request's bytes, returned when it has been handled.
         room: OwnedSemaphorePermit,
     },
     Disconnect {
@@ -395,10 +396,10 @@ enum Input {
     Call(LobbyCall),
 }
 
-/// What somebody wants to know of the lobby, or to change in it.
+/// A query of the lobby, or a change to it.
 type LobbyCall = Box<dyn FnOnce(&mut LobbyDesk, Time) + Send>;
 
-/// The signalling thread: one thread serves some thousand WebSockets.
+/// The signalling thread. One thread serves a few thousand WebSockets.
 fn signalling(
     (listener, connections, refused): (std::net::TcpListener, usize, Arc<AtomicU64>),
     state: ServerState,
@@ -428,8 +429,8 @@ fn signalling(
         let limits = Limits {
             connections,
             head_timeout: http::HEAD_TIMEOUT,
-            // A client has our ping to answer every ten seconds: one that says nothing for so long
-            // is gone, whatever its kernel takes of us.
+            // A client answers our ping every ten seconds. So a client that sends nothing for the
+            // idle timeout is gone, even if its kernel still accepts our data.
             sending_is_life: false,
             refused,
         };
@@ -437,7 +438,7 @@ fn signalling(
         let (_running, never) = watch::channel(false);
         let http = tokio::spawn(http::serve(listener, None, routes(state), limits, never));
         tokio::spawn(desk.run(requests, heard));
-        // The sender is dropped, never used: either way the server is to stop.
+        // The sender is only dropped, never used: in both cases the server must stop.
         let _ = stopped.await;
         http.abort();
     });
@@ -456,7 +457,7 @@ fn routes(state: ServerState) -> Router {
         .with_state(state)
 }
 
-/// The lobby with its clients' queues and the routers.
+/// The lobby, its clients' queues and the routers.
 struct LobbyDesk {
     lobby: Lobby,
     epoch: Epoch,
@@ -495,7 +496,7 @@ impl LobbyDesk {
         }
     }
 
-    /// Timers cannot be set for the end of time.
+    /// A bound for the timer, which cannot be set to the end of time.
     fn far(&self) -> Time {
         self.epoch.now() + Duration::from_secs(3600)
     }
@@ -536,7 +537,7 @@ impl LobbyDesk {
                     message,
                 } => self.send(connection, message, now),
                 LobbyOutput::Close { connection } => {
-                    // Its task writes what is queued, then closes.
+                    // The client's task writes what is queued, and then closes.
                     self.clients.remove(&connection);
                 }
                 LobbyOutput::Media { router, command } => {
@@ -560,7 +561,7 @@ impl LobbyDesk {
                 self.clients.remove(&connection);
                 self.lobby.handle_disconnect(connection, now);
             }
-            // Its task is gone and says so itself.
+            // The client's task is gone and reports that itself.
             Err(UnsentMessage::Closed) => {}
         }
     }

@@ -1,4 +1,5 @@
-//! What the lobby and its rooms share: names, who is whose, what goes out, what is due.
+//! State that the lobby and its rooms share: ids, owners of connections and tracks, outputs,
+//! timers.
 
 use crate::transport::rtp::Ssrc;
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -16,24 +17,24 @@ use crate::transport::peer::IceCredentials;
 use crate::transport::sdp::{Candidate, DtlsSetup, Fingerprint, LocalTransport};
 use crate::units::{Epoch, Time};
 
-/// LiveKit's client protocol that we speak: the last one without data tracks.
+/// The version of LiveKit's client protocol that we speak: the last one without data tracks.
 pub const PROTOCOL: i32 = 16;
 const PING_INTERVAL_SECONDS: i32 = 5;
 const PING_TIMEOUT_SECONDS: i32 = 15;
 
-/// One WebSocket. Given out by the lobby, never twice.
+/// One WebSocket. The lobby assigns the id, and never twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnectionId(pub u32);
 
-/// One participant from its join to its end, over several WebSockets if it resumes. Never given
-/// twice.
+/// One participant from its join to its end, over several WebSockets if it resumes. The id is never
+/// assigned twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SessionId(pub u32);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct RoomId(pub u32);
 
-/// Somebody with a good token wants in.
+/// A participant with a valid token that asks to join.
 #[derive(Clone, Debug, Default)]
 pub struct Entrant {
     pub room: String,
@@ -47,8 +48,7 @@ pub struct Entrant {
     pub adaptive_stream: bool,
     /// One peer connection, whose offers come from the client.
     pub single: bool,
-    /// A sid: the participant is back with a new WebSocket. Empty: whatever session has this
-    /// identity.
+    /// Sid of the session to resume with a new WebSocket. Empty means any session of this identity.
     pub resume: Option<String>,
     pub add_tracks: Vec<proto::AddTrackRequest>,
     pub publisher_offer: Option<proto::SessionDescription>,
@@ -56,12 +56,12 @@ pub struct Entrant {
 
 #[derive(Debug)]
 pub enum LobbyOutput {
-    /// An encoded `SignalResponse`. What goes to many is one buffer.
+    /// An encoded `SignalResponse`. All receivers of a message share one buffer.
     Send {
         connection: ConnectionId,
         message: Bytes,
     },
-    /// Nothing follows for this WebSocket.
+    /// Nothing more is sent to this WebSocket.
     Close { connection: ConnectionId },
     Media {
         router: usize,
@@ -69,7 +69,7 @@ pub enum LobbyOutput {
     },
 }
 
-/// How many there are now.
+/// Current counts of the lobby.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LobbyStatistics {
     pub rooms: usize,
@@ -81,10 +81,10 @@ pub struct LobbyStatistics {
     pub since_start: LobbyTotals,
 }
 
-/// What there has been since the start.
+/// Totals since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LobbyTotals {
-    /// Participants whose WebSocket opened; one who comes back counts again.
+    /// Number of joins. A participant that joins again counts again; a resumed session does not.
     pub joins: u64,
     /// Joins whose media connection came up.
     pub active: u64,
@@ -92,8 +92,7 @@ pub struct LobbyTotals {
     pub subscribed: u64,
 }
 
-/// What is due at a moment. The owner knows what exactly; a timer that comes too early does
-/// nothing.
+/// A timer. Its owner knows what exactly is due; a timer that comes too early does nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Timer {
     Room(RoomId),
@@ -101,14 +100,14 @@ pub(super) enum Timer {
     Track(TrackId),
 }
 
-/// What all rooms share.
+/// State that all rooms share.
 pub(super) struct SfuShared {
     pub ids: Ids,
     pub secrets: Secrets,
     pub epoch: Epoch,
     pub fingerprint: Fingerprint,
     pub routers: Vec<SocketAddr>,
-    /// Participants on each router.
+    /// Number of participants on each router.
     pub loads: Vec<usize>,
     pub totals: LobbyTotals,
     pub outputs: VecDeque<LobbyOutput>,
@@ -135,7 +134,7 @@ impl SfuShared {
         }
     }
 
-    /// Says why, in both of the ways that clients know.
+    /// Sends the reason why a session ends, in both forms that clients know.
     pub fn send_leave(
         &mut self,
         connection: ConnectionId,
@@ -151,7 +150,7 @@ impl SfuShared {
         self.respond(Some(connection), Message::Leave(leave));
     }
 
-    /// The WebSocket has nothing more to say or to hear.
+    /// Closes a WebSocket: nothing more is read from it or sent to it.
     pub fn close(&mut self, connection: ConnectionId) {
         self.connections.remove(&connection);
         self.outputs.push_back(LobbyOutput::Close { connection });
@@ -162,8 +161,8 @@ impl SfuShared {
             .push_back(LobbyOutput::Media { router, command });
     }
 
-    /// Tells the router what has become of a connection. One that it has not known so far serves
-    /// data channels.
+    /// Sends a connection's command to the router. A connection that is new to the router also
+    /// serves data channels.
     pub fn connect(&mut self, router: usize, news: Option<MediaCommand>, data: DataParameters) {
         let Some(command) = news else { return };
         let added = match &command {
@@ -187,14 +186,14 @@ impl SfuShared {
         self.timers.insert((at, timer));
     }
 
-    /// Our end of a new connection on `router`.
+    /// Makes our end of a new connection on `router`.
     pub fn local_transport(&mut self, router: usize) -> LocalTransport {
         let IceCredentials { ufrag, password } = IceCredentials::draw(&mut self.secrets);
         LocalTransport {
             ufrag,
             pwd: password,
             fingerprint: self.fingerprint,
-            // LiveKit's role where the client leaves it open.
+            // LiveKit's role when the client leaves it open.
             setup: DtlsSetup::Active,
             candidates: self
                 .routers
@@ -223,7 +222,7 @@ impl SfuShared {
     }
 }
 
-/// Everything that is drawn or counted and that everybody may know. Secrets are not drawn here.
+/// Generator of all ids that everybody may know. Secrets are not drawn here.
 pub(super) struct Ids {
     chance: Seeded,
     next: u32,
@@ -237,12 +236,13 @@ impl Ids {
         }
     }
 
-    /// Session id of a description: 63 bits (RFC 8829, section 5.2.1).
+    /// Draws the session id of a description: 63 bits (RFC 8829, section 5.2.1).
     pub fn session_id(&mut self) -> u64 {
         self.chance.draw() >> 1
     }
 
-    /// One counter for all kinds: an id of one kind is never taken for one of another in a log.
+    /// One counter for all kinds, so that in a log an id of one kind is never confused with
+    /// another.
     fn count(&mut self) -> u32 {
         self.next += 1;
         self.next
@@ -272,7 +272,7 @@ impl Ids {
         SubscriptionId(self.count())
     }
 
-    /// As LiveKit's: two letters for the kind, then twelve of 57.
+    /// Draws a sid in LiveKit's format: two letters for the kind, then twelve of 57.
     pub fn sid(&mut self, kind: &str) -> String {
         const LETTERS: &[u8] = b"23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz";
         let letter = |_| char::from(LETTERS[self.chance.below(LETTERS.len() as u64) as usize]);
@@ -283,8 +283,8 @@ impl Ids {
 
 impl SubscriptionId {
     /// The SSRCs of its packets and of their retransmissions. Multiplying by an odd number maps 31
-    /// bits onto themselves, so that no two subscriptions share one, and none is 0, which some
-    /// readers take for none.
+    /// bits onto themselves, so no two subscriptions share an SSRC. None is 0, which some readers
+    /// take for a missing SSRC.
     pub(super) fn ssrcs(self) -> (Ssrc, Ssrc) {
         let scattered = self.0.wrapping_mul(0x9E37_79B1) << 1;
         (Ssrc(scattered | 1), Ssrc(scattered))

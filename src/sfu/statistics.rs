@@ -1,5 +1,5 @@
-//! What a router has counted: plain cumulative numbers that merge over routers. Tests take them as
-//! the other side's truth; a metrics page shows them.
+//! Counts of a router: plain cumulative numbers that can be merged over routers. Tests check the
+//! other side against them, and a metrics page shows them.
 
 use crate::transport::rtp::Ssrc;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::SubscriptionId;
 use crate::transport::receive::ReceiveCounts;
 
-/// Declares the counters with their sum and their names.
+/// Declares the counters, their sum and their names.
 macro_rules! counters {
     ($(#[$doc:meta])* $name:ident { $($(#[$cdoc:meta])* $counter:ident),* $(,)? }) => {
         $(#[$doc])*
@@ -17,7 +17,7 @@ macro_rules! counters {
         }
 
         impl $name {
-            /// Adds what `other` counted.
+            /// Adds the counts of `other`.
             pub fn merge(&mut self, other: &$name) {
                 $(self.$counter += other.$counter;)*
             }
@@ -33,26 +33,26 @@ macro_rules! counters {
 counters! {
     /// Cumulative counts of one router, or of several merged. Bytes are those of UDP payloads.
     ///
-    /// Every datagram that came is counted once more by what became of it: `datagrams_in` is the
-    /// sum of `setup_in`, `rtcp_in`, `media_in`, `repairs_in`,
-    /// `probes_in` and all `refused_*`.
+    /// Every received datagram is counted once more by its outcome: `datagrams_in` is the sum of
+    /// `setup_in`, `rtcp_in`, `media_in`, `repairs_in`, `probes_in` and all `refused_*`.
     RouterStatistics {
         datagrams_in,
         bytes_in,
         datagrams_out,
         bytes_out,
-        /// STUN and DTLS that a connection took.
+        /// STUN and DTLS datagrams that a connection accepted.
         setup_in,
         setup_out,
         rtcp_in,
         rtcp_out,
-        /// RTP on a media SSRC, resends without RTX and padding included, taken for the first time.
+        /// RTP on a media SSRC that was accepted for the first time, including retransmissions
+        /// without RTX and padding.
         media_in,
         media_bytes_in,
-        /// Of `media_in`: padding alone, or a payload type that nobody agreed on. Nothing to
-        /// forward.
+        /// Part of `media_in` with nothing to forward: padding only, or a payload type that was not
+        /// agreed on.
         media_in_empty,
-        /// Retransmissions (RFC 4588) that filled a hole.
+        /// Retransmissions (RFC 4588) that filled a gap.
         repairs_in,
         repair_bytes_in,
         /// Retransmission packets without a payload: bandwidth probes.
@@ -60,72 +60,75 @@ counters! {
         /// RTP sent to subscribers for the first time.
         media_out,
         media_bytes_out,
-        /// Sends that carried `media_out`: as many, or with segmentation one for a burst.
+        /// Sends that carried `media_out`: one for each packet, or with segmentation one for each
+        /// burst.
         media_sends_out,
-        /// Of `media_out`: withheld at first, and sent once the key frame that they belong to had
-        /// begun.
+        /// Part of `media_out` that was withheld at first, and sent once its key frame had begun.
         media_out_recalled,
-        /// Packets sent again, over RTX or on the media's own SSRC.
+        /// Retransmissions sent, over RTX or on the media's own SSRC.
         resends_out,
         resend_bytes_out,
-        /// Messages that came on data channels.
+        /// Messages received on data channels.
         data_in,
-        /// .. sent on, once for each who gets it.
+        /// Messages forwarded, counted once for each receiver.
         data_out,
-        /// .. not sent on: they cannot be read, or their sender may not publish data.
+        /// Messages refused, because they cannot be read or their sender may not publish data.
         data_refused,
-        /// Copies that a participant did not get, as it has no such channel or does not read it.
+        /// Copies that a participant did not get, because it has no such channel or does not read
+        /// it.
         data_dropped,
 
-        /// From an address that no authentic check has come from.
+        /// Datagrams from an address that no authentic check has come from.
         refused_unknown_address,
-        /// Neither STUN, DTLS, RTP nor RTCP.
+        /// Datagrams that are neither STUN, DTLS, RTP nor RTCP.
         refused_unknown_kind,
-        /// STUN for a user name that no connection has. The latest are kept for a moment, for a
-        /// connection that is about to be added.
+        /// STUN for an unknown user name. The latest are kept for a moment, for a connection that
+        /// is about to be added.
         refused_unknown_ufrag,
-        /// STUN or DTLS that its connection did not take: a wrong password, a broken record, a
+        /// STUN or DTLS that its connection did not accept: a wrong password, a broken record, a
         /// session that has ended.
         refused_setup,
-        /// Media or RTCP before the keys are there.
+        /// Media or RTCP that came before the keys.
         refused_unkeyed,
-        /// A header, padding count or RTX payload that contradicts itself.
+        /// Packets with an inconsistent header, padding count or RTX payload.
         refused_malformed,
-        /// An SSRC that no description names, and no mid or rid that says whose it is.
+        /// Packets with an SSRC that no description names, and no mid or rid that identifies it.
         refused_unknown_ssrc,
         refused_unauthentic,
-        /// Seen before, by SRTP's own index.
+        /// Packets seen before, by SRTP's own index.
         refused_replayed,
-        /// New to SRTP, but its payload was here before: a retransmission that was not needed, or
-        /// an original after its repair.
+        /// Packets that are new to SRTP, with a payload that was received before: a needless
+        /// retransmission, or an original after its repair.
         refused_duplicate,
-        /// Too far behind the newest, or a jump that no second packet has confirmed.
+        /// Packets too far behind the newest, or after a jump that no second packet has confirmed.
         refused_too_old,
 
-        /// Packets that a subscriber did not get because it, or the publisher, has the track off.
+        /// Packets that a subscriber did not get because it disabled the track, or the publisher
+        /// muted it.
         withheld_disabled,
-        /// .. because its connection is not up.
+        /// Packets withheld because the subscriber's connection is not up.
         withheld_unconnected,
-        /// .. because it gets, or waits for, another layer.
+        /// Packets withheld because the subscriber gets, or waits for, another layer.
         withheld_layer,
-        /// .. because no key frame has come yet.
+        /// Packets withheld because no key frame has come yet.
         withheld_key_frame,
-        /// .. because there is nothing in it: padding alone, or a payload type that nobody agreed
-        /// on. It leaves no hole.
+        /// Packets withheld because they are empty: padding only, or a payload type that was not
+        /// agreed on. They leave no gap in the numbers.
         withheld_empty,
-        /// .. because it came too late to have a place in what the subscriber got.
+        /// Packets withheld because they came too late to have a number in the subscriber's stream.
         withheld_late,
 
-        /// NACK messages, and the sequence numbers that they named.
+        /// NACK messages, and the sequence numbers in them.
         nacks_in,
         nacked_in,
         nacks_out,
         nacked_out,
-        /// Numbers of NACKs that were not answered: never sent, or no longer kept.
+        /// Requested numbers that were not answered because they were never sent, or are no longer
+        /// kept.
         resends_unknown,
-        /// .. sent so recently that the last copy may still be under way.
+        /// Requested numbers sent so recently that the last copy may still be on its way.
         resends_too_soon,
-        /// .. sent as often as a packet may be.
+        /// Requested numbers that were already sent as often as allowed.
         resends_exhausted,
         plis_in,
         firs_in,
@@ -133,19 +136,20 @@ counters! {
         transport_feedbacks_out,
         receiver_reports_out,
         sender_reports_out,
-        /// RTCP packets that contradict themselves.
+        /// Inconsistent RTCP packets.
         rtcp_malformed,
 
-        /// Commands about what is gone or cannot be; races between the halves make some.
+        /// Commands about something that is gone or impossible. Races between the halves cause
+        /// some.
         commands_refused,
-        /// Datagrams that the kernel did not take.
+        /// Datagrams that the kernel did not accept.
         send_errors,
-        /// Errors that the socket gave in place of datagrams: what ICMP said of something that we
-        /// sent, but for closed ports.
+        /// Errors that the socket returned in place of datagrams: ICMP errors about datagrams that
+        /// we sent, except those for closed ports.
         receive_errors,
-        /// Datagrams that the socket dropped for want of buffer space.
+        /// Datagrams that the socket dropped because its buffer was full.
         socket_drops,
-        /// Media packets above the limit that a test gave.
+        /// Media packets above the limit that a test set.
         limit_drops,
 
         transports,
@@ -162,7 +166,7 @@ pub struct EncodingStatistics {
     pub ssrc: Option<Ssrc>,
     pub counts: ReceiveCounts,
     pub jitter: Duration,
-    /// Media alone, headers included.
+    /// Bytes of media only, headers included.
     pub bytes: u64,
     /// Packets are arriving.
     pub active: bool,
@@ -181,10 +185,10 @@ pub struct SubscriptionStatistics {
     /// NACK messages received.
     pub nacks: u64,
     pub plis: u64,
-    /// The layer that goes out now.
+    /// The layer that is being sent.
     pub layer: Option<u8>,
     pub layer_switches: u64,
-    /// By the subscriber's latest receiver report.
+    /// Packets lost according to the subscriber's latest receiver report.
     pub reported_lost: i32,
     pub rtt: Option<Duration>,
 }

@@ -1,7 +1,7 @@
-//! A published track as the lobby sees it: what its publisher said of it, who gets it, which layers
-//! they want, and how loud it is.
+//! A published track in the lobby: what its publisher declared, its subscribers, the layers that
+//! they want, and its loudness.
 
-// See `room`.
+// See `room` for the reason.
 #![allow(deprecated)]
 
 use std::collections::BTreeSet;
@@ -15,32 +15,32 @@ use crate::codec::Codec;
 use crate::measure::Kind;
 use crate::units::Time;
 
-/// Layers that nobody watches are announced after this (LiveKit's `dynacast_pause_delay`): people
-/// switch back and forth.
+/// Delay before a layer without viewers is reported as unused (LiveKit's `dynacast_pause_delay`),
+/// because users switch back and forth.
 const LOWER_AFTER: Duration = Duration::from_secs(5);
-/// A track without any subscriber yet is given more time.
+/// Longer delay for a track that has had no subscriber yet.
 const FIRST_LOWER_AFTER: Duration = Duration::from_secs(10);
-/// A layer may be this much smaller than what was asked for.
+/// Smallest size of a sufficient layer, relative to the size asked for.
 const DIMENSION_TOLERANCE: f32 = 0.9;
-/// What LiveKit takes for the lower layers of a track that declares none.
+/// Heights that LiveKit assumes for the lower layers of a track that declares none.
 const DEFAULT_HEIGHTS: [u32; 2] = [180, 360];
-/// Louder than this counts as speech, in dBov below full scale.
+/// Least loudness of speech, in dBov below full scale.
 const ACTIVE_LEVEL: u8 = 35;
-/// An exponential average with the centre of mass of two intervals.
+/// Factor of an exponential average with a centre of mass of two intervals.
 const SMOOTHING: f64 = 2.0 / 3.0;
-/// Levels are told in steps, so that small changes cause no message.
+/// Number of steps in which levels are reported, so that small changes cause no message.
 const LEVEL_STEPS: f64 = 8.0;
 
 pub(super) struct PublishedTrack {
     pub id: TrackId,
     pub publisher: SessionId,
     pub codec: Codec,
-    /// What others are told of it.
+    /// Information about it that other participants get.
     pub info: proto::TrackInfo,
-    /// Encodings of different size; 1 without simulcast.
+    /// Number of encodings of different size; 1 without simulcast.
     pub layers: u8,
     pub subscribers: BTreeSet<SessionId>,
-    /// Its publisher has been told that somebody gets it.
+    /// Its publisher has been told that somebody subscribes to it.
     pub was_subscribed: bool,
     pub dynacast: Dynacast,
     pub loudness: Loudness,
@@ -51,7 +51,7 @@ impl PublishedTrack {
         self.codec.kind()
     }
 
-    /// What a subscriber with these settings gets.
+    /// The selection for a subscriber with these settings.
     pub fn selection(&self, settings: &Settings) -> Selection {
         Selection {
             enabled: !settings.disabled && !self.info.muted,
@@ -62,8 +62,8 @@ impl PublishedTrack {
         }
     }
 
-    /// The quality that these settings keep alive at the publisher, counted from 1; 0: none. The
-    /// publisher's own muting is no reason to stop its layers.
+    /// The highest quality that the publisher must keep sending for these settings, counted from 1;
+    /// 0 means none. The publisher's own muting does not stop its layers.
     pub fn wish(&self, settings: &Settings) -> u8 {
         match self.kind() {
             Kind::Video if !settings.disabled && self.layers > 1 => self.quality(settings) + 1,
@@ -72,12 +72,12 @@ impl PublishedTrack {
         }
     }
 
-    /// Layer 0 to 2. Dimensions beat a named quality.
+    /// The quality wanted, 0 to 2. Dimensions take precedence over a named quality.
     fn quality(&self, settings: &Settings) -> u8 {
         if settings.width == 0 {
             return settings.quality;
         }
-        // By height and the quality that it stands for.
+        // Pairs of a height and its quality.
         let declared = self.info.layers.iter().filter(|layer| layer.height > 0);
         let mut sizes: Vec<(u32, u8)> = declared
             .map(|layer| (layer.height, layer.quality.clamp(0, 2) as u8))
@@ -107,7 +107,8 @@ impl PublishedTrack {
         else {
             return settings.quality;
         };
-        // The highest of several layers of one size: it is as good, and is what others watch.
+        // Of several layers of one size the highest is taken: it is as good, and is what others
+        // watch.
         let same_size = sizes.iter().filter(|(height, _)| height == sufficient);
         same_size
             .map(|(_, quality)| *quality)
@@ -115,7 +116,7 @@ impl PublishedTrack {
             .unwrap_or(settings.quality)
     }
 
-    /// The layer that carries a quality: a publisher may declare which qualities its layers have.
+    /// The layer that carries a quality. A publisher may declare the qualities of its layers.
     fn layer(&self, quality: u8) -> u8 {
         let highest = self.layers.saturating_sub(1);
         if usize::from(self.layers) != self.info.layers.len() {
@@ -130,7 +131,7 @@ impl PublishedTrack {
     }
 }
 
-/// What a subscriber asked of one track (`UpdateTrackSettings`).
+/// A subscriber's settings for one track (`UpdateTrackSettings`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Settings {
     disabled: bool,
@@ -141,7 +142,8 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Before the subscriber has said anything. One with adaptive streams will, and starts low.
+    /// Settings before the subscriber's first request. A subscriber with adaptive streams will send
+    /// one, and starts with the low quality.
     pub fn initial(adaptive_stream: bool) -> Settings {
         Settings {
             disabled: false,
@@ -170,11 +172,12 @@ impl From<&proto::UpdateTrackSettings> for Settings {
     }
 }
 
-/// Which qualities of a video track anybody watches: up at once, down with a delay.
+/// The qualities of a video track that have viewers. An increase is reported at once, a decrease
+/// after a delay.
 pub(super) struct Dynacast {
-    /// Subscribers by what they wish.
+    /// Number of subscribers for each wish.
     wishes: [u32; Dynacast::HIGHEST as usize + 1],
-    /// What the publisher was told.
+    /// The quality last reported to the publisher.
     committed: Option<u8>,
     lower_at: Option<Time>,
 }
@@ -190,7 +193,7 @@ impl Dynacast {
         }
     }
 
-    /// A subscriber's wish changes; 0 stands for no subscriber as well.
+    /// Changes a subscriber's wish; 0 also stands for no subscriber.
     pub fn handle_wish(&mut self, before: u8, after: u8) {
         if let Some(count) = self
             .wishes
@@ -208,7 +211,7 @@ impl Dynacast {
         }
     }
 
-    /// The highest quality that the publisher is to be told now, if that is news.
+    /// Returns the highest quality to report to the publisher now, if it has changed.
     pub fn poll(&mut self, now: Time) -> Option<u8> {
         let wanted = self
             .wishes
@@ -238,7 +241,7 @@ impl Dynacast {
     }
 }
 
-/// For the publisher: qualities up to `highest` (counted from 1) are watched.
+/// The message to a publisher that qualities up to `highest` (counted from 1) are watched.
 pub(super) fn quality_update(
     track: &PublishedTrack,
     highest: u8,
@@ -257,7 +260,7 @@ pub(super) fn quality_update(
         .collect();
     proto::SubscribedQualityUpdate {
         track_sid: track.info.sid.clone(),
-        // For clients from before codecs were told apart.
+        // For old clients that do not distinguish codecs.
         subscribed_qualities: qualities.clone(),
         subscribed_codecs: vec![proto::SubscribedCodec {
             codec: track.codec.name().into(),
@@ -266,15 +269,15 @@ pub(super) fn quality_update(
     }
 }
 
-/// A track's loudness as its room is told.
+/// A track's loudness as reported to its room.
 #[derive(Default)]
 pub(super) struct Loudness {
     smoothed: f64,
 }
 
 impl Loudness {
-    /// The average of the last interval, in dBov below full scale; `None`: silence. Returns the
-    /// level of an active speaker, in (0, 1].
+    /// Takes the average level of the last interval, in dBov below full scale; `None` means
+    /// silence. Returns the level of an active speaker, in (0, 1].
     pub fn handle_level(&mut self, level: Option<u8>) -> Option<f32> {
         let level = level.filter(|level| *level <= ACTIVE_LEVEL);
         self.smoothed = level.map_or(0.0, |level| {
@@ -339,7 +342,7 @@ mod tests {
             (3, &three, settings(Low, 640, 360), (true, 1)),
             (3, &three, settings(High, 320, 198), (true, 0)),
             (3, &three, settings(Low, 1920, 1080), (true, 2)),
-            // Layers that nobody described are taken for 180, 360 and the track's own height.
+            // Layers without a description are assumed to be 180, 360 and the track's own height.
             (3, &[], settings(Low, 500, 300), (true, 1)),
             (1, &three[2..], settings(Low, 0, 0), (true, 0)),
             (2, &three[1..], settings(Low, 0, 0), (true, 0)),
@@ -387,7 +390,7 @@ mod tests {
         );
         assert_eq!(dynacast.next_timeout(), Some(Time::ZERO + 7 * second));
         assert_eq!(dynacast.poll(Time::ZERO + 7 * second), Some(2));
-        // Back within the delay: nothing is said.
+        // The wish returns within the delay: nothing is reported.
         dynacast.handle_wish(2, 0);
         assert_eq!(dynacast.poll(Time::ZERO + 8 * second), None);
         dynacast.handle_wish(0, 2);

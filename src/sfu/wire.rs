@@ -1,14 +1,14 @@
-//! LiveKit's messages as the lobby sends them: encoded once, shared by all who get them.
+//! LiveKit's messages as the lobby sends them: encoded once, and shared by all receivers.
 //!
-//! Lists that grow with a room are joined from parts that were encoded before: an entry is encoded
-//! when it changes, not when it is sent.
+//! Lists that grow with a room are joined from entries that were encoded before: an entry is
+//! encoded when it changes, not when it is sent.
 
 use bytes::Bytes;
 use livekit_protocol as proto;
 use livekit_protocol::signal_response::Message;
 use prost::Message as _;
 
-/// `SignalResponse`'s and its parts' field numbers, where messages are put together by hand.
+/// Field numbers of `SignalResponse` and its parts, for messages that are put together by hand.
 const RESPONSE_JOIN: u32 = 1;
 const RESPONSE_ANSWER: u32 = 2;
 const RESPONSE_OFFER: u32 = 3;
@@ -29,7 +29,7 @@ pub(super) fn response(message: Message) -> Bytes {
     .into()
 }
 
-/// A Join with the participants who were there before, each encoded.
+/// A Join with the participants that were there before, each already encoded.
 pub(super) fn join<'a>(
     join: &proto::JoinResponse,
     others: impl Iterator<Item = &'a Bytes> + Clone,
@@ -66,7 +66,7 @@ pub(super) fn answer(sdp: &str, id: u32, track_of_mid: &[(impl AsRef<str>, &str)
     description(RESPONSE_ANSWER, "answer", sdp, id, track_of_mid)
 }
 
-/// The text is copied once, whatever its length.
+/// A response with a description. Its text is copied only once, whatever its length.
 fn description(
     field: u32,
     kind: &str,
@@ -98,26 +98,26 @@ fn description(
     message.into()
 }
 
-/// A response of one field, whose content of `len` bytes is to follow.
+/// Begins a response with one field, whose content of `len` bytes must follow.
 fn begin(field: u32, len: usize) -> Vec<u8> {
     let mut message = Vec::with_capacity(field_len(field, len));
     push_key(&mut message, field, len);
     message
 }
 
-/// A length-delimited field (protobuf encoding: key = number << 3 | 2).
+/// Appends a length-delimited field (protobuf encoding: key = number << 3 | 2).
 fn push_field(message: &mut Vec<u8>, number: u32, content: &[u8]) {
     push_key(message, number, content.len());
     message.extend_from_slice(content);
 }
 
-/// What precedes a field's content.
+/// Appends the key and length that precede a field's content.
 fn push_key(message: &mut Vec<u8>, number: u32, len: usize) {
     push_varint(message, u64::from(number) << 3 | 2);
     push_varint(message, len as u64);
 }
 
-/// The bytes of a field with so much content.
+/// Length of a field with `len` bytes of content.
 fn field_len(number: u32, len: usize) -> usize {
     varint_len(u64::from(number) << 3 | 2) + varint_len(len as u64) + len
 }

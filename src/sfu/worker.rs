@@ -1,5 +1,4 @@
-//! The thread around a router: its one UDP socket, its clock, and the channel that commands come
-//! by.
+//! The thread around a router: its one UDP socket, its clock, and its channel of commands.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -20,30 +19,33 @@ use crate::net;
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time, arrival};
 
-/// What the socket may hold while the thread is busy: 3,000 video packets, if the host grants it.
+/// Size of the socket's buffer for the time that the thread is busy: 3,000 video packets, if the
+/// host grants it.
 const RECEIVE_BUFFER_BYTES: usize = 8 << 20;
-/// Batches taken at a turn, and forwarded together; then timers, commands and events get theirs.
+/// Largest number of batches received and forwarded together in a turn. Then timers, commands and
+/// events are handled.
 const DRAIN_BATCHES: usize = 8;
-/// Where datagrams come thick and fast, to be woken by each of them costs sender and receiver more
-/// than the datagram: then they are looked for so often.
+/// Least time between two wakes when datagrams come close together. Then a wake for each datagram
+/// costs sender and receiver more than the datagram itself, so the thread polls at this interval.
 const WAKE_INTERVAL_MIN: Duration = Duration::from_micros(250);
-/// Commands taken at a turn: a join makes some, and media must not wait for a wave of them.
+/// Largest number of commands handled in a turn: a join causes several, and media must not wait for
+/// many joins.
 const COMMANDS_MAX: usize = 16;
 
 const SOCKET: Token = Token(0);
 const WAKER: Token = Token(1);
 
-/// What a worker is made with.
+/// Configuration of a worker.
 #[derive(Clone)]
 pub struct RouterWorkerConfig {
-    /// Where it listens, on a free port.
+    /// Address that it listens on, at a free port.
     pub ip: IpAddr,
     pub identity: Identity,
     pub epoch: Epoch,
     pub send: SendMode,
-    /// Chooses what need not be secret: first sequence numbers, timestamps, picture ids.
+    /// Seed of values that need not be secret: first sequence numbers, timestamps, picture ids.
     pub seed: u64,
-    /// For tests that look for it.
+    /// Limit for tests that search for it.
     pub limit: Option<BottleneckLimit>,
     /// Name of the thread: `sfu-N`.
     pub name: String,
@@ -64,7 +66,7 @@ enum RouterRequest {
 }
 
 impl RouterWorker {
-    /// Binds the socket and starts the thread. What the router tells goes to `events`.
+    /// Binds the socket and starts the thread. The router's events go to `events`.
     pub fn start(
         config: RouterWorkerConfig,
         events: tokio::sync::mpsc::UnboundedSender<MediaEvent>,
@@ -90,7 +92,7 @@ impl RouterWorker {
         let thread = std::thread::Builder::new()
             .name(config.name)
             .spawn(move || {
-                // Without the right to it, timers come up to 50 us late.
+                // Without the permission for this, timers come up to 50 us late.
                 let _ = net::wake_precisely();
                 let mut worker = Loop {
                     router: Router::new(router_config, epoch.now()),
@@ -113,8 +115,8 @@ impl RouterWorker {
                     woken_at: Time::ZERO,
                     wakes_are_dense: false,
                 };
-                // The poll fails only where the process is out of its means; the router is then
-                // gone, and its handle tells.
+                // The poll fails only if the process is out of resources. Then the router ends, and
+                // its handle shows that.
                 while let Ok(true) = worker.turn() {}
             })?;
         Ok(RouterWorker {
@@ -125,7 +127,7 @@ impl RouterWorker {
         })
     }
 
-    /// The candidate that descriptions name.
+    /// The candidate in descriptions.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -134,7 +136,7 @@ impl RouterWorker {
         self.request(RouterRequest::Command(command));
     }
 
-    /// Cumulative counts as of now; `None` if the thread has ended.
+    /// Current cumulative counts; `None` if the thread has ended.
     pub fn statistics(&self) -> Option<RouterStatistics> {
         self.inspect(Router::statistics)
     }
@@ -144,32 +146,32 @@ impl RouterWorker {
         self.inspect(|_| net::thread_cpu())
     }
 
-    /// Has the thread look at its router between two turns, and waits for what it saw: for tests,
-    /// and for pages that are asked for now and then.
+    /// Runs a function on the router between two turns, and waits for its result. For tests, and
+    /// for pages that are requested now and then.
     pub fn inspect<R: Send + 'static>(
         &self,
         look: impl FnOnce(&Router) -> R + Send + 'static,
     ) -> Option<R> {
         let (answer, seen): (SyncSender<R>, Receiver<R>) = sync_channel(1);
         self.request(RouterRequest::Inspect(Box::new(move |router| {
-            // Nobody waits any more only when the asking thread is gone.
+            // Sending fails only if the asking thread is gone.
             let _ = answer.send(look(router));
         })));
         seen.recv().ok()
     }
 
-    /// Ends the thread: its connections fall silent.
+    /// Ends the thread. Its connections fall silent.
     pub fn stop(&mut self) {
         self.request(RouterRequest::Stop);
         if let Some(thread) = self.thread.take() {
-            // A panic of the thread has been printed by itself.
+            // A panic of the thread has already been printed.
             let _ = thread.join();
         }
     }
 
     fn request(&self, request: RouterRequest) {
-        // A thread that has ended takes no requests; who waits for an answer hears that the channel
-        // is closed.
+        // A thread that has ended accepts no requests. Whoever waits for an answer sees that the
+        // channel is closed.
         if self.requests.send(request).is_ok() {
             let _ = self.waker.wake();
         }
@@ -191,19 +193,19 @@ struct Loop {
     happened: Events,
     requests: Receiver<RouterRequest>,
     events: tokio::sync::mpsc::UnboundedSender<MediaEvent>,
-    /// As the socket told last.
+    /// The socket's drop count when last read.
     socket_drops: u32,
-    /// The socket may hold more: readiness is told once.
+    /// The socket may hold more datagrams: readiness is reported only once.
     readable: bool,
-    /// More requests may wait.
+    /// More requests may be waiting.
     more_requests: bool,
     woken_at: Time,
-    /// It had not waited for long.
+    /// The last wait was short.
     wakes_are_dense: bool,
 }
 
 impl Loop {
-    /// One turn: waits for something to do, and does it. False when told to stop.
+    /// Runs one turn: waits for work, and does it. Returns false when told to stop.
     fn turn(&mut self) -> io::Result<bool> {
         self.wait()?;
         if self.readable {
@@ -247,13 +249,14 @@ impl Loop {
         Ok(())
     }
 
-    /// Takes what the socket holds, up to a bound, and forwards it; false if there may be more.
+    /// Receives what the socket holds, up to a bound, and forwards it. Returns false if there may
+    /// be more.
     fn drain(&mut self) -> bool {
         let mut now = self.epoch.now();
         let mut is_empty = false;
         for _ in 0..DRAIN_BATCHES {
-            // Kernel stamps are on the wall clock; read together, the two clocks' difference places
-            // them on ours.
+            // Kernel stamps are on the wall clock. The two clocks are read together, so their
+            // difference converts the stamps to our clock.
             let unix_now;
             (now, unix_now) = (self.epoch.now(), net::unix_nanos());
             let received = self.received.receive(&self.io.socket);
@@ -262,7 +265,7 @@ impl Loop {
             let count = match received {
                 Ok(count) => count,
                 Err(error) => {
-                    // One that goes on failing is looked at again with the next turn.
+                    // A socket that keeps failing is tried again in the next turn.
                     is_empty = error.kind() == io::ErrorKind::WouldBlock;
                     break;
                 }
@@ -270,8 +273,9 @@ impl Loop {
             for index in 0..count {
                 self.take(index, now, unix_now);
             }
-            // The packets of a frame come one behind the other, and the first of them wakes us. To
-            // send a part of it costs each subscriber a call more than to look again.
+            // The packets of a frame come one after the other, and the first of them wakes the
+            // thread. Sending a part of the frame costs each subscriber an extra call, which is
+            // more than looking again.
             is_empty = self.received.is_drained() && !self.router.is_mid_frame();
             if is_empty {
                 break;
@@ -287,7 +291,7 @@ impl Loop {
             return self.router.refuse();
         };
         if let Some(drops) = received.drops {
-            // The kernel counts buffers; those that it dropped are taken to have held as many
+            // The kernel counts buffers. Each dropped buffer is assumed to have held as many
             // datagrams as this one.
             let dropped =
                 u64::from(drops.wrapping_sub(self.socket_drops)) * u64::from(received.burst);
@@ -312,7 +316,7 @@ impl Loop {
                 Err(TryRecvError::Empty) => return true,
             }
         }
-        // There may be more, and the waker is heard once.
+        // There may be more requests, but the waker reports only once.
         self.more_requests = true;
         true
     }

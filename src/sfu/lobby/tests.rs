@@ -27,11 +27,11 @@ const SINGLE_AUDIO: &str = include_str!("../../../fixtures/sdp/browser-single-2-
 const SINGLE_SIMULCAST: &str = include_str!("../../../fixtures/sdp/browser-single-3-simulcast.sdp");
 const ROUTER: &str = "127.0.0.1:40000";
 
-/// A lobby with everybody who talks to it, at a virtual time.
+/// A lobby with all its clients, at a virtual time.
 struct LobbyWorld {
     lobby: Lobby,
     now: Time,
-    /// What each WebSocket got and nobody looked at yet.
+    /// Messages that each WebSocket got and no test has read yet.
     inbox: BTreeMap<ConnectionId, VecDeque<Message>>,
     closed: BTreeSet<ConnectionId>,
     commands: VecDeque<MediaCommand>,
@@ -174,7 +174,7 @@ impl LobbyWorld {
         })
     }
 
-    /// Everything that the router was told so far.
+    /// Returns all commands that the router has got so far.
     fn commands(&mut self) -> Vec<MediaCommand> {
         self.commands.drain(..).collect()
     }
@@ -192,7 +192,7 @@ impl LobbyWorld {
         self.commands().into_iter().filter_map(subscribe).collect()
     }
 
-    /// Somebody joins with two connections and answers the first offer.
+    /// Joins a participant with two connections, which answers the first offer.
     fn join(&mut self, identity: &str, publish: bool, subscribe: bool) -> LobbyClient {
         self.join_with(identity, publish, subscribe, |_| {})
     }
@@ -333,7 +333,7 @@ fn description(kind: &str, sdp: &str, id: u32) -> proto::SessionDescription {
     }
 }
 
-/// The tracks that an offer sends, by what its AddTracks must have called them.
+/// The tracks that an offer sends, with the cids that their AddTracks must have used.
 fn cids(offer: &str) -> Vec<(Kind, String)> {
     let sections = offer
         .split("\r\nm=")
@@ -498,7 +498,7 @@ fn a_browsers_layers_are_taken_and_offered_to_those_who_are_there_and_those_who_
         "{sdp}"
     );
 
-    // Announced before it is offered.
+    // The track is announced before it is offered.
     let update = world.update(bob.connection).unwrap();
     assert_eq!(
         (
@@ -559,7 +559,7 @@ fn a_browsers_layers_are_taken_and_offered_to_those_who_are_there_and_those_who_
     let told: Vec<String> = std::iter::from_fn(|| world.take(ann.connection, told)).collect();
     assert_eq!(told, sids);
 
-    // Who comes later finds all in the first offer.
+    // A later participant finds all tracks in the first offer.
     let connection = world.enter(entry("carl", false, true));
     let join = world.join_response(connection);
     assert_eq!(
@@ -602,7 +602,8 @@ fn tracks_that_come_together_share_an_offer_and_offers_keep_their_distance() {
         .expect("10 ms after the first track");
     assert_eq!(first.sdp.matches("a=sendonly").count(), 2);
 
-    // Another publisher: not before the answer, and not at once after it.
+    // Another publisher comes: its offer must not go out before the answer, and not at once after
+    // it.
     let carl = world.join("carl", true, false);
     world.publish(&carl);
     world.wait(Duration::from_secs(1));
@@ -637,7 +638,7 @@ fn the_section_of_a_track_that_went_is_idle_once_before_another_takes_it() {
     bob.renegotiate(&mut world);
     world.commands();
 
-    // The camera goes, and another comes before the offer without it is made.
+    // The camera goes, and another one comes before the offer without it is made.
     let idle = BROWSER_SIMULCAST.replace(
         "a=mid:2\r\na=msid:39dd0acf-d0e6-435b-a569-4e584195ec60 17bd870c-87fb-42e0-9e4f-397b81f488cf\r\na=sendonly",
         "a=mid:2\r\na=inactive",
@@ -705,7 +706,7 @@ fn mutes_reach_everybody_and_stop_the_flow() {
             "{commands:?}"
         );
     }
-    // Nobody mutes another's track.
+    // A participant cannot mute another participant's track.
     world.request(
         bob.connection,
         Request::Mute(proto::MuteTrackRequest { sid, muted: true }),
@@ -807,7 +808,7 @@ fn subscriptions_go_by_wish_where_they_are_not_automatic() {
     world.request(bob.connection, wish(&[&video], false));
     world.wait(Duration::from_secs(1));
     assert_eq!(bob.renegotiate(&mut world).removed.len(), 1);
-    // Somebody who may not subscribe is not served.
+    // A participant without the permission to subscribe gets nothing.
     world.request(ann.connection, wish(&[&video], true));
     assert!(world.take(ann.connection, refused).is_some());
 }
@@ -839,7 +840,7 @@ fn a_second_join_under_an_identity_ends_the_first() {
         .map(|info| (info.sid.clone(), info.state()))
         .collect();
     assert_eq!(states.last(), Some(&(first.sid, State::Disconnected)));
-    // What the first one's socket still has to say concerns nobody.
+    // Further messages on the first participant's socket have no effect.
     world.request(
         first.connection,
         Request::Leave(proto::LeaveRequest::default()),
@@ -930,14 +931,14 @@ fn nobody_stays_without_a_websocket_or_a_connection() {
             Action::Reconnect
         )
     );
-    // Never answered its first offer.
+    // This participant never answered its first offer.
     let carl = world.enter(entry("carl", false, true));
     world.wait(Duration::from_secs(15));
     assert_eq!(
         world.leave(carl),
         (proto::DisconnectReason::StateMismatch, Action::Reconnect)
     );
-    // Answered, and no media connection came.
+    // This one answered, but no media connection came.
     let dora = world.join("dora", false, true);
     world.wait(Duration::from_secs(60));
     assert_eq!(
@@ -982,7 +983,7 @@ fn rooms_end_by_request_or_when_they_have_been_empty_long_enough() {
     );
     assert!(world.closed.contains(&ann.connection) && world.lobby.statistics().rooms == 0);
 
-    // Left by the last, a room stays for a while.
+    // A room stays for a while after the last participant has left.
     let carl = world.join("carl", false, true);
     world.request(
         carl.connection,
@@ -1040,7 +1041,7 @@ fn an_audience_is_announced_together_every_three_seconds() {
             ("gone", State::Disconnected)
         ]
     );
-    // A hidden one is nobody's business.
+    // Nobody is told of a hidden participant.
     let spy = world.join_with("spy", false, true, |entry| entry.permission.hidden = true);
     world.wait(Duration::from_secs(3));
     assert!(world.update(ann.connection).is_none() && world.update(spy.connection).is_some());
@@ -1079,7 +1080,7 @@ fn speakers_are_told_when_they_change() {
     );
     world.media(levels(&[(audio, 0)]));
     assert_eq!(speakers(&mut world), None);
-    // The router has nothing more to say: she has gone quiet.
+    // The router reports nothing more: the speaker has gone quiet.
     world.wait(Duration::from_secs(1));
     assert_eq!(
         speakers(&mut world).unwrap(),
@@ -1089,7 +1090,7 @@ fn speakers_are_told_when_they_change() {
     assert_eq!(speakers(&mut world), None);
 }
 
-/// Which of an answer's sections carry a track, by mid and the track's sid.
+/// Sections of an answer that carry a track, as pairs of mid and track sid.
 fn sent_sections(answer: &proto::SessionDescription) -> Vec<(String, String)> {
     let mut sections: Vec<(String, String)> = answer.mid_to_track_id.clone().into_iter().collect();
     sections.sort();
@@ -1198,8 +1199,8 @@ fn a_single_connections_client_is_asked_for_the_offer_that_a_new_track_needs() {
     world.wait(Duration::from_millis(200));
     assert_eq!(required(&mut world), Some((1, 1)));
 
-    // One goes: her section is idle in the next answer, and only the one after it may carry
-    // another's track.
+    // One publisher leaves: its section is idle in the next answer, and only the answer after that
+    // may use it for another track.
     world.request(
         publishers[0].connection,
         Request::Leave(proto::LeaveRequest::default()),
@@ -1264,7 +1265,7 @@ fn a_single_connection_publishes_on_what_it_receives_on() {
             .len(),
         2
     );
-    // A browser cannot offer simulcast where an answer took the rid extension from any section.
+    // A browser cannot offer simulcast if an answer removed the rid extension from any section.
     let sdp = world.answer(bob).sdp;
     let video = sdp
         .split("\r\nm=")
@@ -1414,7 +1415,7 @@ fn no_two_subscriptions_share_an_ssrc() {
     }
 }
 
-/// What the generator of ids has drawn and will draw, computed from one session id that it showed.
+/// Earlier and later values of the id generator, calculated from one session id that it gave out.
 fn ids_around(session_id: u64) -> impl Iterator<Item = Seeded> {
     const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
     let inverse = |odd: u64| {
@@ -1429,7 +1430,7 @@ fn ids_around(session_id: u64) -> impl Iterator<Item = Seeded> {
         let value = value.wrapping_mul(inverse(0xBF58_476D_1CE4_E5B9));
         value ^ (value >> 30) ^ (value >> 60)
     };
-    // A session id lacks the lowest bit of what was drawn.
+    // A session id lacks the lowest bit of the value that was drawn.
     let shown = [session_id << 1, session_id << 1 | 1].map(unmixed);
     shown.into_iter().flat_map(|state| {
         (-300..300i64)
@@ -1463,8 +1464,7 @@ fn nothing_that_a_description_shows_tells_of_anybodys_credentials() {
         .next()
         .unwrap();
     let ids: Vec<Seeded> = ids_around(session_id.parse().unwrap()).collect();
-    // Ids may be computed: this is how they would be, and shows that the rest of the test has
-    // teeth.
+    // Ids can be predicted: this check shows how, and that the rest of the test is effective.
     let sid = next.sid.strip_prefix("PA_").unwrap();
     let is_sid = |chance: &&Seeded| text_of((*chance).clone(), SID_LETTERS, 12) == sid;
     assert!(ids.iter().any(|chance| is_sid(&chance)));

@@ -1,5 +1,5 @@
-//! Who may do what: tokens, and what a join's query says. The texts of refusals are LiveKit's,
-//! except that no token is repeated.
+//! Access control: tokens, and the query of a join. The texts of refusals are LiveKit's, except
+//! that no token is repeated.
 
 use std::collections::HashMap;
 use std::error::Error;
@@ -15,12 +15,12 @@ use prost::Message;
 
 use super::super::shared::Entrant;
 
-/// As Go's servers limit a request's head.
+/// Largest join request. It equals the limit of Go's servers for the head of a request.
 const JOIN_REQUEST_BYTES_MAX: usize = 1 << 20;
-/// LiveKit's limits for names; its limit for metadata and attributes.
+/// LiveKit's limit for names, and its limit for metadata and attributes.
 const NAME_BYTES_MAX: usize = 256;
 const METADATA_BYTES_MAX: usize = 64 << 10;
-/// Clients pad their base64, or not.
+/// Decoder for base64 with or without padding, because clients send both.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &base64::alphabet::URL_SAFE,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
@@ -43,7 +43,8 @@ impl SfuAccess {
         }
     }
 
-    /// The claims of a request's token: signature, `exp` and `nbf` are fine.
+    /// Returns the claims of a request's token, after its signature, `exp` and `nbf` have been
+    /// checked.
     pub fn claims(&self, headers: &HeaderMap, query: &str) -> Result<Claims, HttpRefusal> {
         let unauthorized = |text: &str| (StatusCode::UNAUTHORIZED, text.to_owned());
         let token = match headers.get(header::AUTHORIZATION) {
@@ -60,7 +61,7 @@ impl SfuAccess {
                 .ok_or_else(|| unauthorized("permissions denied"))?,
         };
         self.verifier.verify(&token).map_err(|error| {
-            // A token of another key is told by its issuer, as LiveKit tells it.
+            // A token of another key is recognised by its issuer, as in LiveKit.
             let Ok(unverified) = Claims::from_unverified(&token) else {
                 return unauthorized("invalid authorization token");
             };
@@ -70,7 +71,7 @@ impl SfuAccess {
                     format!("invalid API key: {}", short(&unverified.iss)),
                 );
             }
-            // Its own words are of making tokens; what it found is below.
+            // The error's own text is about making tokens. Its source says what is wrong.
             let cause = error
                 .source()
                 .map_or_else(|| error.to_string(), ToString::to_string);
@@ -81,7 +82,7 @@ impl SfuAccess {
         })
     }
 
-    /// What a join asks for, as far as its token allows it.
+    /// Reads a join request, and restricts it to what its token allows.
     pub fn entry(
         &self,
         headers: &HeaderMap,
@@ -103,7 +104,7 @@ fn bad_request(text: impl Into<String>) -> HttpRefusal {
     (StatusCode::BAD_REQUEST, text.into())
 }
 
-/// Room, identity and permissions by the token.
+/// Room, identity and permissions from the token.
 fn admitted(claims: Claims) -> Result<Entrant, HttpRefusal> {
     if !claims.video.room_join {
         return Err((StatusCode::UNAUTHORIZED, "permissions denied".to_owned()));
@@ -159,7 +160,7 @@ fn permission(claims: &Claims) -> proto::ParticipantPermission {
     }
 }
 
-/// The query of `/rtc`.
+/// Reads the query of `/rtc`.
 fn read_query(entry: &mut Entrant, query: &str) {
     let text = |name| parameter(query, name).unwrap_or_default();
     let flag = |name| matches!(text(name).as_str(), "1" | "true");
@@ -182,7 +183,7 @@ fn read_query(entry: &mut Entrant, query: &str) {
     entry.resume = flag("reconnect").then(|| text("sid"));
 }
 
-/// What a single connection's client says with its join.
+/// Reads the join request of a client with a single connection.
 fn read_join_request(entry: &mut Entrant, encoded: &str) -> Result<(), HttpRefusal> {
     let bytes = BASE64
         .decode(encoded)
@@ -210,7 +211,7 @@ fn read_join_request(entry: &mut Entrant, encoded: &str) -> Result<(), HttpRefus
     Ok(())
 }
 
-/// What a participant says of itself beyond its token needs a grant.
+/// Adds what a participant says about itself beyond its token. This needs a grant.
 fn merge_own_words(
     entry: &mut Entrant,
     metadata: String,
@@ -239,7 +240,7 @@ fn merge_own_words(
     Ok(())
 }
 
-/// Never unpacks more than is allowed, whatever the archive holds.
+/// Decompresses a request. It never unpacks more than is allowed, whatever the archive holds.
 fn unzipped(bytes: &[u8]) -> Result<Vec<u8>, HttpRefusal> {
     let mut unzipped = Vec::new();
     let limit = JOIN_REQUEST_BYTES_MAX as u64 + 1;
@@ -250,7 +251,7 @@ fn unzipped(bytes: &[u8]) -> Result<Vec<u8>, HttpRefusal> {
     Ok(unzipped)
 }
 
-/// The first value of a query's parameter.
+/// The first value of a query parameter.
 fn parameter(query: &str, name: &str) -> Option<String> {
     let mut pairs = url::form_urlencoded::parse(query.as_bytes());
     pairs
@@ -258,7 +259,7 @@ fn parameter(query: &str, name: &str) -> Option<String> {
         .map(|(_, value)| value.into_owned())
 }
 
-/// For a refusal that repeats what a stranger wrote.
+/// Shortens a stranger's text that is repeated in a refusal.
 fn short(text: &str) -> String {
     text.chars().take(64).collect()
 }

@@ -1,5 +1,5 @@
-//! A Prometheus page: what it costs and LiveKit's names, as far as we know and count what they
-//! stand for, then all that the routers count under their own.
+//! A Prometheus page. It has the SFU's cost, LiveKit's metrics as far as we know and count the same
+//! things, and all counters of the routers under their own names.
 
 use axum::extract;
 use axum::http::{StatusCode, header};
@@ -34,8 +34,9 @@ fn add_counts(page: &mut FiguresPage, statistics: &ServerStatistics) {
     }
 }
 
-/// As Prometheus' client libraries name them. CPU time is that of the SFU's threads, which are not
-/// alone where a run has it inside; memory is the process's, as it says.
+/// Adds the cost, under the names that Prometheus' client libraries use. CPU time is that of the
+/// SFU's threads only, because a run with an embedded SFU has other threads, too. Memory is that of
+/// the whole process, as its name says.
 fn add_costs(page: &mut FiguresPage) {
     let cpu = net::threads_cpu(THREAD_PREFIX).map(|cpu| ([], cpu.as_secs_f64()));
     page.add(FigureKind::Counter, "process_cpu_seconds_total", "", cpu);
@@ -48,7 +49,7 @@ fn add_costs(page: &mut FiguresPage) {
     );
 }
 
-/// Who is there, and who came.
+/// Adds the rooms and participants that there are, and totals since the start.
 fn add_lobby(page: &mut FiguresPage, lobby: &LobbyStatistics) {
     let count = |value: usize| [([], value as f64)];
     let gauge = FigureKind::Gauge;
@@ -78,7 +79,8 @@ fn add_lobby(page: &mut FiguresPage, lobby: &LobbyStatistics) {
     page.add(gauge, "livekit_track_subscribed_total", "", subscribed);
 }
 
-/// LiveKit's packets are RTP; what is sent again counts as a transmission of its own.
+/// Adds LiveKit's packet counts. Its packets are RTP, and a retransmission counts as a transmission
+/// of its own.
 fn add_media(page: &mut FiguresPage, media: &RouterStatistics) {
     const WAYS: [[(&str, &str); 2]; 4] = [
         [("direction", "incoming"), ("transmission", "initial")],
@@ -105,7 +107,7 @@ fn add_media(page: &mut FiguresPage, media: &RouterStatistics) {
         let samples = WAYS.into_iter().zip(values.map(|value| value as f64));
         page.add(FigureKind::Counter, name, "", samples);
     }
-    // LiveKit's direction is that of the media: what is asked of publishers concerns what comes in.
+    // LiveKit's direction is that of the media: requests sent to publishers concern incoming media.
     for (name, incoming, outgoing) in [
         ("livekit_nack_total", media.nacks_out, media.nacks_in),
         ("livekit_pli_total", media.plis_out, media.plis_in),
@@ -127,7 +129,7 @@ mod tests {
         page.into_text()
     }
 
-    /// Dashboards and `--server-metrics` go by these.
+    /// Dashboards and `--server-metrics` rely on these names.
     #[test]
     fn our_own_reader_finds_livekit_s_names_with_its_labels_and_types() {
         let mut statistics = ServerStatistics::default();

@@ -16,7 +16,7 @@ use super::ServerState;
 use super::access::HttpRefusal;
 use super::websocket::refused;
 
-/// A Twirp error: its code and what is said of it.
+/// A Twirp error: status, code and text.
 struct TwirpRefusal {
     status: StatusCode,
     code: &'static str,
@@ -148,7 +148,7 @@ pub(super) async fn serve(
     answered.unwrap_or_else(IntoResponse::into_response)
 }
 
-/// A request without a token has no grants, which its method will say.
+/// The claims of a request. Without a token it has no grants, so its method will refuse it.
 fn claims(state: &ServerState, headers: &HeaderMap, query: &str) -> Result<Claims, HttpRefusal> {
     if headers.contains_key(header::AUTHORIZATION) {
         state.access.claims(headers, query)

@@ -1,5 +1,5 @@
-//! One WebSocket: a participant's requests in, its messages out. Protobuf in binary frames, or JSON
-//! in text frames: a client gets what it sent last.
+//! One WebSocket: a participant's requests in, its messages out. Protobuf uses binary frames, JSON
+//! uses text frames. A client gets the kind that it sent last.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -22,30 +22,31 @@ use super::super::lobby::{ConnectionId, Entrant};
 use super::access::HttpRefusal;
 use super::{Input, REQUESTS_BYTES_MAX, ServerState};
 
-/// Messages for a client that does not read: it is disconnected beyond. A participant of a meeting
-/// of a thousand gets some hundred at once.
+/// Largest number of messages that wait for a client. A client that does not read and exceeds it is
+/// disconnected. A participant of a meeting of a thousand gets a few hundred at once.
 const QUEUE_MAX: usize = 2048;
-/// And so many bytes: a Join and an offer of a room of ten thousand, twice over.
+/// Largest size of these messages in bytes: twice a Join and an offer of a room of ten thousand.
 const QUEUE_BYTES_MAX: usize = 64 << 20;
-/// A write that takes longer is to a client that is gone.
+/// Longest time for a write. A client that takes longer is gone.
 const SEND_TIMEOUT: Duration = Duration::from_secs(20);
 /// LiveKit's own interval.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
-/// An answer to an offer of ten thousand tracks.
+/// Largest message from a client: an answer to an offer of ten thousand tracks.
 const MESSAGE_BYTES_MAX: usize = 8 << 20;
-/// Any other request: two bytes may be an empty entry of a list that takes hundreds in memory.
-/// Three thousand subscriptions by their sids take 50 KB.
+/// Largest request that is no description. Two bytes may be an empty list entry that takes hundreds
+/// of bytes in memory. Three thousand subscriptions by their sids take 50 KB.
 const LISTS_BYTES_MAX: usize = 64 << 10;
-/// In JSON, which hardly anyone speaks: an answer to an offer of some hundred tracks.
+/// Largest request in JSON, which few clients use: an answer to an offer of a few hundred tracks.
 const JSON_BYTES_MAX: usize = 256 << 10;
-/// `SignalRequest`'s fields that carry descriptions.
+/// Numbers of `SignalRequest`'s fields that carry descriptions.
 const REQUEST_OFFER: u64 = 1;
 const REQUEST_ANSWER: u64 = 2;
-/// Most requests fit; the library's own 128 KiB would be most of what a participant costs.
+/// Size of the WebSocket buffers, which fits most requests. With the library's default of 128 KiB
+/// the buffers would be most of a participant's cost.
 const BUFFER_BYTES: usize = 4 << 10;
-/// Messages that leave together.
+/// Largest number of messages that are sent together.
 const BATCH_MAX: usize = 64;
-/// So long a client may take to set the offer that it sent with its join.
+/// Longest time that a client may take to set the offer that it sent with its join.
 const OFFER_IS_SET_WITHIN: Duration = Duration::from_secs(1);
 
 pub(super) async fn health() -> &'static str {
@@ -86,7 +87,7 @@ pub(super) async fn validate_single(
     validate(&state, &headers, query, true)
 }
 
-/// Browsers see no status of a WebSocket that fails: they ask here why.
+/// Tells a browser why its WebSocket failed, because browsers do not see the status.
 fn validate(
     state: &ServerState,
     headers: &HeaderMap,
@@ -130,7 +131,7 @@ fn join(
         .on_upgrade(move |socket| serve(socket, state, entry))
 }
 
-/// What is said of a refusal repeats no token.
+/// Logs and sends a refusal. Its text repeats no token.
 pub(super) fn refused((status, text): HttpRefusal) -> Response {
     warn!(status = status.as_u16(), why = text, "refused a token");
     (status, text).into_response()
@@ -161,9 +162,10 @@ async fn serve(socket: WebSocket, state: ServerState, entry: Entrant) {
     let _ = inputs.send(Input::Disconnect { connection }).await;
 }
 
-/// The Go SDK sends its first offer with the join, and sets it only when the Join has come: an
-/// answer that comes before that is one to nothing, and ends the connection. LiveKit's comes some
-/// milliseconds behind the Join. Here it waits for the first candidate, which follows the setting.
+/// Whether the client sets its offer only after the Join. The Go SDK sends its first offer with the
+/// join, and sets it only when the Join has come. An earlier answer would match no offer and end
+/// the connection. LiveKit's answer comes a few milliseconds after the Join. Here it waits for the
+/// first candidate, which follows the setting of the offer.
 fn sets_its_offer_later(entry: &Entrant) -> bool {
     let is_go = entry.client.sdk() == proto::client_info::Sdk::Go;
     is_go && entry.single && entry.publisher_offer.is_some()
@@ -186,7 +188,7 @@ fn message_len(message: &Message) -> usize {
     }
 }
 
-/// What waits for one client, bounded by messages and by bytes.
+/// The queue of messages for one client, bounded by messages and by bytes.
 fn outbox() -> (ClientOutbox, Queue) {
     let (messages, queue) = mpsc::channel(QUEUE_MAX);
     let waiting = Arc::new(AtomicUsize::new(0));
@@ -209,11 +211,11 @@ pub(super) struct ClientOutbox {
     waiting: Arc<AtomicUsize>,
 }
 
-/// Why a message did not go out.
+/// Reason why a message was not sent.
 pub(super) enum UnsentMessage {
     /// The client does not read.
     Full,
-    /// Its task is gone.
+    /// The client's task is gone.
     Closed,
 }
 
@@ -255,7 +257,7 @@ impl Queue {
             .inspect(|message| self.taken(message))
     }
 
-    /// Both ends live on one thread, where nothing comes between a message and its count.
+    /// Both ends live on one thread, so nothing happens between queueing a message and counting it.
     fn taken(&self, message: &Bytes) {
         self.waiting.fetch_sub(message.len(), Relaxed);
     }
@@ -264,12 +266,12 @@ impl Queue {
 struct WebSocketClient {
     socket: WebSocket,
     json: bool,
-    /// Behind the Join nothing goes out before this, or before the client's first candidate.
+    /// After the Join, nothing is sent before this time, or before the client's first candidate.
     held_until: Option<Instant>,
 }
 
 impl WebSocketClient {
-    /// Ends when either side does.
+    /// Serves the WebSocket until either side ends.
     async fn converse(&mut self, connection: ConnectionId, queue: &mut Queue, state: &ServerState) {
         let mut ping = tokio::time::interval_at(Instant::now() + PING_INTERVAL, PING_INTERVAL);
         ping.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -299,7 +301,7 @@ impl WebSocketClient {
                             if matches!(request.message, Some(proto::signal_request::Message::Trickle(_))) {
                                 self.held_until = None;
                             }
-                            // Waits for its share of what may wait for the lobby.
+                            // Waits for room among the requests that wait for the lobby.
                             let bytes = message_len(&message).min(REQUESTS_BYTES_MAX) as u32;
                             let Ok(room) = state.requests.clone().acquire_many_owned(bytes).await else { return };
                             if state.inputs.send(Input::Request { connection, request, room }).await.is_err() {
@@ -341,7 +343,7 @@ impl WebSocketClient {
         Ok(Some(Box::new(request)))
     }
 
-    /// What is queued goes out in one go.
+    /// Sends the queued messages together.
     async fn write(&mut self, first: Bytes, queue: &mut Queue) -> bool {
         let all = async {
             self.socket.feed(self.encoded(first)).await?;
@@ -356,7 +358,8 @@ impl WebSocketClient {
         matches!(tokio::time::timeout(SEND_TIMEOUT, all).await, Ok(Ok(())))
     }
 
-    /// Messages are made as protobuf. Hardly anyone wants JSON, and who does pays for both.
+    /// Messages are made as protobuf. Few clients use JSON, and for them a message is decoded and
+    /// encoded again.
     fn encoded(&self, message: Bytes) -> Message {
         let json =
             || serde_json::to_string(&proto::SignalResponse::decode(message.clone()).ok()?).ok();
