@@ -1,4 +1,4 @@
-//! HTTP to a coordinator: ours, or `voicegw`'s own.
+//! HTTP client for a coordinator: throng's own, or `voicegw`'s.
 
 use std::fmt;
 use std::time::Duration;
@@ -16,16 +16,16 @@ use crate::signal::link::{LinkFault, LinkStage};
 use crate::signal::route::ProxyFault;
 use crate::words;
 
-/// An answer that takes longer is none: a coordinator answers from memory, after a write to its
-/// disk.
+/// Longest wait for an answer. A coordinator answers from memory, after a write to its disk, so a
+/// slower answer counts as none.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Largest answer that is read: the frame counts of all others.
+/// Largest answer that is read. The frame counts of all other hosts are the largest.
 const ANSWER_BYTES_MAX: usize = 8 << 20;
-/// How much of a refusal is shown.
+/// Number of characters of a refusal that are shown.
 const REFUSAL_CHARS_MAX: usize = 400;
 
-/// A coordinator. Cheap to clone; connections are pooled.
+/// Client of one coordinator. Cheap to clone; connections are pooled.
 #[derive(Clone)]
 pub struct CoordinatorClient {
     fetcher: Fetcher,
@@ -33,23 +33,23 @@ pub struct CoordinatorClient {
     token: Option<Secret>,
 }
 
-/// Why there is no answer that could be used, by what to do about it.
+/// Why there is no usable answer. The variants differ in what the caller can do about it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoAnswer {
-    /// Nobody there, nobody awake, or nothing that can be understood: it may be different the next
-    /// time.
+    /// The coordinator cannot be reached, does not answer in time, or sends something unreadable.
+    /// Another attempt may succeed.
     #[error("{0}")]
     Away(String),
-    /// The coordinator does not know us (404): it forgot, or never heard of us.
+    /// The coordinator does not know this prober (404): it forgot it, or never registered it.
     #[error("{0}")]
     Unknown(String),
-    /// It says no, and would say it again.
+    /// The coordinator refuses, and would refuse again.
     #[error("{0}")]
     Refused(String),
 }
 
 impl CoordinatorClient {
-    /// `token` is what lets us in; `None` with a coordinator that asks for none.
+    /// `token` authenticates this prober; `None` for a coordinator that asks for no token.
     pub fn new(url: ServerUrl, token: Option<Secret>) -> CoordinatorClient {
         CoordinatorClient {
             fetcher: Fetcher::new(&url.http(), &url.http(), &[], REQUEST_TIMEOUT),
@@ -109,7 +109,7 @@ impl CoordinatorClient {
                 "the coordinator at {url} did not answer within {} s",
                 REQUEST_TIMEOUT.as_secs()
             ),
-            // What a TLS alert looks like to one who expects HTTP.
+            // A client that expects HTTP sees a TLS alert in this form.
             FetchFault::Link(LinkFault::NotHttp {
                 began,
                 secure: false,
@@ -123,7 +123,7 @@ impl CoordinatorClient {
             other => format!("the coordinator at {url} cannot be reached: {other}"),
         };
         match fault {
-            // It would be the same again.
+            // Another attempt would fail in the same way.
             FetchFault::Trust(_) | FetchFault::Proxy(ProxyFault::Unspoken { .. }) => {
                 NoAnswer::Refused(text)
             }
@@ -218,7 +218,7 @@ fn bearer(token: &Secret) -> Result<header::HeaderValue, NoAnswer> {
     Ok(value)
 }
 
-/// One line for people of what a stranger wrote.
+/// Shortens text from the network to one readable line.
 fn short(text: &str) -> String {
     let line: String = words::one_line(text)
         .chars()

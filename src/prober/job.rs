@@ -1,4 +1,4 @@
-//! From a coordinator's job to the run that this host plays.
+//! Turns a coordinator's job into the run that this host plays.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use crate::plan::scenario::{PhaseTimes, RoomPeople};
 use crate::plan::{Part, Target, TargetOrigin, UndealtPlan, UnusableUrl};
 use crate::run::RunSpec;
 
-/// Why a job cannot be played; for people.
+/// Why a job cannot be played, as text for people.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum UnplayableJob {
     #[error("no server to test: give --url, or LIVEKIT_URL, here or to the coordinator")]
@@ -29,18 +29,19 @@ pub(super) enum UnplayableJob {
     NoTier,
 }
 
-/// The job of a coordinator of ours: all that makes the run comes from there. Of the prober's own
-/// are the server, where it names one, and what this host does with the result.
+/// Makes the run of a job from throng's own coordinator. Everything that defines the run comes from
+/// the job. The prober itself decides the server, where it names one, and what this host does with
+/// the result.
 ///
 /// # Errors
-/// For people: why it cannot be played.
+/// Returns why the job cannot be played, as text for people.
 pub(super) fn of_ours(
     job: &Job,
     own: RunSpec,
     shape_given: bool,
 ) -> Result<RunSpec, UnplayableJob> {
     let mut plan = own.plan;
-    // Stages say what is held, and for how long.
+    // The stages define what is held, and for how long.
     let times = PhaseTimes {
         warmup: Duration::ZERO,
         ..job.scenario.times()
@@ -70,12 +71,12 @@ pub(super) fn of_ours(
     })
 }
 
-/// The job of `voicegw`'s coordinator: it says where, how many, for how long and what is too much.
-/// What they send is the prober's own to say: by default one of them speaks, and all hear
-/// everybody.
+/// Makes the run of a job from `voicegw`'s coordinator. The job names the room, the number of
+/// participants, the durations and the limits. The prober decides what the participants send: by
+/// default one of them speaks, and all hear everybody.
 ///
 /// # Errors
-/// For people: why it cannot be played.
+/// Returns why the job cannot be played, as text for people.
 pub(super) fn of_voicegw(job: &JobReply, own: RunSpec) -> Result<RunSpec, UnplayableJob> {
     let mut plan = own.plan;
     let target = &plan.target;
@@ -121,7 +122,7 @@ pub(super) fn of_voicegw(job: &JobReply, own: RunSpec) -> Result<RunSpec, Unplay
     })
 }
 
-/// What a file that belongs to this run is called after: the run's tag, as identities have it, or
+/// Returns the part of a file name that names this run: the run's tag, as in the identities, or
 /// `voicegw`'s room.
 pub(super) fn run_name(job: &JobReply) -> String {
     job.throng
@@ -129,7 +130,7 @@ pub(super) fn run_name(job: &JobReply) -> String {
         .map_or_else(|| job.room.clone(), |job| format!("{:08x}", job.run_tag))
 }
 
-/// `vantage 'fra', 2 of 3`
+/// Names this host, for example `vantage 'fra', 2 of 3`.
 pub(super) fn whose(config: &Membership, job: Option<&Job>) -> String {
     match job {
         Some(job) => format!(

@@ -1,5 +1,5 @@
-//! A run that is led by a coordinator: stages begin when it says so, and the publishers of others
-//! are told of.
+//! A run that a coordinator leads. Stages begin when the coordinator orders it, and the roster is
+//! given the frame counts of publishers on other hosts.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,30 +16,30 @@ use crate::report::{RunSample, judge::LossShares};
 use crate::run::lead::{FinishedTier, Lead, LeadStep, Observation, TierPlan};
 use crate::units::{Epoch, Time};
 
-/// Led by a coordinator.
+/// Leads the run by a coordinator's orders.
 pub(super) struct Led {
     shared: Arc<LinkShared>,
     words: watch::Receiver<Word>,
     stages: Vec<SharedStage>,
-    /// Index of the stage under way; `None` before the first.
+    /// Index of the current stage; `None` before the first.
     stage: Option<usize>,
-    /// The clock that beats are stamped by, and the run's, which is the same from another zero.
+    /// Clock that stamps beats. The run's clock, `epoch`, is the same clock with another zero.
     clock: Epoch,
     epoch: Epoch,
-    /// Tiers of which the final account has been told.
+    /// Number of tiers whose final measurements are in the outbox.
     tiers_told: usize,
-    /// This host ends the run, and the others hear of it.
+    /// Whether this host ends the run and has told the coordinator so.
     is_broken: bool,
     missing_after: Duration,
 }
 
-/// The run ends before what was waited for, in the words of who ends it.
+/// The run ends early. The text comes from whoever ends it.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(super) struct CalledOff(String);
 
 impl Led {
-    /// `missing_after`: how long another host is silent before it is missing.
+    /// `missing_after`: how long another host must be silent to count as missing.
     pub fn new(
         shared: Arc<LinkShared>,
         stages: Vec<SharedStage>,
@@ -59,22 +59,22 @@ impl Led {
         }
     }
 
-    /// Ready when everybody is to begin publishing: everything that can be made before that is
-    /// made.
+    /// Waits until all hosts are to begin publishing. Everything that can be prepared is prepared
+    /// before.
     ///
     /// # Errors
-    /// Why nothing is to begin.
+    /// Returns why the run does not begin.
     pub async fn wait_for_start(&mut self) -> Result<(), CalledOff> {
         let at = self.order_for(0).await?;
         self.begin(0, at, self.epoch.now());
-        // That of all hosts, so that whatever follows from the run's time is in step: who speaks
-        // when.
+        // Use the zero that all hosts share, so that everything derived from the run's time is in
+        // step, for example who speaks when.
         self.epoch = self.clock.counted_from(at);
         Ok(())
     }
 
-    /// Waits until a stage is to begin, and gives its time. After an interruption it can be asked
-    /// again.
+    /// Waits until a stage is to begin, and returns its start time. The call may be cancelled and
+    /// repeated.
     async fn order_for(&mut self, stage: usize) -> Result<Time, CalledOff> {
         let (under_way, ready_for) = (self.stage.map(|stage| stage as u32), stage as u32);
         if self.shared.outbox().set_stage(under_way, Some(ready_for)) {
@@ -85,7 +85,7 @@ impl Led {
             let wait_until = match word {
                 Word::Stop { reason } => return Err(CalledOff(reason)),
                 Word::Start { stage, at_us } if stage >= ready_for => {
-                    // What lies before the run's zero has passed.
+                    // A time before the run's zero has passed.
                     let at = self.epoch.time_of_unix_micros(at_us).unwrap_or(Time::ZERO);
                     if at <= self.epoch.now() {
                         return Ok(at);
@@ -96,14 +96,14 @@ impl Led {
             };
             let word = self.words.changed();
             match wait_until {
-                // The sender is gone only with the process.
+                // The sender lives as long as the process.
                 None => drop(word.await),
                 Some(at) => drop(tokio::time::timeout_at(at, word).await),
             }
         }
     }
 
-    /// A stage began `at`, which was ordered for `ordered`.
+    /// Records that a stage began at `at`; it was ordered for `ordered`.
     fn begin(&mut self, stage: usize, ordered: Time, at: Time) {
         self.stage = Some(stage);
         let skew = at.as_micros().cast_signed() - ordered.as_micros().cast_signed();
@@ -130,7 +130,7 @@ impl Led {
         self.stage.map_or(0, |stage| stage + 1)
     }
 
-    /// What a tier of this plan was: its index among the stages.
+    /// Returns the index of the stage that a tier of this plan belongs to.
     fn stage_of(&self, tier: &TierPlan) -> Option<u32> {
         let index = self
             .stages
@@ -170,7 +170,7 @@ impl Lead for Led {
             return LeadStep::Finish;
         };
         let Ok(start) = self.order_for(index).await else {
-            // The run ends: see `abort`.
+            // The run ends; `abort` reports it.
             return std::future::pending().await;
         };
         self.begin(index, start, self.epoch.now());
@@ -193,7 +193,8 @@ impl Lead for Led {
 
     fn abort(&mut self) -> Option<String> {
         match &*self.words.borrow() {
-            // What comes back of our own word does not cut short the tier that it is about.
+            // The coordinator repeats a stop that this host caused. It must not cut short the tier
+            // that caused it.
             Word::Stop { .. } if self.is_broken => None,
             Word::Stop { reason } => Some(reason.clone()),
             Word::Wait | Word::Start { .. } => None,
@@ -208,8 +209,8 @@ impl Lead for Led {
         self.missing_after
     }
 
-    /// Gives our publishers' final counts and takes those of others: they come with the order to
-    /// leave.
+    /// Sends the final counts of this host's publishers, and takes those of the others. They arrive
+    /// with the order to leave.
     async fn before_account(&mut self, roster: &Roster) {
         self.shared.outbox().set_frames(roster.frame_counts());
         let leave = self
@@ -256,7 +257,7 @@ impl Lead for Led {
     }
 }
 
-/// Why the generator was the limit in the tiers so far: each reason once.
+/// Returns why the generator was the limit in the tiers so far, each reason once.
 fn invalid(tiers: &[FinishedTier]) -> Vec<String> {
     let mut reasons: Vec<String> = Vec::new();
     for facts in tiers.iter().filter_map(|tier| tier.step.tier.as_ref()) {
@@ -272,7 +273,7 @@ fn invalid(tiers: &[FinishedTier]) -> Vec<String> {
 }
 
 fn live(present: u32, sample: &RunSample, loss: Option<f64>) -> LiveSecond {
-    // Before the first row of the series there is nothing to tell.
+    // Before the first row of the series there are no rates.
     let known = |rate: f64| (sample.t > 0.0).then_some(rate);
     LiveSecond {
         participants: present,
@@ -294,7 +295,7 @@ mod tests {
     use crate::media::identity::Origin;
     use crate::plan::Member;
 
-    /// Publish, baseline, one tier, stop, leave.
+    /// Stages: publish, baseline, one tier, stop, leave.
     fn stages() -> Vec<SharedStage> {
         let stage = |kind, name: &str, subscribers: u32| SharedStage {
             kind,
@@ -322,8 +323,8 @@ mod tests {
         )
     }
 
-    /// What the next beat would say: the stage under way, what it is ready for, and the stages that
-    /// began.
+    /// What the next beat would carry: the current stage, the stage it is ready for, and the stages
+    /// that began.
     fn said(shared: &LinkShared) -> (Option<u32>, Option<u32>, Vec<u32>) {
         let beat = shared.outbox().draft().beat(0, None);
         (
@@ -376,14 +377,15 @@ mod tests {
         let (mut led, shared, clock) = led();
         start(&shared, &clock, 0);
         led.wait_for_start().await.unwrap();
-        // The order that it has heeded is repeated until the next beat says so.
+        // The coordinator repeats the previous order until the next beat reports that it was
+        // carried out.
         start(&shared, &clock, 0);
         let wait = Duration::from_millis(50);
         assert!(tokio::time::timeout(wait, led.next(&[])).await.is_err());
         assert_eq!(said(&shared).1, Some(1), "ready");
         let at_us = clock.unix_micros(clock.now() + 2 * wait);
         shared.say(Word::Start { stage: 1, at_us });
-        // Asked again and again, as a run does.
+        // A run cancels and repeats the call in the same way.
         let tier = loop {
             if let Ok(LeadStep::Tier(tier)) =
                 tokio::time::timeout(Duration::from_millis(7), led.next(&[])).await
@@ -409,7 +411,7 @@ mod tests {
         assert_eq!(led.abort().as_deref(), Some("cancelled"));
         start(&shared, &clock, 0);
         assert_eq!(led.abort().as_deref(), Some("cancelled"));
-        // Nobody is waited for.
+        // No other host is waited for.
         led.before_account(&Roster::new(1, [0].into_iter())).await;
     }
 

@@ -1,9 +1,9 @@
-//! The way to the coordinator: registering, beats in a task of their own, room tokens, the last
-//! report.
+//! Connection to the coordinator: registration, beats in a task of their own, room tokens, and the
+//! last report.
 //!
-//! It lives on a thread of its own, so that neither the run nor the making of media keeps a beat
-//! back, and no beat keeps them. What the run has to tell lies in an [`BeatOutbox`], what it has to
-//! know in an [`Inbox`]; orders come by a channel.
+//! It runs on a thread of its own, so that neither the run nor media generation delays a beat, and
+//! no beat delays them. A [`BeatOutbox`] holds what the run has to tell, an [`Inbox`] what it has
+//! to know. Orders come by a channel.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -27,53 +27,54 @@ use crate::run::Interrupts;
 use crate::signal::{NotIssued, Secret, TokenRequest};
 use crate::units::{Epoch, Time};
 
-/// From one look for the job to the next, and the least pause before a coordinator that did not
-/// answer is asked again.
+/// Interval between two requests for the job, and the shortest pause before asking a coordinator
+/// again that did not answer.
 const POLL: Duration = Duration::from_secs(1);
 const POLL_MAX: Duration = Duration::from_secs(10);
-/// The same trouble is told so often.
+/// How long the same trouble is not told again.
 const TELL_AGAIN: Duration = Duration::from_secs(30);
-/// Who hears nothing of a coordinator for so long before anything has begun gives up. `voicegw`'s
-/// probers do so, too.
+/// How long a prober waits for a silent coordinator before the run has begun. `voicegw`'s probers
+/// wait as long.
 const GATHER_PATIENCE: Duration = Duration::from_secs(300);
-/// So long the last report is tried to be delivered to a coordinator that does not answer, and did
-/// not say how long.
+/// How long delivery of the last report is tried, where the coordinator does not answer and has not
+/// said how long.
 pub(super) const REPORT_PATIENCE: Duration = Duration::from_secs(60);
-/// A token is used up to half its lifetime: whoever joins with it has the other half to be in.
+/// Largest number of tokens in one request. A token is used during the first half of its lifetime,
+/// which leaves the other half for the join.
 const TOKEN_BATCH: u32 = 200;
 const TOKEN_TRIES: u32 = 4;
-/// For the word that we leave.
+/// Longest wait when telling the coordinator that we leave.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What the coordinator has a prober do.
+/// What the coordinator orders a prober to do.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) enum Word {
-    /// Go on, and wait.
+    /// Continue with the current stage, and wait.
     #[default]
     Wait,
-    /// Begin this stage at this time, in microseconds since 1970 by our clock.
+    /// Begin this stage at this time, in microseconds since 1970 by this host's clock.
     Start { stage: u32, at_us: u64 },
-    /// End the load: it was cancelled, the coordinator goes on without us, or has not been heard of
-    /// for too long.
+    /// End the load. The run was cancelled, the coordinator goes on without this prober, or it has
+    /// been silent for too long.
     Stop { reason: String },
 }
 
-/// What the run has to know of the others.
+/// What the run has to know of other hosts.
 #[derive(Default)]
 pub(super) struct Inbox {
-    /// How far other hosts' publishers are, by origin, track and layer: what was sent, and what is
-    /// owed and was never sent.
+    /// Frame counts of other hosts' publishers, by origin, track and layer: frames sent, and frames
+    /// owed and never sent.
     pub frames: BTreeMap<(u32, u8, u8), (u32, u32)>,
-    /// What to add to another vantage's time to get ours, in microseconds, and how far off that
-    /// may be.
+    /// Offset to add to another vantage's time to get ours, and its uncertainty, both in
+    /// microseconds.
     pub clocks: BTreeMap<u32, (i64, u64)>,
-    /// Vantages without which the run goes on.
+    /// Vantages that are missing; the run goes on without them.
     pub missing: Vec<u32>,
-    /// Our own clock against the coordinator's.
+    /// Offset of this host's clock from the coordinator's.
     pub own_clock: Option<Offset>,
 }
 
-/// What run and beats share.
+/// State that the run and the beats share.
 pub(super) struct LinkShared {
     outbox: Mutex<BeatOutbox>,
     inbox: Mutex<Inbox>,
@@ -91,7 +92,7 @@ impl LinkShared {
         })
     }
 
-    /// Held for moments only: nobody who holds it waits or works long.
+    /// Locks the outbox. The lock is held for moments only: no holder waits or works long.
     pub fn outbox(&self) -> MutexGuard<'_, BeatOutbox> {
         self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -100,7 +101,7 @@ impl LinkShared {
         self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the next beat leave at once.
+    /// Makes the next beat due at once.
     pub fn hurry(&self) {
         self.news.notify_one();
     }
@@ -110,7 +111,7 @@ impl LinkShared {
     }
 
     pub fn say(&self, word: Word) {
-        // The same again wakes nobody; after a stop nothing else counts.
+        // A repeated order wakes nobody; after a stop no further order counts.
         self.word.send_if_modified(|said| {
             let is_news = *said != word && !matches!(said, Word::Stop { .. });
             if is_news {
@@ -122,30 +123,30 @@ impl LinkShared {
     }
 }
 
-/// A prober that is in.
+/// A prober that is registered and has its job.
 #[derive(Debug)]
 pub(super) struct Enlisted {
     pub id: ProverId,
     pub job: JobReply,
 }
 
-/// Why this host has no part in the run.
+/// Why this host takes no part in the run.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum NotEnlisted {
     #[error(transparent)]
     NoReply(#[from] NoReply),
     #[error(transparent)]
     OtherVersion(#[from] MalformedMessage),
-    /// By this signal.
+    /// The signal that interrupted the wait.
     #[error("{0} while the run was waited for")]
     Interrupted(&'static str),
 }
 
-/// Registers, and waits until there is a job. `told` hears what there is to wait for. Who is
-/// interrupted meanwhile leaves its place to others.
+/// Registers, and waits until there is a job. `told` is called with each line about what it waits
+/// for. If interrupted, it gives up its place to other probers.
 ///
 /// # Errors
-/// For people: what to do.
+/// Returns what to do, as text for people.
 pub(super) async fn enlist(
     client: &CoordinatorClient,
     register: &Register,
@@ -158,7 +159,7 @@ pub(super) async fn enlist(
         signal = interrupts.next() => signal,
     };
     if let Some(id) = place {
-        // Where nobody answers, the place is free after a time of silence.
+        // If the coordinator does not answer, it frees the place itself after some silence.
         let _ = tokio::time::timeout(
             LEAVE_TIMEOUT,
             client.post::<Departed>(&format!("/leave/{id}"), &()),
@@ -168,7 +169,7 @@ pub(super) async fn enlist(
     Err(NotEnlisted::Interrupted(signal))
 }
 
-/// `place` is where the coordinator has us, as soon as it does.
+/// `place` is set to the id that the coordinator gave us, as soon as there is one.
 async fn wait_for_job(
     client: &CoordinatorClient,
     register: &Register,
@@ -204,8 +205,8 @@ async fn wait_for_job(
                     });
                 }
                 Ok(_) => tokio::time::sleep(POLL).await,
-                // It gives the place of one who was silent to others; until all are in there may be
-                // one again.
+                // The coordinator gives a silent prober's place to another one. Until all probers
+                // are in, there may be a free place again.
                 Err(NoReply::Unknown(why)) => {
                     warn!(why, "has lost its place, and registers again");
                     tokio::time::sleep(POLL).await;
@@ -236,8 +237,7 @@ pub(super) enum NoReply {
     GivenUp { why: String, patience: Duration },
 }
 
-/// Asks until there is an answer, with growing pauses while there is none, for as long as
-/// `patience`.
+/// Repeats a request until it is answered, with growing pauses, for at most `patience`.
 async fn insist<A, F: Future<Output = Result<A, NoAnswer>>>(
     patience: Duration,
     told: &mut impl FnMut(String),
@@ -273,19 +273,19 @@ async fn insist<A, F: Future<Output = Result<A, NoAnswer>>>(
     }
 }
 
-/// What the beats of one prober need.
+/// What a prober needs to send beats.
 pub(super) struct Beats {
     pub client: CoordinatorClient,
     pub id: ProverId,
     pub shared: Arc<LinkShared>,
-    /// The clock that is compared with the coordinator's.
+    /// Clock that is compared with the coordinator's.
     pub epoch: Epoch,
     /// How long the load may go on without an answer.
     pub patience: Duration,
 }
 
 impl Beats {
-    /// Beats for as long as the coordinator wants to hear of us.
+    /// Sends beats for as long as the coordinator wants them.
     pub async fn run(self) {
         let mut pulse = Pulse::new(self.epoch.now(), self.patience);
         let (mut clock, mut exchange) = (ClockEstimate::default(), None);
@@ -306,7 +306,7 @@ impl Beats {
         }
     }
 
-    /// One beat, and what its answer says. False where the coordinator wants no more.
+    /// Sends one beat, and handles its answer. Returns false where the coordinator wants no more.
     async fn beat(
         &self,
         pulse: &mut Pulse,
@@ -315,7 +315,7 @@ impl Beats {
     ) -> bool {
         let draft = self.shared.outbox().draft();
         let mut beat = draft.beat(0, *exchange);
-        // As late as can be: what comes between this and the wire is taken for the way.
+        // Stamp as late as possible, because any delay after the stamp counts as network delay.
         let sent_at = self.epoch.now();
         beat.sent_at_us = self.epoch.unix_micros(sent_at);
         let answer = self
@@ -374,7 +374,8 @@ impl Beats {
         }
     }
 
-    /// The order comes last: whoever it wakes finds what came with it.
+    /// Takes over a reply. The order is passed on last, so that whoever it wakes finds what came
+    /// with it.
     fn take(&self, reply: BeatReply, own_clock: Option<Offset>) {
         {
             let mut inbox = self.shared.inbox();
@@ -401,10 +402,10 @@ impl Beats {
     }
 }
 
-/// Gives the last report to the coordinator, however often that takes within `patience`.
+/// Delivers the last report to the coordinator, with as many attempts as fit into `patience`.
 ///
 /// # Errors
-/// Why it did not take it.
+/// Returns why the coordinator did not take the report.
 pub(super) async fn deliver(
     client: &CoordinatorClient,
     id: &ProverId,
@@ -419,7 +420,7 @@ pub(super) async fn deliver(
     Ok(reported)
 }
 
-/// What to add to a vantage's time to get ours. Both uncertainties add up.
+/// Returns the offset to add to a vantage's time to get ours, and its uncertainty: the sum of both.
 fn between(theirs: &VantageClock, own: &Offset) -> (i64, u64) {
     (
         theirs.offset_us.saturating_sub(own.offset_us),
@@ -436,7 +437,7 @@ enum NotFetched {
     LeftOut,
 }
 
-/// Gets room tokens from the coordinator, many at a time, and hands them out.
+/// Fetches room tokens from the coordinator in batches, and hands them out.
 pub(super) struct Tokens {
     pub client: CoordinatorClient,
     pub id: ProverId,
@@ -457,7 +458,7 @@ impl Tokens {
     pub async fn run(mut self, mut requests: mpsc::UnboundedReceiver<TokenRequest>) {
         while let Some(TokenRequest { position, answer }) = requests.recv().await {
             let token = self.token(position).await;
-            // Who asked may have left meanwhile.
+            // The participant that asked may have left meanwhile.
             let _ = answer.send(token.map_err(|why| NotIssued::Refused(why.into())));
         }
     }
@@ -470,7 +471,8 @@ impl Tokens {
         self.take(position).ok_or(NotFetched::LeftOut)
     }
 
-    /// Each is used once: who comes back later gets one that lasts as long.
+    /// Takes a kept token. Each is used once, so that a participant that comes back later gets a
+    /// fresh one.
     fn take(&mut self, position: u32) -> Option<Secret> {
         let (token, good_until) = self.kept.remove(&position)?;
         (tokio::time::Instant::now() < good_until).then_some(token)
@@ -512,8 +514,8 @@ impl Tokens {
 }
 
 impl Inbox {
-    /// A count that no publisher can reach is none, and no run has more publishers than one message
-    /// names.
+    /// Takes a count. Counts that no publisher can reach are ignored, and so are publishers beyond
+    /// the number that one message may name.
     fn take_frames(&mut self, layer: (u32, u8, u8), frames: u64, unsent: u64) {
         let (Ok(frames), Ok(unsent)) = (u32::try_from(frames), u32::try_from(unsent)) else {
             return;
@@ -524,7 +526,7 @@ impl Inbox {
         }
     }
 
-    /// Tells the roster what is known of the publishers of others.
+    /// Passes what is known of other hosts' publishers on to the roster.
     pub fn tell(&self, roster: &engine::Roster) {
         for ((publisher, track, layer), (frames, unsent)) in &self.frames {
             roster.set_frames_elsewhere(engine::FrameCount {
@@ -563,7 +565,7 @@ mod tests {
         )
     }
 
-    /// As `voicegw`'s coordinator gives it.
+    /// A job as `voicegw`'s coordinator gives it.
     fn job(ready: bool) -> (u16, Value) {
         (
             200,
@@ -659,7 +661,7 @@ mod tests {
         }
     }
 
-    /// An answer from a clock that is so much ahead of ours.
+    /// A reply from a clock that is `ahead_us` ahead of ours.
     fn reply(asked: &Asked, ahead_us: u64, order: Value) -> (u16, Value) {
         let at = asked.body["sent_at_us"].as_u64().unwrap() + ahead_us;
         (
@@ -699,7 +701,7 @@ mod tests {
         let Word::Start { stage: 3, at_us } = word else {
             panic!("{word:?}")
         };
-        // Of the hour nothing is left; the way takes what it takes.
+        // The hour between the clocks is removed; network delay remains.
         assert!(
             at_us.abs_diff(now_us + 2_000_000) < 2_000_000,
             "{at_us} at {now_us}"
@@ -844,7 +846,7 @@ mod tests {
             assert_eq!(tokens.token(position).await.unwrap().expose(), token);
         }
         assert_eq!(scripted.asked()[1].body, json!({"from": 200, "count": 50}));
-        // It comes back: another one, which is of no use any more.
+        // The participant comes back. The second token has already expired.
         assert!(
             tokens
                 .token(0)

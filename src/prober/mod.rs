@@ -1,12 +1,12 @@
 //! A prober: one host of a run that a coordinator leads, from registering to the last report.
 //!
-//! It plays its part of the plan as any run does, led by [`lead`]; [`link`] keeps in touch with the
-//! coordinator meanwhile, on a thread of its own. A coordinator that is lost ends the load after a
-//! stated time, and takes nothing with it: what this host measured is reported here, and kept in a
-//! file.
+//! It plays its part of the plan like any other run, led by [`lead`]. Meanwhile [`link`] keeps in
+//! touch with the coordinator, on a thread of its own. If the coordinator is lost, the load ends
+//! after a stated time. The measurements survive: this host reports them itself, and keeps them in
+//! a file.
 //!
-//! `voicegw`'s own coordinator is served, too: it knows nothing of media, beats or barriers, and
-//! gets its steps.
+//! `voicegw`'s own coordinator works, too. It knows nothing of media, beats or barriers; its report
+//! has one step for each tier.
 
 mod client;
 mod job;
@@ -40,40 +40,40 @@ use client::CoordinatorClient;
 use lead::Led;
 use link::{Beats, Enlisted, LinkShared, Tokens};
 
-/// How a prober finds its coordinator, and what it is there.
+/// How a prober reaches its coordinator, and what it is in the run.
 #[derive(Debug)]
 pub struct Membership {
     pub coordinator: ServerUrl,
-    /// What lets it in; `None` where the coordinator asks for none.
+    /// Token for the coordinator; `None` where it asks for none.
     pub token: Option<Secret>,
-    /// Where this host stands, as the result names it.
+    /// Location of this host, as the result names it.
     pub vantage: String,
     pub role: HostRole,
     pub weight: u32,
 }
 
-/// A prober that is in, and has its job.
+/// A prober that is registered and has its job.
 pub struct Prober {
     config: Membership,
     client: CoordinatorClient,
     enlisted: Enlisted,
     shared: Arc<LinkShared>,
-    /// Beats are stamped by it, and the run's clock is the same from another zero.
+    /// Clock that stamps beats. The run's clock is the same clock with another zero.
     clock: Epoch,
     beats: Option<JoinHandle<()>>,
-    /// From the first moment on: whoever ends this process wants the others to know.
+    /// Listens from the start, because an interrupted prober still has to tell the others.
     interrupts: Interrupts,
-    /// One thread, for the coordinator alone.
+    /// Runtime with one thread, for the coordinator alone.
     runtime: Runtime,
 }
 
 impl Prober {
-    /// Registers with the coordinator, and waits until everybody is in. `told` hears what there is
-    /// to wait for. `credentials`: without an API key of its own a prober wants its room tokens
-    /// from the coordinator.
+    /// Registers with the coordinator, and waits until all probers are registered. `told` is called
+    /// with each line about what it waits for. Without `credentials`, that is without an API key of
+    /// its own, a prober asks the coordinator for its room tokens.
     ///
     /// # Errors
-    /// Why this host takes no part; says what to do.
+    /// Returns why this host takes no part, and what to do.
     pub fn enlist(
         config: Membership,
         credentials: Option<&Credentials>,
@@ -115,12 +115,12 @@ impl Prober {
         Ok(prober)
     }
 
-    /// From a coordinator of ours.
+    /// Returns the job, where throng's own coordinator gave it.
     fn job(&self) -> Option<&Job> {
         self.enlisted.job.throng.as_ref()
     }
 
-    /// How long a coordinator may be silent, during the load and after it.
+    /// Returns how long the coordinator may be silent, during the load and after it.
     fn patience(&self) -> Duration {
         self.job().map_or(link::REPORT_PATIENCE, |job| {
             Duration::from_micros(job.patience_us)
@@ -137,11 +137,11 @@ impl Prober {
         }
     }
 
-    /// What is to be run: `own` is what this host was given itself, and whether it was given whom
-    /// to play, too.
+    /// Returns the run to play. `own` is this host's own configuration; `shape_given` is whether
+    /// that says who publishes.
     ///
     /// # Errors
-    /// Why it cannot be.
+    /// Returns why the job cannot be played.
     pub fn run(&self, own: RunSpec, shape_given: bool) -> Result<RunSpec> {
         let run = match self.job() {
             Some(job) => job::of_ours(job, own, shape_given),
@@ -150,7 +150,7 @@ impl Prober {
         Ok(run?)
     }
 
-    /// `vantage 'fra', 2 of 3, led by http://10.0.0.1:8787`
+    /// Describes the prober, for example `vantage 'fra', 2 of 3, led by http://10.0.0.1:8787`.
     pub fn describe(&self) -> String {
         format!(
             "{}, led by {}",
@@ -159,10 +159,10 @@ impl Prober {
         )
     }
 
-    /// Plays its part, from when the coordinator says so.
+    /// Plays its part, starting when the coordinator says so.
     ///
     /// # Errors
-    /// What kept the run from starting.
+    /// Returns what kept the run from starting.
     pub async fn measure(
         &mut self,
         run: &RunSpec,
@@ -204,7 +204,7 @@ impl Prober {
         Ok(outcome)
     }
 
-    /// Who went missing meanwhile, for the reader of this host's own report.
+    /// Names the hosts that went missing during the run, for this host's own report.
     fn missed(&self) -> Option<String> {
         let missing = self.shared.inbox().missing.clone();
         let vantages = &self.job()?.vantages;
@@ -240,8 +240,9 @@ impl Prober {
         Ok(JoinAccess::Issued(issuer))
     }
 
-    /// Tells the coordinator what this host found, or why it found nothing. Returns a line for
-    /// people that says where that is. `told` hears what there is to wait for.
+    /// Tells the coordinator what this host measured, or why it measured nothing. Returns a line
+    /// for people that says where the report is. `told` is called with each line about what it
+    /// waits for.
     pub fn report(
         mut self,
         found: Result<&Outcome, &anyhow::Error>,
@@ -253,9 +254,10 @@ impl Prober {
             (Ok(outcome), None) => report::of_tiers(vantage, outcome),
             (Err(error), _) => report::of_nothing(vantage, &format!("{error:#}")),
         };
-        // From here on the report is the sign of life.
+        // From here on the report shows that this host is alive.
         self.beats.take().iter().for_each(JoinHandle::abort);
-        // Before anybody is waited for: a second signal, or a kill, may come at any time.
+        // Keep a file before waiting for anybody, because a second signal or a kill may come at any
+        // time.
         let kept = report::keep(
             &report,
             Path::new("."),
@@ -272,7 +274,7 @@ impl Prober {
         });
         match (delivered, kept) {
             (Ok(_), kept) => {
-                // One that stays is litter, and nothing worse.
+                // A file that cannot be removed does no harm.
                 kept.iter()
                     .for_each(|path| drop(std::fs::remove_file(path)));
                 "The coordinator has this report, and tells the whole result when all have reported.".to_owned()
@@ -297,7 +299,8 @@ enum Undelivered {
     Interrupted(&'static str),
 }
 
-/// Names this process to the coordinator: who registers again with it is the same prober.
+/// Returns a name of this process for the coordinator. A second registration under it is the same
+/// prober.
 fn instance() -> String {
     use std::hash::{BuildHasher, Hasher, RandomState};
     let word = || RandomState::new().build_hasher().finish();
@@ -308,8 +311,8 @@ fn instance() -> String {
     )
 }
 
-/// `voicegw`'s coordinator names the wall clock's time, which both hosts are to agree on. A time
-/// that has passed is now.
+/// Waits for a wall-clock time, as `voicegw`'s coordinator gives it; both hosts' clocks must agree.
+/// Returns at once if it has passed.
 async fn wait_for_wall_clock(unix_seconds: Option<f64>) {
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)

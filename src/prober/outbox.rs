@@ -1,8 +1,8 @@
-//! What a prober has to tell, between the run, which finds it out, and the beats, which carry it:
-//! each keeps its own pace, and neither waits for the other.
+//! What a prober has to tell the coordinator. The run fills it and the beats carry it; each keeps
+//! its own pace, and neither waits for the other.
 //!
-//! All of it is cumulative. A beat carries what has changed since the last beat that was answered,
-//! so what was lost on the way goes again with the next.
+//! All of it is cumulative. A beat carries what has changed since the last answered beat, so the
+//! next beat repeats whatever was lost.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,18 +14,17 @@ use crate::engine;
 use crate::measure::Record;
 use crate::media::identity::Origin;
 
-/// What the run found out so far.
+/// What the run has measured so far.
 #[derive(Default)]
 pub(super) struct BeatOutbox {
-    /// Grows with every change.
+    /// Version number; grows with every change.
     version: u64,
-    /// Everything up to here is with the coordinator.
+    /// The coordinator has everything up to this version.
     answered: u64,
     stage: Option<u32>,
     ready_for: Option<u32>,
     tiers: BTreeMap<u32, Changed<MeasuredTier>>,
-    /// By track and layer.
-    /// Sent, and owed and never sent.
+    /// Frames sent, and frames owed and never sent, by track and layer.
     frames: BTreeMap<(Origin, u8), Changed<(u32, u32)>>,
     starts: BTreeMap<u32, Changed<i64>>,
     live: LiveSecond,
@@ -39,17 +38,17 @@ struct Changed<T> {
     in_version: u64,
 }
 
-/// What this host measured of a baseline or a tier so far.
+/// What this host has measured of a baseline or a tier so far.
 #[derive(Clone)]
 pub(super) struct MeasuredTier {
     pub participants: u32,
     pub seconds: f64,
     pub complete: bool,
-    /// Shared, not copied: it is made text by whoever sends it.
+    /// Shared, not copied. The beats' task turns it into text.
     pub record: Arc<Record>,
 }
 
-/// What the next beat carries, and what is with the coordinator once it is answered.
+/// Content of the next beat. Once that is answered, the coordinator has all of it.
 pub(super) struct BeatDraft {
     version: u64,
     stage: Option<u32>,
@@ -64,7 +63,7 @@ pub(super) struct BeatDraft {
 }
 
 impl MeasuredTier {
-    /// Makes histograms text: some milliseconds' work.
+    /// Turns histograms into text, which takes some milliseconds.
     pub fn so_far(&self, stage: u32) -> TierSoFar {
         TierSoFar {
             stage,
@@ -77,8 +76,8 @@ impl MeasuredTier {
 }
 
 impl BeatOutbox {
-    /// Where the run is, and what it waits for. True where that is news: then a beat is due at
-    /// once.
+    /// Sets the current stage, and the stage that the run waits for. Returns whether either has
+    /// changed; a beat is then due at once.
     pub fn set_stage(&mut self, stage: Option<u32>, ready_for: Option<u32>) -> bool {
         let before = (self.stage, self.ready_for);
         (self.stage, self.ready_for) = (stage, ready_for);
@@ -95,7 +94,7 @@ impl BeatOutbox {
         put(&mut self.tiers, stage, tier, self.version);
     }
 
-    /// A count that has not grown is no news.
+    /// Sets the frame counts. An unchanged count is not sent again.
     pub fn set_frames(&mut self, counts: impl Iterator<Item = engine::FrameCount>) {
         self.version += 1;
         for engine::FrameCount {
@@ -129,14 +128,14 @@ impl BeatOutbox {
         self.invalid = invalid;
     }
 
-    /// The threshold that ends the run. True where that is news.
+    /// Sets the threshold that ends the run. Returns whether none was set before.
     pub fn set_broken(&mut self, broken: &str) -> bool {
         let is_news = self.broken.is_none();
         self.broken.get_or_insert_with(|| broken.to_owned());
         is_news
     }
 
-    /// The next beat.
+    /// Returns the next beat.
     pub fn draft(&mut self) -> BeatDraft {
         self.seq += 1;
         let answered = self.answered;
@@ -166,8 +165,7 @@ impl BeatOutbox {
         }
     }
 
-    /// The beat that this was is with the coordinator. A tier that is complete and known there need
-    /// not be kept.
+    /// Records that the coordinator has this beat. A complete tier that it has is dropped.
     pub fn settle(&mut self, draft: &BeatDraft) {
         self.answered = self.answered.max(draft.version);
         let answered = self.answered;
@@ -181,7 +179,7 @@ impl BeatDraft {
         self.seq
     }
 
-    /// Makes records text, so not for whoever holds the outbox.
+    /// Turns records into text, which takes time, so call it without holding the outbox.
     pub fn beat(&self, sent_at_us: u64, exchange: Option<Exchange>) -> BeatMessage {
         BeatMessage {
             seq: self.seq,
@@ -240,7 +238,8 @@ mod tests {
         }
     }
 
-    /// Stages of the tiers, frame counts, and stages of the starts that the next beat carries.
+    /// Returns the tiers' stages, the frame counts and the starts' stages that the next beat
+    /// carries.
     fn carried(draft: &BeatDraft) -> (Vec<u32>, Vec<u64>, Vec<u32>) {
         let beat = draft.beat(1, None);
         (
@@ -260,7 +259,7 @@ mod tests {
         assert_eq!((lost.seq(), sent.seq()), (1, 2));
         assert_eq!(carried(&lost), (vec![2], vec![10], vec![2]));
         assert_eq!(carried(&sent), carried(&lost));
-        // While it was under way there was more of one thing.
+        // While that beat was on its way, one count grew.
         outbox.set_frames([count(20)].into_iter());
         outbox.settle(&sent);
         assert_eq!(carried(&outbox.draft()), (vec![], vec![20], vec![]));

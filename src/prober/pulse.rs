@@ -1,19 +1,19 @@
-//! When to beat next: each second, more often while an order is waited for, and ever more seldom
-//! while nobody answers.
+//! Decides when the next beat is due: each second, more often while the run waits for an order, and
+//! at growing intervals while the coordinator does not answer.
 
 use std::time::Duration;
 
 use crate::units::Time;
 
-/// From one beat to the next.
+/// Interval between two beats.
 const BEAT: Duration = Duration::from_secs(1);
-/// While an order is waited for: so much later than the others a stage may begin here that was
-/// ordered for at once.
+/// Interval while the run waits for an order. A stage that was ordered to begin at once begins at
+/// most this much later here than on other hosts.
 const BEAT_WAITING: Duration = Duration::from_millis(200);
-/// After a beat that nobody answered, and twice as long after each further one ..
+/// Pause after the first unanswered beat. It doubles with each further one, up to `PAUSE_MAX`.
 const PAUSE_MIN: Duration = Duration::from_millis(250);
-/// .. up to this, or to a tenth of how long the run bears silence: a coordinator that comes back is
-/// found before it misses us.
+/// Longest pause, unless a tenth of the run's patience is less. So a coordinator that comes back is
+/// found before it counts this prober as missing.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 pub(super) struct Pulse {
@@ -24,8 +24,8 @@ pub(super) struct Pulse {
 }
 
 impl Pulse {
-    /// The first beat is due at once; silence counts from here, and is borne for as long as
-    /// `patience`.
+    /// The first beat is due at once. Silence is measured from `now`; `patience` is how much of it
+    /// the run tolerates.
     pub fn new(now: Time, patience: Duration) -> Pulse {
         Pulse {
             next_at: now,
@@ -39,7 +39,7 @@ impl Pulse {
         self.next_at
     }
 
-    /// Something is to be told at once, unless nobody has answered lately.
+    /// Makes the next beat due at once, unless the last one was not answered.
     pub fn hurry(&mut self, now: Time) {
         if self.pause == PAUSE_MIN {
             self.next_at = self.next_at.min(now);
@@ -48,8 +48,8 @@ impl Pulse {
 
     pub fn handle_answer(&mut self, sent_at: Time, now: Time, waits: bool) {
         (self.answered_at, self.pause) = (now, PAUSE_MIN);
-        // From when it left, so that slow answers do not make beats rarer; but never without a
-        // pause.
+        // Count from the send time, so that slow answers do not make beats rarer, but always leave
+        // a pause.
         let interval = if waits { BEAT_WAITING } else { BEAT };
         self.next_at = (sent_at + interval).max(now + BEAT_WAITING / 4);
     }
@@ -59,12 +59,12 @@ impl Pulse {
         self.pause = (self.pause * 2).min(self.pause_max);
     }
 
-    /// The last beat was not answered.
+    /// Whether the last beat was not answered.
     pub fn is_unanswered(&self) -> bool {
         self.pause > PAUSE_MIN
     }
 
-    /// How long nobody has answered.
+    /// Time since the last answer.
     pub fn silence(&self, now: Time) -> Duration {
         now.since(self.answered_at)
     }

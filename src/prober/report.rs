@@ -1,5 +1,5 @@
-//! What a prober reports at the end: all of it to a coordinator of ours, a step for each tier to
-//! `voicegw`'s.
+//! What a prober reports at the end. Throng's own coordinator gets everything; `voicegw`'s gets a
+//! step for each tier.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,12 +13,12 @@ use crate::measure::Record;
 use crate::report::judge::{self, LossShares};
 use crate::report::{Outcome, Step, Verdict};
 
-/// Shares of media lost up to which `voicegw` is told `Excellent`, and `Good`: what `--max-loss`
-/// allows by default, and what libwebrtc conceals without much harm.
+/// Largest shares of lost media for which `voicegw` is told `Excellent` and `Good`: the default of
+/// `--max-loss`, and what libwebrtc conceals without much harm.
 const EXCELLENT_LOSS_MAX: f64 = 0.01;
 const GOOD_LOSS_MAX: f64 = 0.05;
 
-/// The report of a run that a coordinator of ours led. `stages` are the job's.
+/// Makes the report of a run that throng's own coordinator led. `stages` are those of its job.
 pub(super) fn of_stages(vantage: &str, outcome: &Outcome, stages: &[SharedStage]) -> ProberReport {
     let stage = |step: &Step| stages.iter().position(|stage| stage.name == step.name);
     let of_kind = |kind: StageKind| {
@@ -47,7 +47,7 @@ pub(super) fn of_stages(vantage: &str, outcome: &Outcome, stages: &[SharedStage]
     }
 }
 
-/// The report of a run by `voicegw`'s job: a step is a tier.
+/// Makes the report of a run that followed `voicegw`'s job. Each step is a tier.
 pub(super) fn of_tiers(vantage: &str, outcome: &Outcome) -> ProberReport {
     ProberReport {
         vantage: Some(vantage.to_owned()),
@@ -57,7 +57,7 @@ pub(super) fn of_tiers(vantage: &str, outcome: &Outcome) -> ProberReport {
     }
 }
 
-/// The report of a run that never began here.
+/// Makes the report of a run that never began on this host.
 pub(super) fn of_nothing(vantage: &str, why: &str) -> ProberReport {
     let nothing = outbox::MeasuredTier {
         participants: 0,
@@ -122,7 +122,7 @@ fn so_far(stage: u32, step: &Step) -> TierSoFar {
     }
 }
 
-/// A tier in the terms of `voicegw`: its figures are the worst of the media that there was.
+/// Describes a tier in `voicegw`'s terms. Its loss is that of the worse kind of media.
 fn client_step(step: &Step) -> ClientStep {
     let session = &step.record.session;
     let media = [&step.record.audio, &step.record.video];
@@ -133,7 +133,7 @@ fn client_step(step: &Step) -> ClientStep {
     let heard = media
         .iter()
         .filter(|media| media.tracks_expected > 0 || media.frames_expected > 0);
-    // Where one kind is unknown, so is the worst.
+    // If the loss of one kind is unknown, the worst loss is unknown.
     let loss = heard
         .map(|media| LossShares::of(media).worse())
         .try_fold(None, |worst: Option<f64>, loss| {
@@ -157,7 +157,7 @@ fn client_step(step: &Step) -> ClientStep {
     }
 }
 
-/// As many as travel, each as long as travels.
+/// Clips the list and each text to the limits of the protocol.
 fn texts(of: impl IntoIterator<Item = impl AsRef<str>>) -> Vec<String> {
     of.into_iter()
         .take(TEXTS_MAX)
@@ -169,11 +169,11 @@ fn clipped(text: &str, bytes_max: usize) -> String {
     text[..text.floor_char_boundary(bytes_max)].to_owned()
 }
 
-/// Keeps a report that nobody took, and gives the file's name: `throng-prober-VANTAGE-RUN.json`,
-/// over nothing that is there.
+/// Writes a report that the coordinator has not taken to `throng-prober-VANTAGE-RUN.json`, and
+/// returns the path. Existing files are not overwritten.
 ///
 /// # Errors
-/// Why it could not be written.
+/// Returns why the file could not be written.
 pub(super) fn keep(
     report: &ProberReport,
     dir: &Path,
