@@ -323,8 +323,8 @@ mod tests {
         )
     }
 
-    /// What the next beat would carry: the current stage, the stage it is ready for, and the stages
-    /// that began.
+    /// Returns the content of the next beat: the current stage, the stage it is ready for, and the
+    /// stages that began.
     fn said(shared: &LinkShared) -> (Option<u32>, Option<u32>, Vec<u32>) {
         let beat = shared.outbox().draft().beat(0, None);
         (

@@ -46,7 +46,7 @@ const TOKEN_TRIES: u32 = 4;
 /// Longest wait when telling the coordinator that we leave.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What the coordinator orders a prober to do.
+/// Order of the coordinator to a prober.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) enum Word {
     /// Continue with the current stage, and wait.
@@ -59,7 +59,7 @@ pub(super) enum Word {
     Stop { reason: String },
 }
 
-/// What the run has to know of other hosts.
+/// State of other hosts that the run has to know.
 #[derive(Default)]
 pub(super) struct Inbox {
     /// Frame counts of other hosts' publishers, by origin, track and layer: frames sent, and frames
@@ -273,7 +273,7 @@ async fn insist<A, F: Future<Output = Result<A, NoAnswer>>>(
     }
 }
 
-/// What a prober needs to send beats.
+/// Everything that a prober needs to send beats.
 pub(super) struct Beats {
     pub client: CoordinatorClient,
     pub id: ProverId,

@@ -1,5 +1,5 @@
-//! What a prober has to tell the coordinator. The run fills it and the beats carry it; each keeps
-//! its own pace, and neither waits for the other.
+//! Everything that a prober has to tell the coordinator. The run fills it and the beats carry it;
+//! each keeps its own pace, and neither waits for the other.
 //!
 //! All of it is cumulative. A beat carries what has changed since the last answered beat, so the
 //! next beat repeats whatever was lost.
@@ -14,7 +14,7 @@ use crate::engine;
 use crate::measure::Record;
 use crate::media::identity::Origin;
 
-/// What the run has measured so far.
+/// Measurements and state of the run so far.
 #[derive(Default)]
 pub(super) struct BeatOutbox {
     /// Version number; grows with every change.
@@ -38,7 +38,7 @@ struct Changed<T> {
     in_version: u64,
 }
 
-/// What this host has measured of a baseline or a tier so far.
+/// Measurements of this host for a baseline or a tier so far.
 #[derive(Clone)]
 pub(super) struct MeasuredTier {
     pub participants: u32,

@@ -1,5 +1,5 @@
-//! What a prober reports at the end. Throng's own coordinator gets everything; `voicegw`'s gets a
-//! step for each tier.
+//! The final report of a prober. Throng's own coordinator gets everything; `voicegw`'s gets a step
+//! for each tier.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! How participants come by their room tokens: signed here with an API key, or by somebody
-//! elsewhere who has one.
+//! Room tokens of participants: signed here with an API key, given by the user, or made by an
+//! issuer elsewhere.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use super::token::{ApiKey, Permissions, TOKEN_LIFETIME};
 use crate::plan::ParticipantPlan;
 use crate::secrets::Secret;
 
-/// What lets the participants of a run in.
+/// Source of the tokens that let a run's participants in.
 #[derive(Clone)]
 pub enum JoinAccess {
     Key(ApiKey),
@@ -20,26 +20,26 @@ pub enum JoinAccess {
     Issued(TokenIssuer),
 }
 
-/// Somebody elsewhere who makes tokens, one for each time that a participant joins or comes back:
-/// they are short-lived.
+/// Issuer of tokens elsewhere. It makes one for each join and each return of a participant, because
+/// its tokens are short-lived.
 #[derive(Clone)]
 pub struct TokenIssuer(mpsc::UnboundedSender<TokenRequest>);
 
-/// A participant wants in.
+/// Request for one participant's token.
 #[derive(Debug)]
 pub struct TokenRequest {
     /// [`ParticipantPlan::position`].
     pub position: u32,
-    /// Why there is none, for people.
+    /// Channel for the token, or for the reason why there is none, as text for people.
     pub answer: oneshot::Sender<Result<Secret, NotIssued>>,
 }
 
-/// Why somebody elsewhere made no token.
+/// Why the issuer made no token.
 #[derive(Debug, thiserror::Error)]
 pub enum NotIssued {
     #[error("whoever issues them is gone")]
     IssuerGone,
-    /// In the issuer's words.
+    /// The issuer refused, in its own words.
     #[error("{0}")]
     Refused(Box<dyn Error + Send + Sync>),
 }
@@ -47,7 +47,7 @@ pub enum NotIssued {
 /// Why there is no token.
 #[derive(Debug, thiserror::Error)]
 pub enum NoToken {
-    /// It would be the same again.
+    /// Another attempt would fail in the same way.
     #[error("{0}")]
     Unsigned(#[from] super::token::TokenError),
     #[error("no room token: {0}")]
@@ -57,7 +57,7 @@ pub enum NoToken {
 }
 
 impl TokenIssuer {
-    /// Whoever holds the other end answers requests, in any order.
+    /// Makes an issuer and the receiver of its requests, which may be answered in any order.
     pub fn new() -> (TokenIssuer, mpsc::UnboundedReceiver<TokenRequest>) {
         let (sender, receiver) = mpsc::unbounded_channel();
         (TokenIssuer(sender), receiver)
@@ -73,11 +73,11 @@ impl TokenIssuer {
 }
 
 impl JoinAccess {
-    /// A token with which `participant` joins `room`. Whoever issues it elsewhere gives it the
+    /// Returns a token with which `participant` joins `room`. An issuer elsewhere grants the
     /// permissions that the plan asks for.
     ///
     /// # Errors
-    /// Why there is none.
+    /// Returns why there is no token.
     pub async fn join_token(
         &self,
         participant: &ParticipantPlan,
@@ -107,7 +107,7 @@ impl JoinAccess {
         }
     }
 
-    /// Who a participant is and which room it joins, where its token says so.
+    /// Returns the participant's identity and its room, where its token names them.
     pub fn seat(&self, position: u32) -> Option<(&str, &str)> {
         match self {
             JoinAccess::Given(seats) => seats

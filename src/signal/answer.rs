@@ -1,10 +1,10 @@
-//! Who gave an HTTP answer, and what it wants: one reading of it for signalling, the room service,
-//! the probe before a run, metrics pages and coordinators.
+//! Reads HTTP answers other than the one asked for: who gave it, and what it wants. Signalling, the
+//! room service, the probe before a run, metrics pages and coordinators share this one reading.
 //!
-//! Between us and a server stand proxies, gateways and catch-all pages, and each of them answers in
-//! the server's place. A status alone does not tell: `Location`, `Retry-After`,
-//! `WWW-Authenticate`, `Server`, the type of the body and its words do. What the server itself said
-//! is [`AnswerFault::Own`]; who asked gives that its sentence.
+//! Proxies, gateways and catch-all pages stand between us and a server, and answer in its place. A
+//! status alone does not show that. `Location`, `Retry-After`, `WWW-Authenticate`, `Server`, the
+//! body's type and its words do. What the server itself said is [`AnswerFault::Own`]; each caller
+//! words that itself.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -15,15 +15,15 @@ use url::Url;
 use super::Secret;
 use crate::words;
 
-/// Text of a stranger that is kept in an error.
+/// Number of characters of a stranger's text that an error keeps.
 const TEXT_CHARS_MAX: usize = 300;
-/// The name that a server gives itself, and the title of a page.
+/// Number of characters of a server's name, or of what a gateway says that it wants.
 const NAME_CHARS_MAX: usize = 60;
 
-/// What was asked for.
+/// Service that was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AskedFor {
-    /// A participant's WebSocket, and what is asked before it.
+    /// A participant's WebSocket, and the requests before it.
     Signalling,
     RoomService,
     MetricsPage,
@@ -31,7 +31,7 @@ pub enum AskedFor {
 }
 
 impl AskedFor {
-    /// Where its address is written.
+    /// Returns the flag with which the user gives its address.
     const fn flag(self) -> &'static str {
         match self {
             AskedFor::Signalling | AskedFor::RoomService => "--url",
@@ -48,7 +48,7 @@ impl AskedFor {
         }
     }
 
-    /// What keeps others out by a login.
+    /// Returns how to get past a login in front of it.
     const fn way_past(self) -> &'static str {
         match self {
             AskedFor::Signalling | AskedFor::RoomService => {
@@ -69,18 +69,18 @@ pub struct HttpAnswer<'a> {
     pub body: &'a [u8],
 }
 
-/// What was asked, and where.
+/// Service that was asked for, and its address.
 pub struct AskedAt<'a> {
     pub what: AskedFor,
-    /// The whole address.
+    /// The whole URL.
     pub url: &'a str,
-    /// What it ends with: all before it is what the user writes.
+    /// The end of the URL. Everything before it is what the user writes.
     pub path: &'a str,
-    /// What must not be repeated.
+    /// Secret that no message may repeat.
     pub secret: Option<&'a Secret>,
 }
 
-/// Who answered in the place of what was asked for. Each message says what to do.
+/// Meaning of an unexpected HTTP answer, and who gave it. Each message says what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AnswerFault {
     #[error("{at} is redirected ({status}) to {to}: {advice}")]
@@ -96,7 +96,7 @@ pub enum AnswerFault {
         "{at} wants a client certificate ({status}), and throng has none to give: use an address that asks for none"
     )]
     ClientCertificate { at: String, status: u16 },
-    /// The server's limit, or that of what stands in front of it.
+    /// Rate limit of the server, or of something in front of it.
     #[error("{who} at {at} says that there are too many requests ({status}: {text}){}", come_back(*.retry_after))]
     Limited {
         at: String,
@@ -135,12 +135,12 @@ pub enum AnswerFault {
         text: String,
         what: AskedFor,
     },
-    /// What was asked for said so itself, as far as can be told.
+    /// The server itself gave this answer, as far as can be told.
     #[error("{status}: {text}")]
     Own { status: u16, text: String },
 }
 
-/// What somebody calls himself who answers.
+/// Name that the answering software gives itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AnsweredBy(Option<String>);
 
@@ -170,7 +170,7 @@ fn come_back(after: Option<Duration>) -> String {
 }
 
 impl AnswerFault {
-    /// Reads an answer that is not the one that was asked for.
+    /// Reads an answer other than the one that was asked for.
     pub fn of(answer: &HttpAnswer<'_>, asked: &AskedAt<'_>) -> AnswerFault {
         let seen = Seen {
             answer,
@@ -183,7 +183,8 @@ impl AnswerFault {
         seen.fault()
     }
 
-    /// How long who answered asks to be left alone; `None` where this is no limit.
+    /// Returns the pause that a rate limit asks for: `None` if this is no rate limit, `Some(None)`
+    /// if the limit names no pause.
     pub fn limit(&self) -> Option<Option<Duration>> {
         match self {
             AnswerFault::Limited { retry_after, .. } => Some(*retry_after),
@@ -192,7 +193,7 @@ impl AnswerFault {
     }
 }
 
-/// An answer with what was found out of it.
+/// An answer, with what was derived from it.
 struct Seen<'a> {
     answer: &'a HttpAnswer<'a>,
     asked: &'a AskedAt<'a>,
@@ -256,7 +257,7 @@ impl Seen<'_> {
         }
     }
 
-    /// The address as the user would write it.
+    /// Returns the address as the user would write it.
     fn at(&self) -> String {
         let base = base_of(self.asked.url, self.asked.path);
         base.unwrap_or(self.asked.url).to_owned()
@@ -303,7 +304,7 @@ impl Seen<'_> {
         })
     }
 
-    /// Servers are written as `ws://` and `wss://`.
+    /// Returns the address as the flag takes it: servers are written `ws://` and `wss://`.
     fn as_written(&self, base: &str) -> String {
         match self.asked.what {
             AskedFor::Signalling | AskedFor::RoomService => base.replacen("http", "ws", 1),
@@ -311,14 +312,15 @@ impl Seen<'_> {
         }
     }
 
-    /// A server's own refusal has its own words and asks for no password.
+    /// Whether a gateway gave this answer. A server's own refusal has its own words and asks for no
+    /// password.
     fn is_gateways(&self) -> bool {
         let wants = text_of(self.answer.headers, header::WWW_AUTHENTICATE);
         let wants_other = wants.is_some_and(|wants| !wants.to_lowercase().starts_with("bearer"));
         if self.is_own && !wants_other {
             return false;
         }
-        // LiveKit itself says 403 in its own words only.
+        // LiveKit gives a 403 only with its own words.
         wants_other
             || self.is_page
             || self.answer.body.is_empty()
@@ -327,7 +329,7 @@ impl Seen<'_> {
             || self.answer.status == 403 && self.asked.what != AskedFor::Coordinator
     }
 
-    /// What a gateway wants, in its own words.
+    /// Returns what a gateway wants, in its own words.
     fn wanted(&self) -> String {
         let header = if self.answer.status == 407 {
             header::PROXY_AUTHENTICATE
@@ -340,7 +342,8 @@ impl Seen<'_> {
         }
     }
 
-    /// Servers never say 502 or 504 of themselves; 503 they may.
+    /// Whether a proxy gave this answer. Servers never answer 502 or 504 themselves; they may
+    /// answer 503.
     fn is_proxys(&self) -> bool {
         if self.is_own {
             return false;
@@ -360,14 +363,14 @@ impl Seen<'_> {
     }
 }
 
-/// `http://host/prefix` of `http://host/prefix/rtc`, where `path` is `/rtc`.
+/// Returns `http://host/prefix` for `http://host/prefix/rtc`, where `path` is `/rtc`.
 fn base_of<'u>(url: &'u str, path: &str) -> Option<&'u str> {
     let url = url.split(['?', '#']).next().unwrap_or(url);
     url.trim_end_matches('/')
         .strip_suffix(path.trim_end_matches('/'))
 }
 
-/// Seconds, or a date.
+/// Reads `Retry-After`: a number of seconds, or a date.
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = text_of(headers, header::RETRY_AFTER)?;
     if let Ok(seconds) = text.trim().parse() {
@@ -377,13 +380,13 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     Some(at.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
-/// A header as text, on one line.
+/// Returns a header as text, on one line.
 fn text_of(headers: &HeaderMap, name: header::HeaderName) -> Option<String> {
     let value = headers.get(name)?;
     Some(words::one_line(&String::from_utf8_lossy(value.as_bytes())))
 }
 
-/// A page for people.
+/// Whether the answer is a web page for people.
 fn is_page(answer: &HttpAnswer<'_>) -> bool {
     let kind = text_of(answer.headers, header::CONTENT_TYPE).unwrap_or_default();
     let start = answer
@@ -400,8 +403,8 @@ fn is_page(answer: &HttpAnswer<'_>) -> bool {
         || start.starts_with(b"<!doctype")
 }
 
-/// How LiveKit's authentication begins what it says, and its room service (Twirp). The embedded SFU
-/// says the same, and coordinators have JSON of their own.
+/// Whether the body begins as LiveKit's authentication or its room service (Twirp) begins its
+/// answers. The embedded SFU answers in the same words, and coordinators have JSON of their own.
 fn is_own_words(body: &[u8]) -> bool {
     const BEGINNINGS: [&[u8]; 5] = [
         b"invalid token",
@@ -422,7 +425,7 @@ enum OwnBody {
     Coordinator { error: String },
 }
 
-/// What was said, for people: a page's title, Twirp's code and message, or the text itself.
+/// Returns the answer's text for people: a page's title, Twirp's code and message, or the body.
 fn said(answer: &HttpAnswer<'_>, secret: Option<&Secret>) -> String {
     #[derive(serde::Deserialize)]
     struct TwirpErrorBody {
@@ -455,7 +458,7 @@ fn title(page: &str) -> Option<String> {
     page.get(from..from + len).map(str::to_owned)
 }
 
-/// A stranger's words: short, on one line, and without what must not be repeated.
+/// Prepares a stranger's text for a message: short, on one line, and without the secret.
 pub(crate) fn stranger_text(text: &str, secret: Option<&Secret>) -> String {
     let whole = secret.map_or_else(|| text.to_owned(), |secret| secret.redact(text));
     shortened(&whole, TEXT_CHARS_MAX)

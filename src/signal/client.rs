@@ -1,15 +1,15 @@
 //! One participant's signalling connection: `SignalRequest` and `SignalResponse`
 //! (livekit_rtc.proto), one per binary WebSocket message.
 //!
-//! Responses are decoded lazily. The field number is read by hand and only what a participant acts
-//! on goes through prost: lists of participants grow with the square of a room, and a load engine
-//! would do nothing but decode them.
+//! Responses are decoded lazily. The field number is read by hand, and only what a participant acts
+//! on goes through prost. Lists of participants grow with the square of a room, and a load engine
+//! would otherwise only decode them.
 //!
 //! Memory per connection: a read buffer of [`READ_BUFFER_BYTES`], a write buffer that holds at most
 //! one fragment of [`FRAGMENT_BYTES`], and what the kernel and TLS take. The WebSocket library
-//! would keep the memory of its largest message for good, megabytes in a large room, so that two
-//! things are done about it: [`FrameReads`] hands it one frame at a time, and the receiver holds a
-//! large message for as long as the library could take its memory over.
+//! would keep the memory of its largest message for good, which is megabytes in a large room. Two
+//! things prevent that: [`FrameReads`] hands the library one frame at a time, and the receiver
+//! holds a large message for as long as the library could reuse its memory.
 
 use std::future::poll_fn;
 use std::io::{self, Write as _};
@@ -44,28 +44,29 @@ use crate::words;
 /// Largest response that is read. A Join lists every participant at up to ~1.5 KB and an offer
 /// takes ~1.8 KB a track, so 3,000 participants stay below 6 MB.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
-/// Largest response whose lists are decoded. Two bytes may be an empty entry that takes a hundred
-/// in memory, and of what a participant acts on only descriptions and the list of the others in a
-/// Join grow with the room: a thousand speakers take 30 KB.
+/// Largest response whose lists are decoded. An empty entry of two bytes may take a hundred in
+/// memory. Of what a participant acts on, only descriptions and a Join's list of the others grow
+/// with the room; a thousand speakers take 30 KB.
 pub const LISTS_BYTES_MAX: usize = 256 << 10;
-/// A server that takes nothing for so long is gone.
+/// Longest wait for a server to take a request; after it the connection is lost.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
-/// Offers and candidates aside, responses are below this.
+/// Size of the read buffer. Responses are smaller, except for offers and candidates.
 pub const READ_BUFFER_BYTES: usize = 4 << 10;
-/// Longer requests go out as several frames: the library's write buffer never shrinks, so one
+/// Largest request that goes out as one frame. The library's write buffer never shrinks, so one
 /// answer of 101 sections would stay in memory for good.
 pub const FRAGMENT_BYTES: usize = 8 << 10;
-/// A join request is part of the request line: proxies take 8 KiB, and an offer of 150 sections has
-/// 65.
+/// Longest join request that is not compressed. It is part of the request line: proxies take 8 KiB,
+/// and an offer of 150 sections has 65 KiB.
 const PLAIN_JOIN_REQUEST_BYTES_MAX: usize = 3 << 10;
 
 /// How a join went, phase by phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConnectTimes {
-    /// The TCP handshake, and the name's look-up unless [`Endpoint::resolve`] did it before.
+    /// Time of the TCP handshake, and of the name's look-up unless [`Endpoint::resolve`] did it
+    /// before.
     pub tcp: Duration,
     pub tls: Option<Duration>,
-    /// From the HTTP request to status 101. A LiveKit server starts the session in this time,
+    /// Time from the HTTP request to status 101. A LiveKit server starts the session in this time,
     /// before it upgrades.
     pub websocket: Duration,
 }
@@ -76,12 +77,12 @@ impl ConnectTimes {
     }
 }
 
-/// Two peer connections (`/rtc`) or one (`/rtc/v1`).
+/// How a participant connects: two peer connections (`/rtc`) or one (`/rtc/v1`).
 #[derive(Clone, Debug, Default)]
 pub enum JoinMode {
     #[default]
     Dual,
-    /// What may travel with the join itself: tracks to add, and an offer `(sdp, id)` for them.
+    /// One connection. The join itself can carry tracks to add, and an offer `(sdp, id)` for them.
     Single {
         add_tracks: Vec<proto::AddTrackRequest>,
         publisher_offer: Option<(String, u32)>,
@@ -89,22 +90,22 @@ pub enum JoinMode {
 }
 
 impl JoinMode {
-    /// One connection, with nothing to say on it yet.
+    /// One connection, whose join carries neither tracks nor an offer.
     pub const SINGLE: JoinMode = JoinMode::Single {
         add_tracks: Vec::new(),
         publisher_offer: None,
     };
 }
 
-/// What a participant says of itself when it joins.
+/// Properties that a participant states when it joins.
 #[derive(Clone, Debug)]
 pub struct JoinOptions {
     pub auto_subscribe: bool,
     pub adaptive_stream: bool,
-    /// LiveKit's client protocol: 13 to 17 keep in-band data channels.
+    /// Version of LiveKit's client protocol; 13 to 17 keep in-band data channels.
     pub protocol: i32,
-    /// `rust`: with `go` the server holds a video track back until its first packet and pads muted
-    /// tracks.
+    /// SDK that the client claims to be: `rust`, because with `go` the server holds a video track
+    /// back until its first packet, and pads muted tracks.
     pub sdk: proto::client_info::Sdk,
     pub version: String,
     /// Without this the server strips the packet trailer (`LKTS`) from tracks that declare one.
@@ -112,8 +113,8 @@ pub struct JoinOptions {
     /// The participant's sid, to resume its session instead of joining.
     pub resume: Option<String>,
     pub connection: JoinMode,
-    /// For the name, TCP, TLS and the WebSocket together. A server may take several seconds to
-    /// start a session under load.
+    /// Time limit of name look-up, TCP, TLS and WebSocket together. A server may take several
+    /// seconds to start a session under load.
     pub timeout: Duration,
 }
 
@@ -134,7 +135,7 @@ impl Default for JoinOptions {
 }
 
 impl JoinOptions {
-    /// The path and query of the join, without the token, which travels in a header.
+    /// Returns the path and query of the join, without the token, which travels in a header.
     pub fn path(&self) -> String {
         match &self.connection {
             JoinMode::Dual => format!("/rtc?{}", self.dual_query()),
@@ -190,7 +191,7 @@ impl JoinOptions {
             capabilities,
             ..Default::default()
         };
-        // `auto_subscribe` is false here unless it is set, unlike in the dual connection's query.
+        // Here `auto_subscribe` is false unless it is set, unlike in the query for two connections.
         let settings = proto::ConnectionSettings {
             auto_subscribe: self.auto_subscribe,
             adaptive_stream: self.adaptive_stream,
@@ -208,8 +209,8 @@ impl JoinOptions {
     }
 }
 
-/// A join request as it travels in a URL, zipped where it is long: sections of an offer are much
-/// alike.
+/// Returns a join request in the form that a URL carries. A long one is zipped, because the
+/// sections of an offer are much alike.
 fn wrapped(request: &proto::JoinRequest) -> proto::WrappedJoinRequest {
     let plain = request.encode_to_vec();
     let is_long = plain.len() > PLAIN_JOIN_REQUEST_BYTES_MAX;
@@ -235,10 +236,10 @@ fn zipped(bytes: &[u8]) -> io::Result<Vec<u8>> {
 /// repeats a token.
 #[derive(Debug, thiserror::Error)]
 pub enum SignalError {
-    /// There is no answer to speak of.
+    /// There is no HTTP answer.
     #[error(transparent)]
     Link(#[from] LinkFault),
-    /// Somebody else answered.
+    /// Something other than the server answered.
     #[error(transparent)]
     Answer(AnswerFault),
     #[error(transparent)]
@@ -249,7 +250,7 @@ pub enum SignalError {
         "the server refused the token (401: {text}): check API key and secret, and both clocks"
     )]
     Unauthorized { text: String },
-    /// The token grants it: the server has not seen it.
+    /// The token carries the grant, so the server has not seen the token.
     #[error(
         "the server saw no token that lets us join (401: {text}): where something in front of it takes the Authorization header away, add --token-in query; a token that was given needs the grant roomJoin for its room"
     )]
@@ -280,7 +281,7 @@ pub enum SignalError {
 }
 
 impl SignalError {
-    /// What an answer other than status 101 means where a participant wants in.
+    /// Returns what an answer other than status 101 means for a join.
     pub(super) fn of_answer(fault: AnswerFault, endpoint: &Endpoint, path: &str) -> SignalError {
         let AnswerFault::Own { status, text } = fault else {
             return match fault {
@@ -304,8 +305,8 @@ impl SignalError {
         }
     }
 
-    /// How long the server asks to be left alone, where it has its limit; `None` inside: it does
-    /// not say.
+    /// Returns the pause that a rate limit asks for: `None` if this is no rate limit, `Some(None)`
+    /// if the limit names no pause.
     pub fn limit(&self) -> Option<Option<Duration>> {
         match self {
             SignalError::Answer(fault) => fault.limit(),
@@ -314,7 +315,8 @@ impl SignalError {
     }
 }
 
-/// LiveKit without a token, or with something else in its place.
+/// Whether the text is LiveKit's answer to a request without a token, or with something else in its
+/// place.
 pub(super) fn says_nothing_was_seen(text: &str) -> bool {
     [
         "permissions denied",
@@ -343,13 +345,13 @@ pub async fn connect(
     options: &JoinOptions,
 ) -> Result<(SignalSender, SignalReceiver, ConnectTimes), SignalError> {
     let deadline = DialDeadline::after(options.timeout);
-    // What it takes to get there is not kept for as long as the connection lasts.
+    // Boxed, so that the state for dialling is not kept for as long as the connection lasts.
     let dialled = Box::pin(Dialled::dial(endpoint, deadline)).await?;
     dialled.join(token, options).await
 }
 
 impl Dialled<'_> {
-    /// As [`connect`], from here on, within the time that was set when it was dialled.
+    /// Continues as [`connect`] does, within the time limit that was set when dialling.
     pub async fn join(
         self,
         token: &Secret,
@@ -411,26 +413,26 @@ fn lost(error: WsError) -> SignalError {
     }
 }
 
-/// The sending half. Sends are awaited in full: a send that is cancelled half-way leaves the
+/// The sending half. Await each send in full: a send that is cancelled half-way leaves the
 /// connection unusable.
 pub struct SignalSender {
     sink: SplitSink<WebSocketStream<FrameReads>, Message>,
 }
 
 impl SignalSender {
-    /// Our offer for the publisher connection.
+    /// Sends our offer for the publisher connection.
     pub async fn offer(&mut self, sdp: String, id: u32) -> Result<(), SignalError> {
         self.send(Request::Offer(description("offer", sdp, id)))
             .await
     }
 
-    /// Our answer to the subscriber offer with the same `id`.
+    /// Sends our answer to the subscriber offer with the same `id`.
     pub async fn answer(&mut self, sdp: String, id: u32) -> Result<(), SignalError> {
         self.send(Request::Answer(description("answer", sdp, id)))
             .await
     }
 
-    /// One of our candidates as `RTCIceCandidateInit` JSON, for the connection `target`.
+    /// Sends one of our candidates, as `RTCIceCandidateInit` JSON, for the connection `target`.
     pub async fn trickle(
         &mut self,
         target: proto::SignalTarget,
@@ -444,14 +446,14 @@ impl SignalSender {
         .await
     }
 
-    /// Announces a track; `SignalEvent::TrackPublished` with the same `cid` follows. Only then may
-    /// an offer carry it.
+    /// Announces a track. `SignalEvent::TrackPublished` with the same `cid` follows; only then may
+    /// an offer contain the track.
     pub async fn add_track(&mut self, request: proto::AddTrackRequest) -> Result<(), SignalError> {
         self.send(Request::AddTrack(request)).await
     }
 
-    /// Asks for an `SignalEvent::Pong` that carries `timestamp_us` back, so that its reader knows
-    /// the signalling round trip. `rtt` is the last one known.
+    /// Asks for a `SignalEvent::Pong` that returns `timestamp_us`, so that its reader knows the
+    /// signalling round trip. `rtt` is the last one known.
     pub async fn ping(&mut self, timestamp_us: i64, rtt: Duration) -> Result<(), SignalError> {
         self.send(Request::PingReq(proto::Ping {
             timestamp: timestamp_us,
@@ -460,13 +462,13 @@ impl SignalSender {
         .await
     }
 
-    /// After a resume: what we believe to be so.
+    /// Sends our view of the session after a resume.
     pub async fn sync_state(&mut self, state: proto::SyncState) -> Result<(), SignalError> {
         self.send(Request::SyncState(state)).await
     }
 
-    /// Ends the session at once for everybody; dropping the connection instead leaves a ghost for
-    /// some 20 seconds.
+    /// Ends the session at once for everybody. A connection that is only dropped leaves a ghost in
+    /// the room for some 20 seconds.
     pub async fn leave(&mut self) -> Result<(), SignalError> {
         let reason = proto::DisconnectReason::ClientInitiated.into();
         self.send(Request::Leave(proto::LeaveRequest {
@@ -476,7 +478,8 @@ impl SignalSender {
         .await
     }
 
-    /// Any other request. A server that does not read is lost after [`SEND_TIMEOUT`].
+    /// Sends any other request. The connection is lost if the server takes nothing for
+    /// [`SEND_TIMEOUT`].
     pub async fn send(&mut self, message: Request) -> Result<(), SignalError> {
         tokio::time::timeout(SEND_TIMEOUT, self.send_whole(message))
             .await
@@ -526,19 +529,18 @@ fn description(kind: &str, sdp: String, id: u32) -> proto::SessionDescription {
     }
 }
 
-/// The receiving half. It must be polled at least every few seconds: the server's pings are
-/// answered from there.
+/// The receiving half. Poll it at least every few seconds, because it answers the server's pings.
 pub struct SignalReceiver {
     stream: SplitStream<WebSocketStream<FrameReads>>,
-    /// The last large message, kept until the library has read on: as long as it lives, the
-    /// library must take new memory for its read buffer.
+    /// The last large message, kept until the library has read on. While it lives, the library must
+    /// allocate new memory for its read buffer.
     held: Option<Bytes>,
     bytes_received: u64,
     closed: bool,
 }
 
 impl SignalReceiver {
-    /// The server's next message. Cancel-safe.
+    /// Returns the server's next message. Cancel-safe.
     pub async fn next(&mut self) -> Result<SignalEvent, SignalError> {
         while !self.closed {
             let Some(message) = poll_fn(|cx| self.poll_message(cx)).await else {
@@ -571,7 +573,7 @@ impl SignalReceiver {
         polled
     }
 
-    /// Bytes of all messages so far.
+    /// Returns the number of bytes in all messages so far.
     pub fn bytes_received(&self) -> u64 {
         self.bytes_received
     }
@@ -583,13 +585,14 @@ impl SignalReceiver {
     }
 }
 
-/// What the server says, decoded as far as a participant acts on it.
+/// A message of the server, decoded as far as a participant acts on it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SignalEvent {
     Join(Box<Join>),
-    /// For the subscriber connection (dual), to be answered with the same `id` within 15 s.
+    /// Offer for the subscriber connection (of two). The answer has the same `id` and is due within
+    /// 15 s.
     Offer(Description),
-    /// To our offer with the same `id`.
+    /// Answer to our offer with the same `id`.
     Answer(Description),
     Trickle(Trickle),
     TrackPublished {
@@ -599,52 +602,52 @@ pub enum SignalEvent {
     TrackUnpublished {
         track_sid: String,
     },
-    /// A token with a later end, for a resume.
+    /// Token with a later expiry, for a resume.
     RefreshToken(Secret),
     Leave(Leave),
     Pong {
-        /// As [`SignalSender::ping`] sent it.
+        /// Timestamp that [`SignalSender::ping`] sent.
         timestamp_us: i64,
     },
-    /// A resume was accepted.
+    /// The server accepted a resume.
     Reconnect {
         ice_servers: Vec<IceServer>,
-        /// Media is to go through one of them.
+        /// Whether media must go through one of them.
         force_relay: bool,
     },
-    /// Tracks that the server pauses for want of bandwidth, or sends again.
+    /// Tracks that the server pauses for want of bandwidth, or resumes.
     StreamStates(Vec<proto::StreamStateInfo>),
-    /// Which layers of our track somebody watches.
+    /// The watched layers of one of our tracks.
     SubscribedQuality(Box<proto::SubscribedQualityUpdate>),
-    /// One connection: so many receiving sections are missing.
+    /// With one connection: numbers of receiving sections that are missing.
     MediaSections {
         audio: u32,
         video: u32,
     },
-    /// Who began to speak, became louder or stopped.
+    /// Speakers that began to speak, became louder or stopped.
     SpeakersChanged(Vec<proto::SpeakerInfo>),
-    /// The server mutes one of our tracks, or unmutes it.
+    /// The server mutes or unmutes one of our tracks.
     Mute {
         track_sid: String,
         muted: bool,
     },
-    /// Participants that changed, unread: [`permission_of`] looks for one of them.
+    /// Participants that changed, undecoded. [`permission_of`] looks for one of them.
     ParticipantUpdate(Bytes),
-    /// What became of a request of ours that was not simply granted.
+    /// Result of a request of ours that was not simply granted.
     RequestResponse(Box<proto::RequestResponse>),
-    /// A track that we are to get cannot be given to us.
+    /// The server cannot send us a track that we are to receive.
     SubscriptionResponse {
         track_sid: String,
         error: proto::SubscriptionError,
     },
     RoomMoved(RoomMoved),
-    /// A kind that a participant does not act on, unread: `SignalResponse`'s field number, and the
-    /// length in bytes.
+    /// Message of a kind that a participant does not act on, undecoded: `SignalResponse`'s field
+    /// number, and the length in bytes.
     Ignored {
         kind: u32,
         len: usize,
     },
-    /// A broken message.
+    /// Message that cannot be decoded.
     Malformed {
         kind: u32,
         len: usize,
@@ -656,16 +659,16 @@ pub enum SignalEvent {
     },
 }
 
-/// The server moved us to another room, where we go on under another name of the session.
+/// The server moved us to another room, where the session has another sid.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RoomMoved {
     pub room: String,
-    /// For a resume there.
+    /// Token for a resume in the new room.
     pub token: Secret,
     pub participant_sid: String,
 }
 
-/// A session description and its number.
+/// A session description, and its number.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Description {
     pub sdp: String,
@@ -677,16 +680,16 @@ pub struct Description {
 pub struct Trickle {
     pub target: proto::SignalTarget,
     pub candidate_init: String,
-    /// No more candidates follow for this target.
+    /// Whether no more candidates follow for this target.
     pub last: bool,
 }
 
-/// The server ends the session.
+/// The server's message that ends the session.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Leave {
     pub action: proto::leave_request::Action,
     pub reason: proto::DisconnectReason,
-    /// Other regions' addresses to try, nearest first.
+    /// Addresses of other regions to try, nearest first.
     pub region_urls: Vec<String>,
 }
 
@@ -698,7 +701,7 @@ pub struct IceServer {
     pub credential: Secret,
 }
 
-/// The session as the server opened it.
+/// The session as the server has opened it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Join {
     pub room_sid: String,
@@ -706,24 +709,25 @@ pub struct Join {
     pub participant_sid: String,
     pub identity: String,
     pub server_version: String,
-    /// The server is throng's embedded SFU, and its version throng's own.
+    /// Whether the server is throng's embedded SFU. Its version is then throng's.
     pub embedded_sfu: bool,
     pub server_protocol: i32,
     pub server_region: String,
     /// Whether the subscriber connection must be up for the session to count as connected.
     pub subscriber_primary: bool,
     pub fast_publish: bool,
-    /// Join there instead; all else is empty then.
+    /// Address at which to join instead. All other fields are empty then.
     pub alternative_url: String,
     pub ping_interval: Duration,
     pub ping_timeout: Duration,
     pub ice_servers: Vec<IceServer>,
-    /// Media is to go through one of them.
+    /// Whether media must go through one of them.
     pub force_relay: bool,
     pub others: OtherParticipants,
 }
 
-/// The participants who were there before us, unread. Keeps the whole Join in memory: drop it soon.
+/// The participants that were there before us, undecoded. They keep the whole Join in memory, so
+/// drop them soon.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct OtherParticipants {
     join: Bytes,
@@ -739,7 +743,7 @@ impl OtherParticipants {
         self.count == 0
     }
 
-    /// Their identities, in the server's order. One that is no UTF-8 is left out.
+    /// Returns their identities, in the server's order. Identities that are not UTF-8 are left out.
     pub fn identities(&self) -> impl Iterator<Item = &str> {
         let others = Fields(&self.join)
             .map_while(Result::ok)
@@ -759,15 +763,15 @@ impl std::fmt::Debug for OtherParticipants {
     }
 }
 
-/// `JoinResponse.other_participants`.
+/// Field number of `JoinResponse.other_participants`.
 const JOIN_OTHER_PARTICIPANTS: u32 = 3;
-/// `SessionDescription.sdp` and `.mid_to_track_id`.
+/// Field numbers of `SessionDescription.sdp` and `.mid_to_track_id`.
 const DESCRIPTION_SDP: u32 = 2;
 const DESCRIPTION_MID_TO_TRACK_ID: u32 = 4;
-/// `ParticipantInfo.identity`.
+/// Field number of `ParticipantInfo.identity`.
 const PARTICIPANT_IDENTITY: u32 = 2;
 
-/// `SignalResponse`'s field numbers that are decoded.
+/// Field numbers of `SignalResponse` that are decoded.
 mod response {
     pub const JOIN: u32 = 1;
     pub const ANSWER: u32 = 2;
@@ -789,7 +793,7 @@ mod response {
     pub const ROOM_MOVED: u32 = 24;
     pub const MEDIA_SECTIONS_REQUIREMENT: u32 = 25;
 
-    /// What is decoded whole and may hold lists of messages.
+    /// Whether this kind is decoded whole and may hold lists of messages.
     pub const fn has_lists(kind: u32) -> bool {
         matches!(
             kind,
@@ -803,7 +807,7 @@ mod response {
     }
 }
 
-/// What a kind of [`SignalEvent::Malformed`] is called, where a session cannot go on without it.
+/// Returns the name of a [`SignalEvent::Malformed`] kind without which a session cannot go on.
 pub fn essential_name(kind: u32) -> Option<&'static str> {
     match kind {
         response::JOIN => Some("Join"),
@@ -814,10 +818,11 @@ pub fn essential_name(kind: u32) -> Option<&'static str> {
 }
 
 impl SignalEvent {
-    /// Reads one `SignalResponse`. Never fails: what is broken is [`SignalEvent::Malformed`].
+    /// Decodes one `SignalResponse`. It never fails: a broken message becomes
+    /// [`SignalEvent::Malformed`].
     pub fn decode(message: &Bytes) -> SignalEvent {
         let Some(Ok(field)) = Fields(message).next() else {
-            // The key of a message that was cut short may still say what it was.
+            // The key of a truncated message may still tell its kind.
             let key = split_varint(message).map_or(0, |(key, _)| key >> 3);
             return SignalEvent::Malformed {
                 kind: u32::try_from(key).unwrap_or(0),
@@ -890,7 +895,7 @@ impl SignalEvent {
         })
     }
 
-    /// What the server does to a participant that is in.
+    /// Decodes what the server does to a participant that is in the room.
     fn decode_moderation(kind: u32, body: &[u8], message: &Bytes) -> Option<SignalEvent> {
         Some(match kind {
             response::TRACK_UNPUBLISHED => SignalEvent::TrackUnpublished {
@@ -926,8 +931,8 @@ impl SignalEvent {
 }
 
 impl Description {
-    /// Of the map from mids to tracks, which grows with the room, nothing is read but that it is no
-    /// longer than a description may be: the text says the same.
+    /// The map from mids to tracks grows with the room. Only its number of entries is checked,
+    /// against the limit for descriptions; the SDP contains the same.
     fn decode(body: &[u8]) -> Option<Description> {
         let (mut sdp, mut mids, mut rest) = ("", 0, Vec::new());
         for field in Fields(body) {
@@ -947,7 +952,8 @@ impl Description {
     }
 }
 
-/// What one participant may do, of an update of the server; `None` where it does not say.
+/// Returns one participant's permissions from an update of the server; `None` where it does not
+/// contain them.
 pub fn permission_of(
     participant_sid: &str,
     update: &[u8],
@@ -964,14 +970,14 @@ pub fn permission_of(
     Some(Box::new(permission))
 }
 
-/// The content of the first field of that number.
+/// Returns the content of the first field with that number.
 fn first(message: &[u8], number: u32) -> Option<&[u8]> {
     let mut fields = Fields(message).map_while(Result::ok);
     fields.find(|field| field.number == number)?.bytes
 }
 
 impl RoomMoved {
-    /// Of the other participants nothing is read: they are as many as the room has.
+    /// The other participants are not decoded, because there are as many as the room has.
     fn decode(body: &[u8]) -> Option<RoomMoved> {
         const ROOM: u32 = 1;
         const ROOM_NAME: u32 = 2;
@@ -1047,7 +1053,7 @@ impl Join {
             room_name: room.name,
             participant_sid: me.sid,
             identity: me.identity,
-            // It is shown to people.
+            // Shown to people, so put on one line.
             server_version: words::one_line(if server.version.is_empty() {
                 &join.server_version
             } else {
@@ -1071,7 +1077,7 @@ impl Join {
     }
 }
 
-/// A `JoinResponse` without the list that grows with the room, and that list's length.
+/// Returns a `JoinResponse` without the list that grows with the room, and that list's length.
 fn without_other_participants(join: &[u8]) -> Option<(Vec<u8>, usize)> {
     let (mut rest, mut count) = (Vec::new(), 0);
     for field in Fields(join) {
@@ -1090,9 +1096,9 @@ struct Fields<'a>(&'a [u8]);
 
 struct Field<'a> {
     number: u32,
-    /// The field with its key.
+    /// The field, including its key.
     raw: &'a [u8],
-    /// The content of a length-delimited field.
+    /// Content, if the field is length-delimited.
     bytes: Option<&'a [u8]>,
 }
 
@@ -1119,7 +1125,7 @@ impl<'a> Iterator for Fields<'a> {
 
 type SplitField<'a> = (u32, Option<&'a [u8]>, &'a [u8]);
 
-/// Number, content if length-delimited, and what follows.
+/// Returns the field's number, its content if length-delimited, and the bytes after the field.
 fn split_field(bytes: &[u8]) -> Option<SplitField<'_>> {
     let (key, rest) = split_varint(bytes)?;
     let number = u32::try_from(key >> 3).ok().filter(|number| *number != 0)?;
@@ -1150,13 +1156,13 @@ fn split_varint(bytes: &[u8]) -> Option<(u64, &[u8])> {
 /// A transport whose reads end where a WebSocket frame's header or payload ends (RFC 6455, section
 /// 5.2).
 ///
-/// The library then never reads the next frame's first bytes into the memory of a large one, where
-/// they would keep all of it alive. It costs two or three short reads a message, and a participant
-/// gets a few messages a second.
+/// So the library never reads the next frame's first bytes into the memory of a large frame, where
+/// they would keep all of it alive. This costs two or three short reads a message, and a
+/// participant gets a few messages a second.
 struct FrameReads {
     transport: TcpOrTls,
     phase: FramePhase,
-    /// What came with the HTTP response and belongs to frames.
+    /// Bytes that came with the HTTP response and belong to frames.
     leftover: Vec<u8>,
 }
 
@@ -1170,11 +1176,11 @@ enum FramePhase {
     },
 }
 
-/// Without a mask, which servers do not use.
+/// Longest header of a frame without a mask; servers do not mask.
 const HEADER_BYTES_MAX: usize = 10;
 
 impl FrameReads {
-    /// `leftover` is what came behind the HTTP answer.
+    /// `leftover` are the bytes that followed the HTTP answer.
     fn new(transport: TcpOrTls, leftover: Vec<u8>) -> FrameReads {
         FrameReads {
             transport,
@@ -1223,7 +1229,7 @@ impl FramePhase {
         }
     }
 
-    /// How much the next read may take at most.
+    /// Returns the largest number of bytes that the next read may take.
     fn limit(&self) -> usize {
         match self {
             FramePhase::Header { bytes, have } => header_len(bytes, *have) - have,
@@ -1231,7 +1237,7 @@ impl FramePhase {
         }
     }
 
-    /// Takes note of bytes that were read, no more than [`FramePhase::limit`].
+    /// Accounts for bytes that were read, at most [`FramePhase::limit`].
     fn advance(&mut self, read: &[u8]) {
         match self {
             FramePhase::Header { bytes, have } => {
@@ -1260,7 +1266,8 @@ impl FramePhase {
     }
 }
 
-/// The length of a frame's header, of which `have` bytes are known: two until the length's form is.
+/// Returns the length of a frame's header of which `have` bytes are known: two, until the form of
+/// the length is known.
 fn header_len(bytes: &[u8; HEADER_BYTES_MAX], have: usize) -> usize {
     match bytes[1] & 0x7f {
         126 if have >= 2 => 4,
@@ -1331,7 +1338,7 @@ mod tests {
         .into()
     }
 
-    /// A client and the server's end of its connection.
+    /// Returns a client, and the server's end of its connection.
     async fn connected() -> (SignalSender, SignalReceiver, ServerSide) {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint: Endpoint = format!("ws://{}", listener.local_addr().unwrap())
@@ -1356,7 +1363,7 @@ mod tests {
         (sender, receiver, server)
     }
 
-    /// A Join to a room where `others` participants publish audio and video.
+    /// Makes a Join to a room where `others` participants publish audio and video.
     fn join_to(others: usize) -> proto::JoinResponse {
         let track = |sid: String| proto::TrackInfo {
             sid,
@@ -1559,7 +1566,7 @@ mod tests {
         ] {
             assert_eq!(SignalEvent::decode(&response(message)), expected);
         }
-        // Whoever is not looked for is not read.
+        // Participants that are not looked for are not decoded.
         let message = response(Response::Update(update));
         let SignalEvent::ParticipantUpdate(body) = SignalEvent::decode(&message) else {
             panic!("no update")
@@ -1895,20 +1902,20 @@ mod tests {
                     tokio::join!(sender.answer("x".repeat(LARGE), 1), server.next());
                 sent.unwrap();
                 received.unwrap().unwrap();
-                // Waiting for the next one is what frees it.
+                // Waiting for the next message frees this one.
                 assert!(
                     tokio::time::timeout(Duration::ZERO, receiver.next())
                         .await
                         .is_err()
                 );
-                // The server's end would keep its own buffers: only ours are of interest, so it is
-                // closed down to its socket.
+                // The server's end would keep buffers of its own, and only ours are measured. So it
+                // is reduced to its socket.
                 open.push((sender, receiver, server.into_inner()));
             }
             let each = resident_bytes().saturating_sub(before) / open.len() as u64;
             eprintln!("{each} bytes resident per connection after 2 MiB each way");
-            // Kept, it would be twice LARGE. Other tests of this process allocate meanwhile, some
-            // tens of MB in all: a hundred connections stand out of that.
+            // If the messages were kept, it would be twice LARGE. Other tests of this process
+            // allocate some tens of MB meanwhile; a hundred connections stand out from that.
             assert!(each < LARGE as u64 / 2, "{each} bytes");
         });
     }

@@ -1,5 +1,5 @@
-//! Connections to a server, from its name to the WebSocket: which of its addresses, through which
-//! proxy, TLS, and the upgrade. Each step has its own fault, and its own words where time runs out.
+//! Connects to a server, from its name to the WebSocket: choice of address, proxy, TLS, and
+//! upgrade. Each step has its own fault, and its own text for a timeout.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -25,16 +25,17 @@ use super::link::{LinkEnd, LinkFault, LinkStage, causes, plain};
 use super::route::ProxyRoute;
 use super::{Endpoint, Secret, trust};
 
-/// An address that has not answered for so long is not waited for alone (RFC 8305, section 5).
+/// Time after which the next address is tried beside one that has not answered (RFC 8305, section
+/// 5).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
-/// When the addresses of a name are looked at, none of which may answer.
+/// Time limit for the check of a name's addresses. Possibly none of them answers.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
-/// A name with more addresses has enough of them.
+/// Number of addresses of a name that are used.
 const ADDRESSES_MAX: usize = 32;
-/// What a refusal says is worth so long.
+/// Longest wait for the text of a refusal.
 pub(super) const REFUSAL_TEXT_WAIT: Duration = Duration::from_secs(1);
 
-/// When a connection has to be there, and how long that was from its beginning.
+/// Time limit of a connection: when it must be established, and how long that was from the start.
 #[derive(Clone, Copy, Debug)]
 pub struct DialDeadline {
     at: tokio::time::Instant,
@@ -60,11 +61,11 @@ impl DialDeadline {
     }
 }
 
-/// What a name stands for, and how each address of it has done.
+/// The addresses of a name, and how each has done.
 #[derive(Debug)]
 pub struct Addresses {
     all: Vec<AddressBook>,
-    /// Whose turn it is: connections are spread.
+    /// Turn of the next connection. Connections take turns, so that they spread over the addresses.
     next: AtomicUsize,
 }
 
@@ -72,17 +73,17 @@ pub struct Addresses {
 struct AddressBook {
     address: SocketAddr,
     opened: AtomicU32,
-    /// It was not there when it was tried last: others are tried first.
+    /// Whether the last attempt to connect failed. Such addresses are tried last.
     is_away: AtomicBool,
     why: Mutex<Option<String>>,
 }
 
-/// One of a server's addresses, and what came of it.
+/// One address of a server, and its result so far.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AddressUse {
     pub address: SocketAddr,
     pub connections: u32,
-    /// Why it was not there when it was tried last.
+    /// Why the last attempt to connect failed.
     pub fault: Option<String>,
 }
 
@@ -102,7 +103,7 @@ impl AddressBook {
         *self.why.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
     }
 
-    /// Another one was quicker, though it had begun later.
+    /// Notes that a later attempt to another address was faster.
     fn note_overtaken(&self) {
         if self.opened.load(Ordering::Relaxed) == 0 {
             self.note_away(format!("no answer within {} ms", ATTEMPT_DELAY.as_millis()));
@@ -131,7 +132,7 @@ impl Addresses {
         }
     }
 
-    /// What each has done, where there are several.
+    /// Returns how each address has been used.
     pub fn uses(&self) -> Vec<AddressUse> {
         let used = |book: &AddressBook| AddressUse {
             address: book.address,
@@ -150,7 +151,7 @@ impl Addresses {
         self.all.iter().map(used).collect()
     }
 
-    /// Those that were there when they were tried last, or all.
+    /// Returns all addresses. Those whose last attempt failed come last.
     pub(super) fn there(&self) -> Vec<SocketAddr> {
         self.in_turn(0)
             .into_iter()
@@ -158,7 +159,8 @@ impl Addresses {
             .collect()
     }
 
-    /// All of them, in the order of a connection whose turn this is: those that are away last.
+    /// Returns all addresses in the order for the connection with this turn. Those whose last
+    /// attempt failed come last.
     fn in_turn(&self, turn: usize) -> Vec<&AddressBook> {
         let (mut there, away): (Vec<_>, Vec<_>) = self
             .all
@@ -172,8 +174,8 @@ impl Addresses {
         there
     }
 
-    /// Opens a connection to one of them: to the next whose turn it is, and a moment later to
-    /// those behind it as well.
+    /// Opens a connection to the next address in turn. Shortly after, it tries the following ones
+    /// as well.
     async fn open(&self) -> io::Result<TcpStream> {
         let turn = self.next.fetch_add(1, Ordering::Relaxed);
         let mut waiting = self.in_turn(turn).into_iter();
@@ -215,7 +217,7 @@ impl Addresses {
         }
     }
 
-    /// Finds out which of several are there, so that nobody who joins waits for one that is not.
+    /// Checks which of several addresses answer, so that no join waits for one that does not.
     async fn look(&self) {
         if self.all.len() < 2 {
             return;
@@ -259,11 +261,11 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
 }
 
 impl Endpoint {
-    /// Looks the name up once and keeps the addresses, so that no later connect asks (or times) a
-    /// name server; of several it is found out which are there.
+    /// Looks the name up once and keeps the addresses, so that no later connection asks (or times)
+    /// a name server. If there are several, it checks which of them answer.
     ///
     /// # Errors
-    /// The name, the proxy or the certificates that are trusted cannot be used.
+    /// Returns why the name, the proxy or the trusted certificates cannot be used.
     pub async fn resolve(mut self) -> Result<Endpoint, SignalError> {
         if self.secure() {
             trust::must_be_usable()?;
@@ -274,12 +276,12 @@ impl Endpoint {
         Ok(self)
     }
 
-    /// The proxy that stands before it.
+    /// Returns the proxy on the way to the server.
     pub fn proxy(&self) -> Result<Option<ProxyRoute>, SignalError> {
         Ok(ProxyRoute::to(&self.http_url(""))?)
     }
 
-    /// Its addresses, or those of the proxy.
+    /// Looks up the server's addresses, or the proxy's.
     async fn look_up(&self) -> Result<Addresses, SignalError> {
         let proxy = self.proxy()?;
         let (host, port) = match &proxy {
@@ -324,21 +326,22 @@ impl Endpoint {
     }
 }
 
-/// A connection to the server on which nothing has been said yet. Our own address is known by now:
-/// what a join says of media can name it.
+/// A connection to the server on which nothing has been sent yet. Our own address is known by now,
+/// so the media description in a join can name it.
 pub struct Dialled<'a> {
     endpoint: &'a Endpoint,
     transport: TcpOrTls,
     deadline: DialDeadline,
     pub(super) tcp: Duration,
     pub(super) tls: Option<Duration>,
-    /// Our end: the address by which this host reaches the server.
+    /// The address by which this host reaches the server.
     pub local_ip: IpAddr,
 }
 
 impl<'d> Dialled<'d> {
     /// # Errors
-    /// Nothing is there, it speaks no TLS that we trust, or it takes longer than `deadline`.
+    /// Returns an error if nothing answers, TLS fails or its certificate is not trusted, or
+    /// `deadline` passes.
     pub async fn dial(
         endpoint: &'d Endpoint,
         deadline: DialDeadline,
@@ -346,7 +349,8 @@ impl<'d> Dialled<'d> {
         let name = endpoint.to_string();
         let end = endpoint.end(&name);
         let started = Instant::now();
-        // Thousands do this at once: what few need is not part of what everybody waits with.
+        // Boxed, because thousands do this at once: code that few need must not enlarge every
+        // waiting future.
         let opening = Box::pin(async {
             let mut stream = endpoint.open().await?;
             if let Some(proxy) = endpoint.proxy()? {
@@ -376,8 +380,8 @@ impl<'d> Dialled<'d> {
         })
     }
 
-    /// Opens a WebSocket at `path`, with the token where the endpoint has it. Returns the
-    /// connection, and what came behind the answer.
+    /// Opens a WebSocket at `path`, with the token where the gateway settings place it. Returns the
+    /// connection, and the bytes that followed the answer.
     pub(super) async fn upgrade(
         mut self,
         path: &str,
@@ -395,7 +399,7 @@ impl<'d> Dialled<'d> {
                 Ok(()) => self.transport.flush().await,
                 Err(error) => Err(error),
             };
-            // One that refuses before it has read everything has its answer on the way.
+            // A server that refuses before it has read everything has already sent its answer.
             let head = AnswerHead::read(&mut self.transport).await;
             let head = head.map_err(|none| no_head(none, flushed.err(), end))?;
             Box::pin(self.judge(head, path, token, &key)).await
@@ -483,14 +487,14 @@ fn no_head(none: NoHead, unsent: Option<io::Error>, end: LinkEnd<'_>) -> SignalE
         ),
         NoHead::Io(error) => tls_of(&error).map_or_else(
             || end.hung_up(plain(&error)),
-            // With TLS 1.3 a server refuses our side of the handshake in its first answer.
+            // With TLS 1.3, a server rejects our side of the handshake only in its first answer.
             |tls| end.tls(tls),
         ),
     };
     fault.into()
 }
 
-/// What an I/O error of a TLS stream holds.
+/// Returns the TLS error inside an I/O error of a TLS stream.
 fn tls_of(error: &io::Error) -> Option<&rustls::Error> {
     let inner = error.get_ref()?;
     inner
@@ -498,7 +502,7 @@ fn tls_of(error: &io::Error) -> Option<&rustls::Error> {
         .or_else(|| causes(inner).find_map(|cause| cause.downcast_ref()))
 }
 
-/// `CONNECT` (RFC 9110, section 9.3.6): what follows goes to the server.
+/// Opens a tunnel to the server with `CONNECT` (RFC 9110, section 9.3.6).
 async fn tunnel(
     stream: &mut TcpStream,
     proxy: &ProxyRoute,
@@ -565,7 +569,7 @@ async fn connect_tls(
     })
 }
 
-/// TCP, bare or under TLS.
+/// A TCP connection, plain or under TLS.
 pub(super) enum TcpOrTls {
     Plain(TcpStream),
     Tls(Box<TlsStream<TcpStream>>),
@@ -624,8 +628,8 @@ mod tests {
             .block_on(test)
     }
 
-    /// An address that takes no connection and refuses none, while what is returned with it lives:
-    /// its queue is full, and the kernel drops what else knocks.
+    /// Returns an address that neither accepts nor refuses connections while the second value
+    /// lives: its queue is full, and the kernel drops further attempts.
     fn silent() -> (SocketAddr, impl Sized) {
         let listener = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
         bind(&listener, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
@@ -660,7 +664,7 @@ mod tests {
             .map(|listener| listener.local_addr().unwrap())
             .collect();
         all.push(refusing("127.0.0.2"));
-        // Some name servers say everything twice.
+        // Some name servers list every address twice.
         let addresses = Addresses::new([all.clone(), all].concat());
         run(async {
             for _ in 0..12 {
@@ -682,14 +686,14 @@ mod tests {
         let (dead, _held) = silent();
         let there = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let both = vec![dead, there.local_addr().unwrap()];
-        // Found out by the first who wants in, ..
+        // The first connection finds out which address answers.
         let addresses = Addresses::new(both.clone());
         let started = Instant::now();
         run(addresses.open()).unwrap();
         assert!(started.elapsed() >= ATTEMPT_DELAY);
         assert_eq!(uses(&addresses), [(0, true), (1, false)]);
         assert_eq!(addresses.there(), [both[1], both[0]]);
-        // .. or before anybody does.
+        // The check finds it out before any connection.
         let addresses = Addresses::new(both.clone());
         run(addresses.look());
         assert_eq!(uses(&addresses), [(0, true), (0, false)]);

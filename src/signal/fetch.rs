@@ -1,5 +1,5 @@
 //! HTTP requests other than upgrades: to the room service, the probe, metrics pages and
-//! coordinators. One client each, and one set of faults for all.
+//! coordinators. Each has a client of its own; all share one set of faults.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -10,18 +10,18 @@ use super::link::{LinkEnd, LinkFault, RequestTimes};
 use super::route::{ProxyFault, ProxyRoute};
 use super::trust::{self, UnusableTrust};
 
-/// Requests to one place. Cheap to clone; connections are pooled.
+/// Sends requests to one server. Cheap to clone; connections are pooled.
 #[derive(Clone)]
 pub(crate) struct Fetcher {
     http: reqwest::Client,
-    /// As the user would write it.
+    /// Address as the user would write it.
     endpoint: String,
     secure: bool,
     times: RequestTimes,
     route: Result<Option<ProxyRoute>, ProxyFault>,
 }
 
-/// An answer, whatever its status.
+/// An answer of any status.
 #[derive(Debug)]
 pub(crate) struct Fetched {
     pub(crate) status: u16,
@@ -29,7 +29,7 @@ pub(crate) struct Fetched {
     pub(crate) body: Vec<u8>,
 }
 
-/// Why there is none. Each message says what to do.
+/// Why there is no answer. Each message says what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FetchFault {
     #[error(transparent)]
@@ -43,8 +43,8 @@ pub enum FetchFault {
 }
 
 impl Fetcher {
-    /// Requests to `url`, which people know as `endpoint`; each ends within `timeout`, and none
-    /// follows a redirect. `addresses` are those of its name, where they are known.
+    /// Makes a client for `url`; messages call it `endpoint`. Each request ends within `timeout`,
+    /// and none follows a redirect. `addresses` are those of the host name, where they are known.
     pub(crate) fn new(
         endpoint: &str,
         url: &str,
@@ -61,9 +61,9 @@ impl Fetcher {
             .timeout(times.whole)
             .connect_timeout(times.connect)
             .redirect(reqwest::redirect::Policy::none())
-            // What the environment says has been read, and does not hold for this host.
+            // `ProxyRoute` reads the environment, and never uses a proxy for this host.
             .no_proxy();
-        // Where none can be made nothing is sent by TLS, see below.
+        // If there is no usable configuration, `send` refuses to use TLS.
         let config = trust::tls_config().unwrap_or_else(|_| trust::trusting_nobody());
         builder = builder.tls_backend_preconfigured((*config).clone());
         match route.as_ref().ok().and_then(Option::as_ref) {
@@ -96,7 +96,7 @@ impl Fetcher {
         self.http.request(method, url)
     }
 
-    /// Sends it, and reads the whole answer unless that is longer than `bytes_max`.
+    /// Sends a request, and reads the whole answer unless that is longer than `bytes_max`.
     pub(crate) async fn send(
         &self,
         request: reqwest::RequestBuilder,
@@ -136,7 +136,7 @@ impl Fetcher {
         let Ok(Some(proxy)) = &self.route else {
             return fault.into();
         };
-        // What the client says of a tunnel, its type for which is private.
+        // The client's error type for a tunnel is private, so its text is read.
         let tunnel = super::link::causes(error)
             .map(ToString::to_string)
             .find_map(|cause| cause.strip_prefix("tunnel error: ").map(str::to_owned));

@@ -1,5 +1,5 @@
-//! What a gateway in front of the server wants to see in each request: headers of the user's, and
-//! where the token travels.
+//! Additions to every request for a gateway in front of the server: headers from the user, and the
+//! token in the place that the gateway lets through.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,24 +8,24 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use super::Secret;
 
-/// Where the access token travels. LiveKit takes it in either place.
+/// Where the access token travels. LiveKit accepts it in either place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TokenPlace {
     /// `Authorization: Bearer`
     #[default]
     Header,
-    /// `access_token=`: for gateways that keep Authorization for themselves.
+    /// `access_token=`, for gateways that use Authorization themselves.
     Query,
 }
 
-/// A header that the user gave. Its value is shown nowhere.
+/// A header that the user gave. Its value is never shown.
 #[derive(Clone, PartialEq, Eq)]
 pub struct GivenHeader {
     name: HeaderName,
     value: HeaderValue,
 }
 
-/// Why a text is no header for requests. It never repeats the text.
+/// Why a text cannot be used as a header. The message never repeats the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UnusableHeader {
     #[error("takes NAME:VALUE, as 'X-Api-Key: abc'")]
@@ -70,20 +70,20 @@ impl GivenHeader {
     }
 }
 
-/// What every request to the server carries for what stands in front of it.
+/// Headers and token placement that a gateway in front of the server needs in every request.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Gateway {
     pub headers: Vec<GivenHeader>,
     pub token_in: TokenPlace,
 }
 
-/// A token that no header can carry.
+/// Error returned for a token that no header can carry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the token holds characters that no token has: copy it again")]
 pub struct UnsendableToken;
 
 impl Gateway {
-    /// Adds the user's headers, and the token where it travels in one.
+    /// Adds the user's headers, and the token where it travels in a header.
     pub(super) fn add_to(
         &self,
         headers: &mut HeaderMap,
@@ -102,7 +102,7 @@ impl Gateway {
         Ok(())
     }
 
-    /// `path` with the token where it travels in the query.
+    /// Returns `path`, with the token where it travels in the query.
     pub(super) fn path(&self, path: &str, token: &Secret) -> String {
         match self.token_in {
             TokenPlace::Header => path.to_owned(),

@@ -1,4 +1,4 @@
-//! Tokens that somebody else has made: one for each participant, where there is no API key.
+//! Tokens that the user gives, one for each participant, in place of an API key.
 
 use std::collections::HashSet;
 
@@ -8,10 +8,10 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use crate::plan::{ParticipantPlan, Plan};
 use crate::secrets::Secret;
 
-/// Longer than any token that a server takes in a request line.
+/// Longest token that is accepted: longer than any that a server takes in a request line.
 const TOKEN_BYTES_MAX: usize = 8 << 10;
 
-/// A token, and what it says of whom it lets in.
+/// A token, and what it says about its participant.
 #[derive(Clone, Debug)]
 pub struct GivenToken {
     pub secret: Secret,
@@ -21,7 +21,7 @@ pub struct GivenToken {
     pub can_subscribe: bool,
 }
 
-/// Why a text cannot be used as a token. None of these repeats it.
+/// Why a text cannot be used as a token. No message repeats the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UnusableToken {
     #[error("is no LiveKit token: those are three parts with points between them")]
@@ -35,10 +35,10 @@ pub enum UnusableToken {
 }
 
 impl GivenToken {
-    /// Reads what a token says. Whether its signature is true only the server knows.
+    /// Reads a token's claims. Only the server can check its signature.
     ///
     /// # Errors
-    /// Where no participant can join with it.
+    /// Returns why no participant can join with the token.
     pub fn read(text: &str) -> Result<GivenToken, UnusableToken> {
         #[derive(serde::Deserialize)]
         struct Claims {
@@ -65,7 +65,7 @@ impl GivenToken {
         let claims = URL_SAFE_NO_PAD
             .decode(claims.trim_end_matches('='))
             .map_err(|_| UnusableToken::NoJwt)?;
-        // By way of a map, because a struct can be read from an array, too.
+        // Parse into a map first, because a struct could also be read from an array.
         let Claims { sub, video } = serde_json::from_slice::<serde_json::Map<_, _>>(&claims)
             .and_then(|claims| serde_json::from_value(claims.into()))
             .map_err(|_| UnusableToken::Unreadable)?;
@@ -79,18 +79,18 @@ impl GivenToken {
             secret: Secret::new(text),
             identity: sub,
             room: video.room,
-            // What a token does not say is allowed.
+            // LiveKit allows what a token does not mention.
             can_publish: video.can_publish.unwrap_or(true),
             can_subscribe: video.can_subscribe.unwrap_or(true),
         })
     }
 }
 
-/// A token for each participant of a run, by its position.
+/// The tokens of a run's participants, by position.
 #[derive(Clone, Debug)]
 pub struct Seats(Vec<GivenToken>);
 
-/// Why tokens do not fit a plan, and what to do.
+/// Why the tokens do not fit a plan, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SeatsMisfit {
     #[error(
@@ -112,11 +112,12 @@ pub enum SeatsMisfit {
 }
 
 impl Seats {
-    /// Gives each participant of the plan a token that lets it do what it is to do. Rooms of the
-    /// plan are those of the tokens, in their order.
+    /// Gives each participant of the plan a token with the grants it needs. The rooms of the plan
+    /// become those of the tokens, in their order.
     ///
     /// # Errors
-    /// Where there are too few, or none of the right kind.
+    /// Returns an error if there are too few tokens, or none with the grants that a participant
+    /// needs.
     pub fn assign(given: Vec<GivenToken>, plan: &Plan) -> Result<Seats, SeatsMisfit> {
         let participants = plan.total_participants() as usize;
         if given.len() < participants {
@@ -146,7 +147,7 @@ impl Seats {
         }
         let mut left: Vec<Option<GivenToken>> = given.into_iter().map(Some).collect();
         let mut seats: Vec<Option<GivenToken>> = vec![None; participants];
-        // Publishers choose first: what only subscribes can do with less.
+        // Publishers choose first, because subscribers can do with fewer grants.
         let mut people: Vec<ParticipantPlan> = (0..participants as u32)
             .map(|position| plan.participant(position))
             .collect();
@@ -170,7 +171,7 @@ impl Seats {
         self.0.get(position as usize)
     }
 
-    /// The room of the participant who joins first: where there is one room, that one.
+    /// Returns the room of the participant who joins first; with a single room, that room.
     pub fn first_room(&self) -> Option<&str> {
         self.0.first().map(|token| token.room.as_str())
     }
@@ -180,7 +181,7 @@ const fn publishes(who: &ParticipantPlan) -> bool {
     who.publishes_audio || who.publishes_video
 }
 
-/// The first token that is enough, and of those one that can no more than that where there is one.
+/// Takes the first sufficient token, and among those one with the fewest unneeded grants.
 fn take(left: &mut [Option<GivenToken>], room: &str, who: &ParticipantPlan) -> Option<GivenToken> {
     let fits = |token: &&mut Option<GivenToken>| {
         token.as_ref().is_some_and(|token| {

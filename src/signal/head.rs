@@ -1,19 +1,19 @@
-//! Heads of HTTP answers that are read by hand: of an upgrade to a WebSocket, and of a proxy's
-//! `CONNECT`. So it is known how far an answer came, what stood in it, and what followed.
+//! Reads heads of HTTP answers directly: those to a WebSocket upgrade and to a proxy's `CONNECT`.
+//! So it is known how far an answer came, what it said, and what followed.
 
 use std::io;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// A head that is longer is no answer of ours.
+/// Largest head that is read. A longer one is no answer to our request.
 const HEAD_BYTES_MAX: usize = 16 << 10;
 const HEADERS_MAX: usize = 100;
-/// What is read of the text behind a refusal.
+/// Number of bytes that are read of the text after a refusal.
 const BODY_BYTES_MAX: usize = 16 << 10;
 const READ_BYTES: usize = 1 << 10;
 
-/// An answer's head, and what came with it.
+/// An answer's head, and the bytes that followed it.
 pub(super) struct AnswerHead {
     pub(super) status: u16,
     pub(super) headers: HeaderMap,
@@ -23,14 +23,14 @@ pub(super) struct AnswerHead {
 /// Why there is no head.
 #[derive(Debug)]
 pub(super) enum NoHead {
-    /// What came is no HTTP.
+    /// The bytes are no HTTP answer.
     NotHttp(Vec<u8>),
     Ended,
     Io(io::Error),
 }
 
 impl AnswerHead {
-    /// Reads a head and no more than a read brings beyond it.
+    /// Reads a head. Beyond it, at most the rest of the last read is taken.
     pub(super) async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Result<AnswerHead, NoHead> {
         let mut bytes = Vec::new();
         loop {
@@ -49,7 +49,7 @@ impl AnswerHead {
         }
     }
 
-    /// `None`: there is more to come.
+    /// Parses a head; `None` if it is incomplete.
     fn parse(bytes: &[u8]) -> Result<Option<AnswerHead>, httparse::Error> {
         let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
         let mut response = httparse::Response::new(&mut headers);
@@ -71,7 +71,7 @@ impl AnswerHead {
         }))
     }
 
-    /// The text behind a refusal, as far as it comes: a proxy may keep the connection open.
+    /// Reads the text after a refusal, as far as it comes. A proxy may keep the connection open.
     pub(super) async fn body(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> Vec<u8> {
         let announced = self.headers.get(http::header::CONTENT_LENGTH);
         let announced = announced.and_then(|length| length.to_str().ok()?.parse().ok());
@@ -85,7 +85,7 @@ impl AnswerHead {
                 }
             }
         };
-        // The status is known; its text is not waited for for long.
+        // The status is known, so the wait for its text is short.
         let _ = tokio::time::timeout(super::dial::REFUSAL_TEXT_WAIT, reading).await;
         body.truncate(wanted);
         if self.is_chunked() {
@@ -101,7 +101,7 @@ impl AnswerHead {
     }
 }
 
-/// The text of chunks (RFC 9112, section 7.1), as far as they are whole.
+/// Returns the text of all complete chunks (RFC 9112, section 7.1).
 fn unchunked(mut bytes: &[u8]) -> Vec<u8> {
     let mut text = Vec::new();
     while let Ok(httparse::Status::Complete((at, len))) = httparse::parse_chunk_size(bytes) {

@@ -1,4 +1,4 @@
-//! Why there is no HTTP answer at all: the connection, TLS, or what came back was no HTTP.
+//! Why there is no HTTP answer: the connection failed, TLS failed, or the answer was no HTTP.
 
 use std::error::Error;
 use std::fmt;
@@ -8,19 +8,19 @@ use std::time::Duration;
 use super::answer::stranger_text;
 use super::trust::TlsFault;
 
-/// How far a connection had come when its time was over.
+/// How far a connection had come when it timed out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LinkStage {
-    /// TCP, and TLS where the two are made at once.
+    /// TCP, or TCP and TLS where one step makes both.
     Connect,
     Tls,
-    /// The WebSocket's, or another answer.
+    /// An HTTP answer other than that to a WebSocket upgrade.
     Answer,
     UpgradeAnswer,
 }
 
 impl LinkStage {
-    /// As it goes on from the address.
+    /// Returns what the server did, as a sentence that begins with its address.
     const fn story(self) -> &'static str {
         match self {
             LinkStage::Connect => "did not take a connection",
@@ -42,7 +42,7 @@ impl LinkStage {
     }
 }
 
-/// Each message says what to do.
+/// Why a connection gave no HTTP answer. Each message says what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LinkFault {
     #[error("{endpoint} refused the connection: is the server running, and is this its port?")]
@@ -95,23 +95,23 @@ fn seconds(time: Duration) -> impl fmt::Display {
     format!("{} s", time.as_secs_f64())
 }
 
-/// How long a request may take, and until its connection is there.
+/// Time limits of a request, and of its connection alone.
 #[derive(Clone, Copy, Debug)]
 pub struct RequestTimes {
     pub connect: Duration,
     pub whole: Duration,
 }
 
-/// Whom we talk to.
+/// The server at the other end of a connection.
 #[derive(Clone, Copy, Debug)]
 pub struct LinkEnd<'a> {
-    /// As the user would write it.
+    /// Address as the user would write it.
     pub endpoint: &'a str,
     pub secure: bool,
 }
 
 impl LinkEnd<'_> {
-    /// Why no address took a connection.
+    /// Returns the fault if no address accepted a connection.
     pub fn unreachable(self, error: &io::Error) -> LinkFault {
         let endpoint = self.endpoint.to_owned();
         if error.kind() == io::ErrorKind::ConnectionRefused {
@@ -127,7 +127,7 @@ impl LinkEnd<'_> {
     pub fn tls(self, error: &rustls::Error) -> LinkFault {
         let endpoint = self.endpoint.to_owned();
         match error {
-            // The first bytes are no TLS record: an HTTP server complains in plain text.
+            // The first bytes are no TLS record: an HTTP server has answered in plain text.
             rustls::Error::InvalidMessage(_) => LinkFault::TlsMismatch {
                 endpoint,
                 server_speaks_tls: false,
@@ -147,7 +147,7 @@ impl LinkEnd<'_> {
         }
     }
 
-    /// What came in the place of an HTTP answer.
+    /// Returns the fault for bytes that came in place of an HTTP answer.
     pub fn not_http(self, bytes: &[u8]) -> LinkFault {
         const SHOWN_MAX: usize = 24;
         let endpoint = self.endpoint.to_owned();
@@ -177,13 +177,13 @@ impl LinkEnd<'_> {
         }
     }
 
-    /// What the HTTP client of requests met, which had so long.
+    /// Returns the fault for an error of the HTTP client that had these time limits.
     pub fn request(self, error: &reqwest::Error, timeout: RequestTimes) -> LinkFault {
         let endpoint = self.endpoint.to_owned();
         if let Some(tls) = causes(error).find_map(|cause| cause.downcast_ref::<rustls::Error>()) {
             return self.tls(tls);
         }
-        // The client's own type for it is private.
+        // The client's type for this error is private.
         if let Some(cause) = causes(error).find(|cause| cause.to_string() == "dns error") {
             let cause = cause
                 .source()
@@ -233,7 +233,7 @@ fn last_cause(error: &reqwest::Error) -> String {
     cause.unwrap_or_else(|| "the request failed".to_owned())
 }
 
-/// An I/O error without its number: `No route to host`.
+/// Returns an I/O error without its number: `No route to host`.
 pub(crate) fn plain(error: &io::Error) -> String {
     let text = error.to_string();
     match text.split_once(" (os error ") {
@@ -242,8 +242,8 @@ pub(crate) fn plain(error: &io::Error) -> String {
     }
 }
 
-/// The chain of causes below `error`. An `io::Error` hides the error that it wraps from `source`,
-/// so that one is looked into.
+/// Returns the chain of causes below `error`. An `io::Error` hides its inner error from `source`,
+/// so the chain looks into it.
 pub(crate) fn causes<'a>(
     error: &'a (dyn Error + 'static),
 ) -> impl Iterator<Item = &'a (dyn Error + 'static)> {

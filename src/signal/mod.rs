@@ -1,8 +1,8 @@
-//! LiveKit's control plane, seen from the client: tokens, the room service, and one WebSocket per
+//! LiveKit's control plane as a client uses it: tokens, the room service, and one WebSocket per
 //! participant.
 //!
-//! Runs on tokio, beside the media threads. Nothing in here touches a media packet; clocks are read
-//! here, for the phases of a join.
+//! It runs on tokio, beside the media threads, and never touches a media packet. It reads clocks,
+//! to time the phases of a join.
 
 pub mod access;
 pub mod answer;
@@ -39,8 +39,8 @@ pub use given::{GivenToken, Seats};
 pub use rooms::{RoomError, RoomService};
 pub use token::{ApiKey, Permissions};
 
-/// Where a LiveKit server listens, what stands in front of it, and its addresses once they are
-/// looked up.
+/// Address of a LiveKit server, what a gateway in front of it needs, and the server's IP addresses
+/// once they are looked up.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
     url: ServerUrl,
@@ -49,7 +49,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Whether TLS is spoken: `wss` and `https`.
+    /// Whether the URL asks for TLS: `wss` and `https`.
     pub fn secure(&self) -> bool {
         self.url.is_secure()
     }
@@ -58,24 +58,24 @@ impl Endpoint {
         self.url.host()
     }
 
-    /// `ws://host:port/prefix` + `path`.
+    /// Returns `ws://host:port/prefix` + `path`.
     pub fn websocket_url(&self, path: &str) -> String {
         format!("{}{path}", self.url.websocket())
     }
 
-    /// `http://host:port/prefix` + `path`.
+    /// Returns `http://host:port/prefix` + `path`.
     pub fn http_url(&self, path: &str) -> String {
         format!("{}{path}", self.url.http())
     }
 
-    /// What each of its addresses has done; empty before they are looked up.
+    /// Returns how each address has been used; empty before the name is looked up.
     pub fn address_uses(&self) -> Vec<AddressUse> {
         self.addresses
             .as_ref()
             .map_or_else(Vec::new, |addresses| addresses.uses())
     }
 
-    /// The same, with what a gateway in front of it wants to see.
+    /// Returns this endpoint with what a gateway in front of it needs.
     pub fn through(self, gateway: &Gateway) -> Endpoint {
         Endpoint {
             gateway: Arc::new(gateway.clone()),

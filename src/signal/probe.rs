@@ -1,4 +1,4 @@
-//! What a server can do, asked once before a run.
+//! Asks once before a run what a server can do.
 
 use std::time::Duration;
 
@@ -8,33 +8,33 @@ use super::dial::{DialDeadline, Dialled};
 use super::token::Permissions;
 use super::{ApiKey, Endpoint, Secret};
 
-/// An answer that takes longer is none.
+/// Longest wait for an answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// Nothing that a probe asks for has more to say.
+/// Largest answer that is read. No answer to a probe is longer.
 const BODY_BYTES_MAX: usize = 1 << 20;
 const TOKEN_LIFETIME: Duration = Duration::from_secs(60);
-/// The first LiveKit whose single connection holds up when tracks come and go.
+/// First LiveKit version whose single connection is reliable when tracks come and go.
 const SINGLE_CONNECTION_SINCE: [u32; 3] = [1, 13, 2];
 const FIRST_LIVEKIT: [u32; 3] = [1, 0, 0];
 
-/// What a server's answer tells of a path.
+/// Result of asking a server for a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServedPath {
     There,
-    /// The server has never heard of it.
+    /// The server does not know the path.
     Missing,
-    /// It is not the server that answered, or nobody did: why, for people.
+    /// No answer, or none from the server itself. The text is the reason, for people.
     Unknown(String),
 }
 
-/// Whether the server has `/rtc/v1`, one connection for everything.
+/// Returns whether the server has `/rtc/v1`, one connection for everything.
 ///
-/// Without a token: a server that has it refuses, one that does not has never heard of it.
+/// It asks without a token: a server that has the path refuses, and one that does not answers 404.
 pub async fn has_single_connection(endpoint: &Endpoint) -> ServedPath {
     has(endpoint, "/rtc/v1/validate").await
 }
 
-/// Whether participants can join at the server at all. Asked without a token, as above.
+/// Returns whether participants can join at the server at all. It also asks without a token.
 pub async fn has_signalling(endpoint: &Endpoint) -> ServedPath {
     has(endpoint, "/rtc/validate").await
 }
@@ -43,7 +43,7 @@ async fn has(endpoint: &Endpoint, path: &str) -> ServedPath {
     let fetcher = endpoint.fetcher(TIMEOUT);
     let url = endpoint.http_url(path);
     let mut headers = http::HeaderMap::new();
-    // Without a token there is nothing that cannot be written.
+    // Only a token can fail to be written, and there is none.
     let _ = endpoint.gateway.add_to(&mut headers, None);
     let request = fetcher.request(reqwest::Method::GET, &url).headers(headers);
     let answer = match fetcher.send(request, BODY_BYTES_MAX).await {
@@ -76,7 +76,8 @@ async fn has(endpoint: &Endpoint, path: &str) -> ServedPath {
     }
 }
 
-/// A token to join `room` for as long as [`server_version`] takes, which nobody there sees.
+/// Makes a token to join `room` for the time that [`server_version`] takes, hidden from the others
+/// in the room.
 pub fn visitor_token(api_key: &ApiKey, room: &str, identity: &str) -> Option<Secret> {
     let permissions = Permissions {
         publish: false,
@@ -89,8 +90,8 @@ pub fn visitor_token(api_key: &ApiKey, room: &str, identity: &str) -> Option<Sec
         .ok()
 }
 
-/// The server's version, from a join with this token that is left at once; `None` where it does not
-/// tell.
+/// Joins with this token, leaves at once, and returns the server's version; `None` where the server
+/// does not tell.
 pub async fn server_version(endpoint: &Endpoint, token: &Secret) -> Option<String> {
     let options = JoinOptions {
         auto_subscribe: false,
@@ -107,15 +108,15 @@ pub async fn server_version(endpoint: &Endpoint, token: &Secret) -> Option<Strin
             }
             _ => None,
         };
-        // Should it not get through: the server sees the connection end.
+        // If the Leave does not get through, the server still sees the connection end.
         let _ = sender.leave().await;
         Ok::<_, SignalError>(version)
     };
     tokio::time::timeout(TIMEOUT, asking).await.ok()?.ok()?
 }
 
-/// Whether a LiveKit of this version has a single connection, but not a solid one. Other servers
-/// number their versions as they like.
+/// Whether a LiveKit of this version has a single connection that is not reliable. Versions of
+/// other servers say nothing about that.
 pub fn is_unsolid(version: &str) -> bool {
     let mut numbers = version
         .trim_start_matches('v')
@@ -139,7 +140,7 @@ mod tests {
             ("1.13", true),
             ("1.9.12", true),
             ("2.0.0", false),
-            // Not LiveKit's: the embedded SFU has throng's own.
+            // Not LiveKit's version: the embedded SFU has throng's own.
             ("0.1.0", false),
             ("unknown", false),
             ("", false),

@@ -1,4 +1,4 @@
-//! LiveKit's room service: Twirp, which is `POST /twirp/livekit.RoomService/METHOD` with protobuf
+//! LiveKit's room service over Twirp: `POST /twirp/livekit.RoomService/METHOD` with protobuf
 //! bodies.
 
 use std::sync::Arc;
@@ -17,23 +17,23 @@ use super::link::{LinkFault, LinkStage};
 use super::token::TokenError;
 use super::{ApiKey, Endpoint};
 
-/// A request that takes longer has failed: the server answers from memory or from Redis.
+/// Time limit of a request. The server answers from memory or from Redis.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Largest answer that is read: some ten thousand rooms or participants.
 const BODY_BYTES_MAX: usize = 4 << 20;
-/// Who asks to be left alone is, for so long in all; then the request has failed.
+/// Longest total pause that rate limits may impose on one request; beyond it the request fails.
 const LIMIT_PATIENCE: Duration = Duration::from_secs(60);
-/// Where it is not said for how long.
+/// Shortest pause at a rate limit, and the pause where it names none.
 const LIMIT_PAUSE: Duration = Duration::from_secs(1);
 
-/// A server's room service. Cheap to clone; connections are pooled.
+/// Client of a server's room service. Cheap to clone; connections are pooled.
 #[derive(Clone)]
 pub struct RoomService {
     fetcher: Fetcher,
     endpoint: Endpoint,
     api_key: ApiKey,
-    /// How often it asked to be left alone.
+    /// Number of pauses at rate limits.
     held_back: Arc<AtomicU32>,
 }
 
@@ -44,12 +44,13 @@ pub enum RoomError {
     /// There is no answer.
     #[error(transparent)]
     FetchFault(#[from] FetchFault),
-    /// Somebody else answered.
+    /// Something other than the server answered.
     #[error(transparent)]
     Answer(AnswerFault),
     #[error("the server refused our API key ({text}): check API key and secret, and both clocks")]
     Unauthorized { text: String },
-    /// Our tokens grant it: it has not seen them, or the key may not do everything.
+    /// Our tokens carry the grant, so the server has not seen the token, or the key lacks the
+    /// right.
     #[error(
         "the server does not let us use {method} ({text}): its key has no grant for that, or something in front of it takes the Authorization header away (--token-in query)"
     )]
@@ -69,18 +70,18 @@ pub enum RoomError {
 }
 
 impl RoomError {
-    /// The room is not there (any more).
+    /// Whether the room does not exist (any more).
     pub fn is_not_found(&self) -> bool {
         matches!(self, RoomError::Other { status: 404, .. })
     }
 
-    /// Participants may get in all the same: something else answered, or did not answer in time, or
-    /// we may not use the service. Of a method, not of a room.
+    /// Whether participants may still be able to join: something else answered, the service did not
+    /// answer in time, or we may not use it. This concerns a method, not a room.
     pub fn is_of_service_alone(&self) -> bool {
         match self {
             RoomError::Answer(fault) => !matches!(fault, AnswerFault::SpeaksTls { .. }),
             RoomError::NotGranted { .. } => true,
-            // The server's own failure is not for joins to find out again.
+            // A join would only repeat the server's own failure.
             RoomError::Other { status, .. } => *status < 500,
             RoomError::FetchFault(FetchFault::Link(fault)) => {
                 matches!(
@@ -96,7 +97,8 @@ impl RoomError {
         }
     }
 
-    /// It was refused, so that nothing has been done. What failed half-way is another matter.
+    /// Whether the request was refused, so that nothing was done. A request that failed half-way
+    /// does not count.
     pub fn is_refusal(&self) -> bool {
         match self {
             RoomError::Answer(fault) => !matches!(fault, AnswerFault::BackendAway { .. }),
@@ -106,12 +108,13 @@ impl RoomError {
         }
     }
 
-    /// The answer is longer than what is read.
+    /// Whether the answer is longer than what is read.
     pub fn is_too_long(&self) -> bool {
         matches!(self, RoomError::FetchFault(FetchFault::TooLong { .. }))
     }
 
-    /// There is no server (any more), so that asking for other rooms would end the same way.
+    /// Whether there is no server (any more), so that requests for other rooms would fail in the
+    /// same way.
     pub fn is_without_server(&self) -> bool {
         matches!(
             self,
@@ -134,13 +137,13 @@ impl RoomService {
         &self.endpoint
     }
 
-    /// How often it asked to be left alone, and was.
+    /// Returns the number of pauses at rate limits.
     pub fn held_back(&self) -> u32 {
         self.held_back.load(Ordering::Relaxed)
     }
 
-    /// Makes the room, or finds it. It is closed when nobody was in it for `empty_timeout` (whole
-    /// seconds; at least one).
+    /// Creates the room, or finds an existing one. The server closes it after it was empty for
+    /// `empty_timeout` (in whole seconds; at least one).
     pub async fn create_room(
         &self,
         name: &str,
@@ -159,7 +162,7 @@ impl RoomService {
         .await
     }
 
-    /// Closes the room: whoever is in it gets a Leave.
+    /// Closes the room. Everybody in it gets a Leave.
     pub async fn delete_room(&self, name: &str) -> Result<(), RoomError> {
         let request = proto::DeleteRoomRequest {
             room: name.to_owned(),
@@ -169,7 +172,7 @@ impl RoomService {
             .map(drop)
     }
 
-    /// All rooms of the server.
+    /// Returns all rooms of the server.
     pub async fn list_rooms(&self) -> Result<Vec<proto::Room>, RoomError> {
         let response = self
             .call::<proto::ListRoomsResponse>(
@@ -181,14 +184,14 @@ impl RoomService {
         Ok(response.rooms)
     }
 
-    /// The room of this name, as far as the list knows it.
+    /// Returns the rooms of this name that the list contains.
     pub async fn list_rooms_named(&self, name: &str) -> Result<Vec<proto::Room>, RoomError> {
         let (rooms, _) = self.list_rooms_at(&[name.to_owned()]).await?;
         Ok(rooms)
     }
 
-    /// The rooms of these names, or all, and what time it was at the server (since 1970, in whole
-    /// seconds) when it told.
+    /// Returns the rooms of these names, or all if there are none, and the server's time of the
+    /// answer (since 1970, in whole seconds).
     pub async fn list_rooms_at(
         &self,
         names: &[String],
@@ -225,7 +228,7 @@ impl RoomService {
         Ok(answer)
     }
 
-    /// The answer, and its `Date`. A limit is waited for.
+    /// Returns the answer and its `Date`. At a rate limit it waits and tries again.
     async fn call_at<R: Message + Default>(
         &self,
         method: &str,
@@ -321,7 +324,7 @@ impl RoomService {
 }
 
 impl Endpoint {
-    /// Requests to it, by its addresses that are there.
+    /// Makes a client for requests to this endpoint. It uses the known addresses.
     pub(super) fn fetcher(&self, timeout: Duration) -> Fetcher {
         let addresses = self.addresses.as_ref().map(|known| known.there());
         Fetcher::new(
@@ -333,13 +336,13 @@ impl Endpoint {
     }
 }
 
-/// A page, where there ought to be a message.
+/// Whether the answer is a web page instead of a message.
 fn is_foreign(headers: &HeaderMap) -> bool {
     let kind = headers.get(header::CONTENT_TYPE);
     kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/html"))
 }
 
-/// When an answer was given, by the clock of who gave it.
+/// Returns when an answer was given, by the clock of the answering host.
 fn date(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(header::DATE)?.to_str().ok()?;
     let at = httpdate::parse_http_date(text).ok()?;

@@ -1,7 +1,7 @@
-//! Whether requests and WebSockets go through a proxy: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and
-//! NO_PROXY, as curl reads them, and one answer for both.
+//! Finds the proxy for requests and WebSockets from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and
+//! NO_PROXY, as curl reads them. Both use the same one.
 //!
-//! This host itself, and so the embedded SFU, is never reached by way of a proxy. Media never is.
+//! This host itself, and so the embedded SFU, is never reached through a proxy. Media never is.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -11,17 +11,17 @@ use hyper_util::client::proxy::matcher::Matcher;
 
 use crate::plan::is_loopback_host;
 
-/// A proxy that stands for a server.
+/// A proxy on the way to a server.
 #[derive(Clone, Debug)]
 pub struct ProxyRoute {
     /// `http://proxy:3128`, without credentials.
     uri: Uri,
     authorization: Option<HeaderValue>,
-    /// Who names it.
+    /// Environment variable that names the proxy.
     variable: &'static str,
 }
 
-/// Why the way through a proxy cannot be taken. Each message says what to do.
+/// Why a proxy cannot be used. Each message says what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProxyFault {
     #[error(
@@ -51,10 +51,10 @@ pub enum ProxyFault {
 }
 
 impl ProxyRoute {
-    /// The proxy for this address; `None`: straight there.
+    /// Returns the proxy for this address; `None` for a direct connection.
     ///
     /// # Errors
-    /// One is named that cannot be used.
+    /// Returns an error if the named proxy cannot be used.
     pub fn to(http_url: &str) -> Result<Option<ProxyRoute>, ProxyFault> {
         static MATCHER: OnceLock<Matcher> = OnceLock::new();
         let Ok(uri) = http_url.parse::<Uri>() else {
@@ -125,7 +125,7 @@ impl ProxyRoute {
         }
     }
 
-    /// For the HTTP client of requests.
+    /// Returns the proxy in the form that the HTTP client of requests takes.
     pub(super) fn for_requests(&self) -> Option<reqwest::Proxy> {
         let proxy = reqwest::Proxy::all(self.name()).ok()?;
         Some(match &self.authorization {

@@ -1,13 +1,13 @@
-//! One participant's life: join, publish, agree on what is sent and received, stay, leave. A task
-//! each; the media runs in the engine's shards.
+//! One participant's session: join, publish, negotiate what is sent and received, stay, leave. Each
+//! participant is a task; its media runs in the engine's shards.
 //!
-//! The task hands shards finished parameters and never waits for them. Every moment of the join is
-//! counted from when it was intended.
+//! The task hands shards finished parameters and never waits for them. Every phase of a join is
+//! timed from the intended start.
 //!
-//! With *two* connections (`/rtc`) the participant offers its tracks on the one, and the server
-//! everybody else's on the other. With *one* (`/rtc/v1`) all offers are ours: the first one travels
-//! with the join, has sections for the tracks that are known to be there, and the server says when
-//! it lacks more.
+//! With *two* connections (`/rtc`), the participant offers its tracks on one, and the server offers
+//! everybody else's on the other. With *one* (`/rtc/v1`), all offers are ours. The first offer
+//! travels with the join and has sections for the tracks that are known to exist; the server says
+//! when it needs more.
 
 mod failure;
 mod moderation;
@@ -62,31 +62,31 @@ use tracks::{SessionTrack, add_track_request, stream_parameters};
 pub use viewer::Size;
 use viewer::Viewer;
 
-/// A join that takes longer than this has failed: LiveKit itself gives a primary connection 60 s, a
-/// person far less.
+/// Time limit of a join. LiveKit itself gives a primary connection 60 s; a person waits far less.
 pub const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
-/// Until the server names its own interval.
+/// Interval of pings until the server names its own.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
-/// A server that says nothing for so long is gone, until it names its own limit.
+/// Longest silence of the server before it counts as gone, until it names its own limit.
 const PING_TIMEOUT: Duration = Duration::from_secs(15);
-/// Where the server ends the DTLS session, its reason may still be on its way over the signalling
-/// connection: so long it is waited for.
+/// Longest wait for the server's reason after it has ended the DTLS session. The reason may still
+/// be on its way over the signalling connection.
 const LEAVE_WAIT: Duration = Duration::from_millis(500);
-/// Tracks that a server may announce to one participant in one session: a room of three thousand,
-/// every one of whom comes and goes several times. Each is accounted for until the end.
+/// Number of tracks that a server may announce to one participant in one session: a room of three
+/// thousand, where everybody comes and goes several times. Each track is accounted for until the
+/// end.
 const TRACKS_EVER_MAX: usize = 20_000;
-/// Pings whose answers are waited for.
+/// Number of unanswered pings that are remembered.
 const PINGS_MAX: usize = 8;
-/// Candidates that a server may trickle for one connection: it has a few per interface.
+/// Number of candidates that a server may trickle for one connection. It has a few per interface.
 const TRICKLED_MAX: u32 = 64;
-/// So long a participant that is to leave stays for what was sent before: as long as everybody does
-/// at the end of a run, when media has stopped.
+/// How long a participant that is to leave stays, so that what was already sent still arrives. At
+/// the end of a run everybody stays as long after media has stopped.
 const LEAVE_DRAIN: Duration = Duration::from_millis(1_500);
-/// Between the connection's first moment and the first frame: at least this, so that the slot lies
+/// Shortest time between a connection's first moment and the first frame, so that the slot lies
 /// ahead.
 const FIRST_FRAME_DELAY: Duration = Duration::from_millis(2);
 
-/// What all participants of a run share.
+/// Configuration and channels that all participants of a run share.
 pub struct SessionContext {
     pub endpoint: Endpoint,
     pub access: JoinAccess,
@@ -94,37 +94,37 @@ pub struct SessionContext {
     pub roster: Arc<Roster>,
     pub fingerprint: Fingerprint,
     pub media: Media,
-    /// What everybody looks at.
+    /// Layout that every participant watches.
     pub layout: Option<ViewLayout>,
-    /// What video tracks of this run consist of, the lowest layer first.
+    /// Layers of this run's video tracks, the lowest first.
     pub video_layers: Vec<VideoSpec>,
-    /// Publishers send no more than their path carries.
+    /// Whether publishers send no more than their path carries.
     pub obey_bandwidth: bool,
     pub receive_buffer_bytes: usize,
-    /// The relays that the user named, in place of those that the server names.
+    /// Relays that the user named. They replace those that the server names.
     pub turn: Vec<TurnServer>,
-    /// From where this host reaches the server's candidates.
+    /// Addresses from which this host reaches the server's candidates.
     pub routes: Routes,
-    /// One peer connection a participant (`/rtc/v1`) instead of two.
+    /// Whether each participant has one peer connection (`/rtc/v1`) instead of two.
     pub single_connection: bool,
-    /// How often a join that failed is tried again.
+    /// Number of retries after a failed join.
     pub join_retries: u32,
     pub shards: Vec<Sender<ShardCommand>>,
     pub notices: mpsc::UnboundedSender<Notice>,
-    /// Turns true when everybody is to leave.
+    /// Becomes true when everybody is to leave.
     pub leave: watch::Receiver<bool>,
 }
 
-/// Where a participant's connections live.
+/// The shard and keys of a participant's connections.
 #[derive(Clone, Copy, Debug)]
 pub struct ShardPlace {
     pub shard: usize,
-    /// The key of its publisher connection, or of its only one; the subscriber connection has the
-    /// next one.
+    /// Key of the publisher connection, or of the only one. The subscriber connection has the next
+    /// key.
     pub key: PeerKey,
 }
 
-/// Media sections in which the server may send us tracks.
+/// Numbers of media sections in which the server may send us tracks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sections {
     pub audio: u32,
@@ -138,63 +138,64 @@ impl Sections {
     }
 }
 
-/// What a participant tells the run.
+/// A participant's report to the run.
 #[derive(Debug)]
 pub enum Notice {
-    /// A phase of the join is done, so long after the join was intended.
+    /// A phase of the join is complete, this long after the intended start.
     Phase(JoinPhase, Duration),
     Joined {
         index: u32,
-        /// What carries its media; of two connections, the one further from UDP.
+        /// Transport of its media; with two connections, the one further from UDP.
         transport: MediaTransport,
     },
-    /// It was to go over UDP, and goes over something else.
+    /// Media was to use UDP, and uses something else.
     FellBack {
-        /// `over TCP: the server offers no UDP candidate`.
+        /// For example `over TCP: the server offers no UDP candidate`.
         why: String,
     },
     JoinFailed {
         index: u32,
         reason: String,
-        /// It is not the server's doing, and no load's: an address, a proxy, a certificate, a
-        /// token.
+        /// Whether neither the server nor the load is the cause, but an address, a proxy, a
+        /// certificate or a token.
         kept_out: bool,
     },
-    /// Who answered a join asked to be left alone for a while, and is: its limit. It says why.
+    /// A join was answered with a rate limit, and waits as asked. `reason` says who set the limit.
     HeldBack {
         reason: String,
     },
-    /// A failed join is tried again.
+    /// A failed join is retried.
     JoinRetried {
         reason: String,
     },
-    /// Was in, and was thrown out or lost its connection for good; it may come back by joining
-    /// anew.
+    /// The participant was in the room, and was thrown out or lost its connection for good. It may
+    /// join anew.
     Disconnected {
         index: u32,
         at: Time,
         reason: String,
-        /// The server's own name for it, where the server ended the session:
+        /// The server's own name for the reason, where the server ended the session:
         /// `PARTICIPANT_REMOVED`.
         server_reason: Option<&'static str>,
     },
-    /// The server took one of its tracks out of the room, or never let it in; the participant is
-    /// still in.
+    /// The server removed one of the participant's tracks from the room, or never accepted it. The
+    /// participant is still in the room.
     TrackLost {
         index: u32,
         kind: Kind,
         at: Time,
-        /// What happened: `lost its audio track: the server unpublished it`.
+        /// Text for the report, for example `lost its audio track: the server unpublished it`.
         story: String,
     },
-    /// The server has muted one of its tracks, or unmuted it.
+    /// The server muted or unmuted one of the participant's tracks.
     MutedByServer {
         index: u32,
         kind: Kind,
         muted: bool,
         at: Time,
     },
-    /// The server has made it something else than the plan says: `lost its right to subscribe: ..`.
+    /// The server made the participant differ from the plan, for example `lost its right to
+    /// subscribe: ..`.
     Harmed {
         index: u32,
         at: Time,
@@ -204,29 +205,29 @@ pub enum Notice {
     Refused {
         reason: String,
     },
-    /// Was in, lost its connection and has it again, so long after: the old session, or a new one
-    /// after [`Notice::Disconnected`].
+    /// The participant lost its connection and has it back after this time: in the old session, or
+    /// in a new one after [`Notice::Disconnected`].
     Reconnected {
         index: u32,
         after: Duration,
         resumed: bool,
-        /// Why it had lost its connection.
+        /// Why the connection was lost.
         why: String,
     },
-    /// Has tried to come back, and given up.
+    /// The participant has tried to come back, and given up.
     ReconnectFailed {
         index: u32,
     },
     SignalRtt(Duration),
-    /// A message of the server cannot be read, and is left out.
+    /// A message of the server cannot be decoded, and is skipped.
     SignalMalformed,
-    /// The server said who speaks.
+    /// The server reported speakers.
     SpeakersChanged,
     Server {
         version: String,
         embedded_sfu: bool,
     },
-    /// The last one.
+    /// The participant's last notice.
     Ended(Box<Ended>),
 }
 
@@ -240,41 +241,40 @@ pub enum JoinPhase {
     FirstMedia,
 }
 
-/// What became of one participant, as signalling saw it.
+/// Final account of one participant, as signalling saw it.
 #[derive(Debug)]
 pub struct Ended {
     pub index: u32,
-    /// Who it was, and in which room: where tokens were given they say so, not the plan.
+    /// Identity and room. Given tokens decide them, not the plan.
     pub identity: String,
     pub room: String,
     pub timeline: JoinTimeline,
     pub failure: Option<String>,
-    /// What carried its media when it was in last; `None`: it never was.
+    /// Transport of its media when it was last in the room; `None` if it never was.
     pub transport: Option<MediaTransport>,
     pub disconnects: u32,
-    /// Video tracks that had a place in its layout at one time or another; 0 without a layout.
+    /// Number of video tracks that have ever had a place in its layout; 0 without a layout.
     pub video_shown: u32,
 }
 
-/// What a participant may be asked to do while it is in.
+/// Request to a participant while it is in the room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// Mutes one of its tracks, or unmutes it.
+    /// Mute or unmute one of its tracks.
     SetMuted { kind: Kind, muted: bool },
-    /// Looks at every video track in this size from now on, whatever the layout; `None`: at none of
-    /// them.
+    /// From now on, watch every video track in this size, whatever the layout; `None`: watch none.
     Show(Option<Size>),
-    /// Leaves before the run does. What was sent to it until now still has its time to arrive; from
-    /// now on nothing is owed.
+    /// Leave before the run ends. What was already sent to the participant still has time to
+    /// arrive; from now on nothing is owed.
     Leave,
 }
 
-/// Runs one participant from its intended moment until the run tells everybody to leave, or the
-/// server does. `tracks_ahead` are those that ought to be there when it joins: with one connection
-/// it offers sections for them.
+/// Runs one participant from its intended start until the run tells everybody to leave, or the
+/// server ends it. `tracks_ahead` are the tracks that should exist when it joins: with one
+/// connection it offers sections for them.
 ///
-/// What comes in by `requests` is done in its order; where nothing ever will, its sender may be
-/// gone from the start.
+/// Requests are carried out in their order. If there are never any, their sender may be dropped
+/// from the start.
 pub async fn run(
     context: Arc<SessionContext>,
     mut plan: ParticipantPlan,
@@ -306,44 +306,44 @@ struct Session {
     timeline: JoinTimeline,
     /// Timeline of the first attempt that succeeded.
     first_timeline: Option<JoinTimeline>,
-    /// This attempt has succeeded.
+    /// Whether this attempt has succeeded.
     joined: bool,
-    /// What the server calls this session, to resume it.
+    /// The server's sid of this session, for a resume.
     sid: String,
     join_retries: u32,
     /// Why the first attempt to join failed.
     first_failure: Option<String>,
     lost: Option<Lost>,
-    /// It was asked to leave, and does at this time.
+    /// When the participant leaves, if it was asked to.
     leaves_at: Option<Time>,
-    /// When it came back last, and after how many tries.
+    /// When it last came back, and the number of tries that took.
     back: Option<(Time, u32)>,
     disconnects: u32,
     publisher: PeerHalf,
     subscriber: PeerHalf,
-    /// For the publisher connection, or the only one.
+    /// State of our offers, for the publisher connection or the only one.
     offering: Offering,
-    /// For the subscriber connection.
+    /// Answers the server's offers for the subscriber connection.
     answerer: Answerer,
-    /// An answer and its number, until the shard has restarted ICE.
+    /// An answer and its number, held until the shard has restarted ICE.
     held_answer: Option<(String, u32)>,
     tracks: Vec<SessionTrack>,
-    /// The server has taken away the right to.
+    /// Whether the server has withdrawn the right to subscribe.
     may_not_subscribe: bool,
-    /// What the server gave last, for a resume and for joining anew.
+    /// The last token that the server gave, for a resume or a new join.
     fresh_token: Option<Secret>,
-    /// Of the server's, in this session.
+    /// Number of tracks that the server has announced in this session.
     tracks_ever: usize,
     viewer: Viewer,
     local_ip: Option<IpAddr>,
     /// TCP connections for media that are being opened.
     streams: JoinSet<OpenedStream>,
     relays: Relays,
-    /// The server wants media to go through a relay.
+    /// Whether the server wants media to go through a relay.
     force_relay: bool,
 }
 
-/// Where allocations at relays tell what becomes of them.
+/// Channel on which allocations at relays report.
 struct Relays {
     sender: mpsc::UnboundedSender<(PeerRole, TurnLink, RelayNews)>,
     news: mpsc::UnboundedReceiver<(PeerRole, TurnLink, RelayNews)>,
@@ -358,35 +358,35 @@ impl Relays {
 
 type OpenedStream = (PeerRole, SocketAddr, io::Result<TcpStream>);
 
-/// Our offers: one at a time, and what the next one has to have.
+/// State of our offers: one is open at a time, and what the next one must contain.
 #[derive(Default)]
 struct Offering {
     offerer: Offerer,
-    /// The number of the last offer.
+    /// Number of the last offer.
     id: u32,
-    /// It has no answer yet.
+    /// Whether the last offer has no answer yet.
     is_open: bool,
-    /// The server asked for another offer, with so many more sections.
+    /// Additional sections for the next offer, if the server asked for one.
     wanted: Option<Sections>,
-    /// The receiving sections so far.
+    /// Receiving sections offered so far.
     sections: Sections,
 }
 
-/// The signalling connection, and what is kept for it.
+/// The signalling connection, and its state.
 struct Signal {
     sender: SignalSender,
     receiver: SignalReceiver,
     ping: tokio::time::Interval,
-    /// So long the server may be silent.
+    /// Longest silence of the server that is tolerated.
     ping_timeout: Duration,
     heard_at: Time,
     rtt: Duration,
-    /// When those pings left that have no answer yet.
+    /// Send times of the unanswered pings.
     pings: VecDeque<Time>,
     pace: SignalPace,
 }
 
-/// Where the shard's events about this participant's connections come in.
+/// Channel of the shard's events about this participant's connections.
 struct EngineEvents {
     sender: mpsc::UnboundedSender<ShardEvent>,
     receiver: mpsc::UnboundedReceiver<ShardEvent>,
@@ -417,7 +417,7 @@ impl Signal {
         }
     }
 
-    /// Asks for a sign of life, unless there has been none for too long.
+    /// Sends a ping, or fails if the server has been silent for too long.
     async fn ping(&mut self, now: Time) -> Result<(), SessionFailure> {
         if now.since(self.heard_at) > self.ping_timeout {
             return Err(SessionFailure::lost(format!(
@@ -428,16 +428,16 @@ impl Signal {
         if self.pings.len() == PINGS_MAX {
             self.pings.pop_front();
         }
-        // As its answer will name it.
+        // Round as the answer will return it: to microseconds.
         self.pings.push_back(Time::from_micros(now.as_micros()));
         Ok(self.sender.ping(now.as_micros() as i64, self.rtt).await?)
     }
 
-    /// The round trip that an answer shows; `None` where nothing was asked.
+    /// Returns the round trip that an answer shows; `None` if it answers no ping of ours.
     fn handle_pong(&mut self, timestamp_us: i64, now: Time) -> Option<Duration> {
         let sent = Time::from_micros(u64::try_from(timestamp_us).ok()?);
         let at = self.pings.iter().position(|ping| *ping == sent)?;
-        // Answers come in the order of their questions.
+        // Answers come in the order of the pings.
         self.pings.drain(..=at);
         self.rtt = now.since(sent);
         Some(self.rtt)
@@ -505,7 +505,8 @@ impl Session {
         }
     }
 
-    /// Joins and stays, whatever it takes. `Ok` when the run tells it, or everybody, to leave.
+    /// Joins and stays, with as many sessions as that takes. Returns `Ok` when the run tells this
+    /// participant, or everybody, to leave.
     async fn live(&mut self, requests: &mut RequestQueue) -> Result<(), SessionFailure> {
         let mut leave = self.context.leave.clone();
         loop {
@@ -528,8 +529,8 @@ impl Session {
         }
     }
 
-    /// One session, from the join until it is gone or everybody is to leave. Where only signalling
-    /// is lost, it is resumed.
+    /// Runs one session, from the join until it is lost or the participant is to leave. If only
+    /// signalling is lost, the session is resumed.
     async fn visit(&mut self, requests: &mut RequestQueue) -> Result<(), SessionFailure> {
         self.timeline.started = Some(self.context.epoch.now());
         let mut leave = self.context.leave.clone();
@@ -540,7 +541,7 @@ impl Session {
                 return Ok(());
             };
             if self.leaves_at.is_some() {
-                // It does not come back in order to leave.
+                // A participant that is leaving does not come back.
                 return Ok(());
             }
             let (Cure::Resume { restart_ice }, true) = (failure.cure, self.joined) else {
@@ -566,7 +567,8 @@ impl Session {
         }
     }
 
-    /// The run wants it gone at this time; from now on nothing is owed to it, nor by it.
+    /// Schedules the participant to leave at this time. From now on it owes nothing, and nothing is
+    /// owed to it.
     fn leave_at(&mut self, at: Time) {
         self.leaves_at = Some(at);
         for role in PeerRole::BOTH {
@@ -576,7 +578,7 @@ impl Session {
         }
     }
 
-    /// Ends when it is time to leave; never, where nobody has asked for it.
+    /// Completes when it is time to leave; never, if nobody has asked for that.
     fn time_to_leave(&self) -> impl Future<Output = ()> + use<> {
         let at = self
             .leaves_at
@@ -589,7 +591,7 @@ impl Session {
         }
     }
 
-    /// Ends when it is settled that no candidate of the server can be used.
+    /// Completes when it is certain that no candidate of the server can be used.
     fn time_without_path(&self) -> impl Future<Output = ()> + use<> {
         let halves = [&self.publisher, &self.subscriber];
         let at = halves
@@ -605,7 +607,7 @@ impl Session {
         }
     }
 
-    /// Ends when TCP connections are to be opened.
+    /// Completes when TCP connections are to be opened.
     fn time_of_streams(&self) -> impl Future<Output = ()> + use<> {
         let halves = [&self.publisher, &self.subscriber];
         let at = halves.iter().filter_map(|half| half.streams_due_at()).min();
@@ -618,7 +620,7 @@ impl Session {
         }
     }
 
-    /// Has those TCP connections opened that are due.
+    /// Starts opening the TCP connections that are due.
     async fn open_streams(&mut self, sender: &mut SignalSender) -> Result<(), SessionFailure> {
         let (context, now) = (self.context.clone(), self.context.epoch.now());
         for role in PeerRole::BOTH {
@@ -641,7 +643,7 @@ impl Session {
         self.hand_over_paths(role);
     }
 
-    /// What relays may carry the connections, now or later.
+    /// Determines the relays that may carry the connections, now or later.
     fn take_relays(
         &mut self,
         offered: &[IceServer],
@@ -670,7 +672,7 @@ impl Session {
         Ok(())
     }
 
-    /// Ends when another relay is to be tried.
+    /// Completes when another relay is to be tried.
     fn time_of_relays(&self) -> impl Future<Output = ()> + use<> {
         let halves = [&self.publisher, &self.subscriber];
         let at = halves.iter().filter_map(|half| half.relay_due_at()).min();
@@ -683,7 +685,7 @@ impl Session {
         }
     }
 
-    /// Has allocations made where they are due.
+    /// Starts the allocations that are due.
     fn open_relays(&mut self) {
         let (epoch, buffer) = (self.context.epoch, self.context.receive_buffer_bytes);
         for role in PeerRole::BOTH {
@@ -696,7 +698,7 @@ impl Session {
             };
             let (link, sender) = (server.url.link, self.relays.sender.clone());
             debug!(connection = ?role, relay = %server.url, "asks a relay for an allocation");
-            // A session that has ended no longer cares.
+            // A session that has ended no longer needs it.
             let tell = move |news| drop(sender.send((role, link, news)));
             tokio::spawn(turn::keep_allocation(server, buffer, epoch, peers, tell));
         }
@@ -746,7 +748,8 @@ impl Session {
         Ok(())
     }
 
-    /// Where media that went through a relay has ended without a word, the relay may be why.
+    /// Adds the relay's state to a failure for which the server gave no reason, or a timeout,
+    /// because the relay that carried the media may be the cause.
     async fn with_relay(&self, mut failure: SessionFailure) -> SessionFailure {
         let halves = [&self.publisher, &self.subscriber];
         let relay = halves.into_iter().find_map(PeerHalf::relay_in_use);
@@ -781,7 +784,7 @@ impl Session {
         first.map_or_else(String::new, PeerHalf::without_path)
     }
 
-    /// Does what server and shard ask for, until the run tells everybody to leave.
+    /// Serves the server, the shard and requests, until it is time to leave.
     async fn attend(
         &mut self,
         signal: &mut Signal,
@@ -796,8 +799,8 @@ impl Session {
         loop {
             tokio::select! {
                 biased;
-                // First what ends it: a server that never stops talking must not keep a participant
-                // in.
+                // The events that end the session come first: a server that never stops talking
+                // must not keep a participant in the room.
                 () = leaving(&mut leave) => break,
                 () = self.time_to_leave() => break,
                 () = self.time_without_path(), if !self.joined => return Err(SessionFailure::lasting(self.without_path())),
@@ -827,13 +830,13 @@ impl Session {
                 _ = signal.ping.tick() => signal.ping(self.context.epoch.now()).await?,
             }
         }
-        // The server sees a participant who says goodbye at once; one who is silent it keeps for 20
-        // s.
+        // The server sees a Leave at once; a silent participant it keeps for 20 s.
         let _ = tokio::time::timeout(Duration::from_secs(2), signal.sender.leave()).await;
         Ok(())
     }
 
-    /// The first attempt is judged from when it was intended, a later one from when it began.
+    /// Returns the deadline of a join. The first attempt counts from its intended start, a later
+    /// one from its actual start.
     fn join_deadline(&self) -> Time {
         let is_first = self.join_retries == 0 && self.first_timeline.is_none();
         let began = self.timeline.started.filter(|_| !is_first);
@@ -886,7 +889,7 @@ impl Session {
         Ok(Signal::new(sender, receiver, now))
     }
 
-    /// What it shows to get in: what the server gave it last, or what the run has for it.
+    /// Returns the token to join with: the last one that the server gave, or the run's.
     async fn token(
         &self,
         permissions: Permissions,
@@ -958,8 +961,8 @@ impl Session {
         }
     }
 
-    /// The server's word, and what of the join was missing then: it ends one whose media does not
-    /// come up.
+    /// Combines the server's reason with what the join still lacked: the server ends a join whose
+    /// media does not come up.
     fn ended_by_server(&self, leave: &client::Leave) -> SessionFailure {
         let mut failure = SessionFailure::from(leave);
         let halves = [&self.publisher, &self.subscriber];
@@ -973,7 +976,8 @@ impl Session {
         failure
     }
 
-    /// Without its Join, an offer or an answer nothing goes on. All else is counted and left out.
+    /// Fails if the message is a Join, an offer or an answer, because nothing works without those.
+    /// Others are counted and skipped.
     fn handle_malformed(&self, kind: u32) -> Result<(), SessionFailure> {
         warn!(kind, "a message of the server cannot be read");
         self.notify(Notice::SignalMalformed);
@@ -1011,7 +1015,8 @@ impl Session {
         self.check_joined()
     }
 
-    /// With two connections our offer follows when the server knows every track.
+    /// Takes the server's answer to AddTrack. With two connections, our offer follows when the
+    /// server knows every track.
     async fn handle_track_published(
         &mut self,
         cid: &str,
@@ -1024,7 +1029,8 @@ impl Session {
         self.offer_tracks(sender).await
     }
 
-    /// The first offer, where it has not gone out and every track is taken or refused.
+    /// Sends the first offer, unless it was sent before or a track is neither accepted nor refused
+    /// yet.
     async fn offer_tracks(&mut self, sender: &mut SignalSender) -> Result<(), SessionFailure> {
         let is_settled = |track: &SessionTrack| track.info.is_some() || track.is_refused;
         if self.offering.id > 0 || !self.tracks.iter().all(is_settled) {
@@ -1039,7 +1045,7 @@ impl Session {
         Ok(sender.offer(offer, id).await?)
     }
 
-    /// What the join itself says where there is one connection: all our tracks, and an offer.
+    /// Returns what the join itself carries with one connection: all our tracks, and an offer.
     fn first_offer(&mut self) -> Result<JoinMode, SessionFailure> {
         Ok(JoinMode::Single {
             add_tracks: self.tracks.iter().map(add_track_request).collect(),
@@ -1047,8 +1053,8 @@ impl Session {
         })
     }
 
-    /// Our next offer and its number: the sections that are wanted, and with the first one our
-    /// tracks behind them.
+    /// Returns our next offer and its number. It adds the wanted sections; the first offer also
+    /// adds our tracks after them.
     fn next_offer(&mut self) -> Result<(String, u32), SessionFailure> {
         let Offering {
             offerer,
@@ -1061,7 +1067,7 @@ impl Session {
         let wanted = wanted.take().unwrap_or_default();
         if self.context.single_connection {
             sections.add(wanted);
-            // A connection needs a section to come up with, even where nothing is to be sent or
+            // A connection needs a section to come up with, even if nothing is to be sent or
             // received yet.
             let nothing =
                 wanted == Sections::default() && offerer.is_empty() && self.tracks.is_empty();
@@ -1089,7 +1095,8 @@ impl Session {
         Ok((offerer.offer(local), *id))
     }
 
-    /// One offer at a time: what is wanted meanwhile waits for the answer.
+    /// Sends the next offer, if one is wanted. Only one is open at a time; others wait for its
+    /// answer.
     async fn offer_if_wanted(&mut self, sender: &mut SignalSender) -> Result<(), SessionFailure> {
         if self.offering.is_open || self.offering.wanted.is_none() {
             return Ok(());
@@ -1104,8 +1111,8 @@ impl Session {
         sender: &mut SignalSender,
         engine: &mpsc::UnboundedSender<ShardEvent>,
     ) -> Result<(), SessionFailure> {
-        // To an offer that a later one has replaced; a server that does not number its answers says
-        // 0.
+        // Skip answers to an offer that a later one has replaced. A server that does not number its
+        // answers sends 0.
         if ![0, self.offering.id].contains(&answer.id) {
             return Ok(());
         }
@@ -1158,7 +1165,8 @@ impl Session {
             .answerer
             .answer(&offer.sdp, local)
             .map_err(|error| SessionFailure::lasting(format!("the server's offer: {error}")))?;
-        // The shard first: the server's checks may come as soon as it has the answer.
+        // The shard comes first, because the server's checks may arrive as soon as it has the
+        // answer.
         self.take_remote(
             PeerRole::Subscriber,
             &answered.remote,
@@ -1172,12 +1180,12 @@ impl Session {
             &answered.removed,
             answered.added.iter().chain(&answered.updated),
         );
-        // Before the answer: so nothing comes that nobody looks at.
+        // Do this before the answer, so that nothing arrives that nobody watches.
         self.tell_what_is_watched(sender).await?;
         self.tell_addresses(PeerRole::Subscriber, sender).await?;
         if restarts {
-            // The server repeats a check that was not understood only 200 ms later, and sends no
-            // media meanwhile: the shard has to be ready for the first.
+            // The server repeats a check that was not understood only after 200 ms, and sends no
+            // media until then. So the shard must be ready for the first check.
             self.held_answer = Some((answered.sdp, offer.id));
             return Ok(());
         }
@@ -1195,7 +1203,7 @@ impl Session {
     }
 
     /// Tells the shard which streams came and went. An updated track is the same stream with other
-    /// details: the shard adds what is new to it.
+    /// details; the shard adds what is new.
     fn take_streams<'a>(
         &mut self,
         role: PeerRole,
@@ -1225,7 +1233,7 @@ impl Session {
         }
     }
 
-    /// Asks the server for what is looked at, where it does not know.
+    /// Tells the server what is watched, as far as it does not know.
     async fn tell_what_is_watched(
         &mut self,
         sender: &mut SignalSender,
@@ -1246,7 +1254,7 @@ impl Session {
         Ok(())
     }
 
-    /// The server paused tracks for want of bandwidth, or sends them again.
+    /// Handles tracks that the server paused for want of bandwidth, or resumed.
     fn handle_stream_states(&self, states: &[proto::StreamStateInfo]) {
         let at = self.context.epoch.now();
         for state in states {
@@ -1261,7 +1269,7 @@ impl Session {
         }
     }
 
-    /// The connection that the server's tracks come on.
+    /// Returns the key of the connection on which the server's tracks come.
     fn receiving_key(&self) -> PeerKey {
         self.key(if self.context.single_connection {
             PeerRole::Publisher
@@ -1270,7 +1278,7 @@ impl Session {
         })
     }
 
-    /// Layers that nobody watches rest (dynacast).
+    /// Tells the shard which layers are watched; the others rest (dynacast).
     fn handle_subscribed_quality(&self, update: &proto::SubscribedQualityUpdate) {
         let track = self
             .tracks
@@ -1324,7 +1332,7 @@ impl Session {
         if trickle.last {
             half.has_all_candidates();
         }
-        // A candidate that cannot be read is one path less, not the end.
+        // A candidate that cannot be read only costs a path.
         let Ok(Trickled {
             candidate: Some(candidate),
             ..
@@ -1350,7 +1358,7 @@ impl Session {
         self.tell_addresses(role, sender).await
     }
 
-    /// Gives the shard the sockets that candidates have asked for.
+    /// Gives the shard the sockets that were opened for candidates.
     fn hand_over_paths(&mut self, role: PeerRole) {
         let key = self.key(role);
         if !self.half_mut(role).added {
@@ -1361,7 +1369,7 @@ impl Session {
         }
     }
 
-    /// Tells the server those of our addresses that no description named.
+    /// Tells the server our addresses that no description has named.
     async fn tell_addresses(
         &mut self,
         role: PeerRole,
@@ -1432,7 +1440,7 @@ impl Session {
         Ok(())
     }
 
-    /// Media may flow: each track gets a slot of its own, spread over the frame interval by the
+    /// Starts publishing. Each track gets a slot of its own, spread over the frame interval by the
     /// participant's index.
     fn publish(&mut self) {
         let ready = self.context.epoch.now() + FIRST_FRAME_DELAY;
@@ -1453,7 +1461,7 @@ impl Session {
         }
     }
 
-    /// A phase is reached when every connection that the participant is to have has reached it.
+    /// Notes the phases reached. A phase is reached when every wanted connection has reached it.
     fn note_phases(&mut self) {
         let wanted = || {
             [&self.publisher, &self.subscriber]
@@ -1507,8 +1515,8 @@ impl Session {
         Ok(())
     }
 
-    /// The phases of the join that were reached in the attempt that counts: the one that succeeded,
-    /// or the last one.
+    /// Reports the phases of the join in the attempt that counts: the one that succeeded, or the
+    /// last one.
     fn tell_phases(&self) {
         let timeline = &self.timeline;
         for (phase, at) in [
@@ -1524,8 +1532,8 @@ impl Session {
         }
     }
 
-    /// Takes the other end of a connection from a description: the shard gets a new connection, or
-    /// one that it has restarts ICE.
+    /// Takes the other end of a connection from a description. The shard gets a new connection, or
+    /// restarts ICE on an existing one.
     fn take_remote(
         &mut self,
         role: PeerRole,
@@ -1559,8 +1567,7 @@ impl Session {
                     rtcp_ssrc: Ssrc(self.plan.seed as u32 | 1),
                     obeys_bandwidth: self.context.obey_bandwidth,
                     cname: self.plan.identity.clone(),
-                    // Media is waited for from when the participant ought to have joined, or was
-                    // lost.
+                    // Media is expected from when the participant should have joined, or was lost.
                     intended_at: self
                         .lost
                         .as_ref()
@@ -1619,7 +1626,7 @@ impl Session {
                 });
             }
             (Some(failure), _) => warn!(why = failure.reason, "is gone for good"),
-            // Told to leave, in or on its way in.
+            // The participant was told to leave, in the room or on its way in.
             (None, _) => info!("left"),
         }
         self.notify(Notice::Ended(Box::new(Ended {
@@ -1634,7 +1641,7 @@ impl Session {
         })));
     }
 
-    /// A last failure together with what was the beginning of it.
+    /// Returns the last failure, together with the first cause.
     fn whole_story(&self, last: &str) -> String {
         match (&self.first_failure, &self.lost) {
             (Some(first), _) if self.first_timeline.is_none() && first != last => format!(
@@ -1678,7 +1685,7 @@ impl Session {
     }
 
     fn command(&self, command: ShardCommand) {
-        // A shard is gone only when the run is over.
+        // A shard ends only when the run is over.
         let _ = self.context.shards[self.place.shard].send(command);
     }
 
@@ -1715,7 +1722,7 @@ fn closed_by_server(reason: &str) -> SessionFailure {
     })
 }
 
-/// What the server says of the end, where it says so soon.
+/// Returns the server's reason for the end, if it arrives soon.
 async fn leave_reason(receiver: &mut SignalReceiver) -> Option<SessionFailure> {
     let leave = async {
         loop {
@@ -1729,7 +1736,7 @@ async fn leave_reason(receiver: &mut SignalReceiver) -> Option<SessionFailure> {
     tokio::time::timeout(LEAVE_WAIT, leave).await.ok().flatten()
 }
 
-/// Ends when everybody is to leave, or the run is gone.
+/// Completes when everybody is to leave, or the run is gone.
 pub async fn leaving(leave: &mut watch::Receiver<bool>) {
     let _ = leave.wait_for(|leave| *leave).await;
 }

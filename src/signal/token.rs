@@ -1,7 +1,7 @@
 //! LiveKit access tokens: a JWT signed by HS256, with the grants in its `video` claim.
 //!
-//! Whoever holds a token or a secret can act with it, so both travel as [`Secret`], which never
-//! prints itself.
+//! A token or a secret is enough to act with it. So both travel as [`Secret`], which never prints
+//! its content.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use livekit_token::{AccessToken, VideoGrants};
 
 use crate::secrets::Secret;
 
-/// Lifetime of a join token: longer than any run.
+/// Lifetime of a join token. It is longer than any run.
 pub const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
-/// Longest lifetime of a token for the room service: each request carries a new one.
+/// Lifetime of a token for the room service. Each request carries a new one.
 const SERVICE_TOKEN_LIFETIME: Duration = Duration::from_secs(600);
 
 /// A server's API key and the secret that signs tokens for it.
@@ -22,13 +22,13 @@ pub struct ApiKey {
     pub secret: Secret,
 }
 
-/// What a participant may do in its room.
+/// Rights of a participant in its room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Permissions {
     pub publish: bool,
     pub subscribe: bool,
     pub publish_data: bool,
-    /// Invisible to the other participants.
+    /// Whether the participant is invisible to the others.
     pub hidden: bool,
 }
 
@@ -53,7 +53,7 @@ impl Permissions {
     };
 }
 
-/// What the library refuses to sign: an empty key, secret, room or identity.
+/// The library refuses to sign: the key, secret, room or identity is empty.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "no token can be made ({0}): give an API key, its secret, a room and an identity, none of them empty"
@@ -68,8 +68,8 @@ impl ApiKey {
         }
     }
 
-    /// A token to join `room` as `identity` (`name` is what others see), valid from now for
-    /// `lifetime`.
+    /// Makes a token to join `room` as `identity`, valid from now for `lifetime`. `name` is what
+    /// others see.
     ///
     /// `lifetime` must cover the whole wait until the join: an open loop of many joins makes tokens
     /// early.
@@ -100,7 +100,8 @@ impl ApiKey {
         )
     }
 
-    /// A token to create, list and delete rooms and, where `room` is given, to look into that room.
+    /// Makes a token to create, list and delete rooms and, if `room` is given, to inspect that
+    /// room.
     pub fn service_token(&self, room: Option<&str>) -> Result<Secret, TokenError> {
         let grants = VideoGrants {
             room_create: true,

@@ -1,8 +1,10 @@
-//! Which certificates are trusted: those of this host and Mozilla's, and those that the user names
-//! (`--ca-cert`, SSL_CERT_FILE, SSL_CERT_DIR). One TLS configuration for the process.
+//! Decides which certificates are trusted: Mozilla's, this host's (unless SSL_CERT_FILE or
+//! SSL_CERT_DIR is set), and those that the user names (`--ca-cert`, SSL_CERT_FILE, SSL_CERT_DIR).
+//! The process has one TLS configuration.
 //!
-//! A certificate that the user names is trusted as it stands, also as the server's own: the usual
-//! recipe (`openssl req -x509`) makes one that is an authority (CA:TRUE) and a server at once.
+//! A certificate that the user names is also trusted as the server's own certificate. The usual
+//! recipe (`openssl req -x509`) makes one that is an authority (CA:TRUE) and a server certificate
+//! at once.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,16 +24,16 @@ use rustls::{
 const FILE_VARIABLE: &str = "SSL_CERT_FILE";
 const DIRECTORY_VARIABLE: &str = "SSL_CERT_DIR";
 
-/// What the user said of certificates.
+/// The user's settings for certificates.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TrustSpec {
-    /// Files with certificates that are trusted, too.
+    /// Files with additional trusted certificates.
     pub ca_files: Vec<PathBuf>,
-    /// Certificates are not checked at all.
+    /// Whether to accept any certificate unchecked.
     pub insecure: bool,
 }
 
-/// Why certificates that were named cannot be used.
+/// Why certificates that the user named cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UnusableTrust {
     #[error("{name} names {path}, which cannot be read ({cause}): correct it, or leave it out")]
@@ -54,7 +56,7 @@ pub enum UnusableTrust {
     },
 }
 
-/// Why a server is not trusted, as it goes on from `TLS with X failed: `.
+/// Why a server is not trusted; follows `TLS with X failed: `.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TlsFault {
     #[error("its certificate has expired ({on}): renew it, or set this host's clock")]
@@ -99,20 +101,20 @@ pub enum TlsFault {
 
 static SPEC: OnceLock<TrustSpec> = OnceLock::new();
 
-/// Says for this process what is trusted, before anything is connected to.
+/// Sets what this process trusts. Call it before the first connection.
 ///
 /// # Errors
-/// A file that `spec` names cannot be used.
+/// Returns an error if a file that `spec` names cannot be used.
 pub fn settle(spec: &TrustSpec) -> Result<(), UnusableTrust> {
     for path in &spec.ca_files {
         certificates("--ca-cert", path)?;
     }
-    // Who came first has settled it; a process has one user.
+    // The first call decides; a process has one user.
     let _ = SPEC.set(spec.clone());
     Ok(())
 }
 
-/// Whether what is trusted can be told: asked before TLS is needed.
+/// Checks, before TLS is needed, that the trusted certificates can be used.
 pub(crate) fn must_be_usable() -> Result<(), UnusableTrust> {
     tls_config().map(drop)
 }
@@ -126,7 +128,8 @@ pub(crate) fn tls_config() -> Result<Arc<ClientConfig>, UnusableTrust> {
     CONFIG.get_or_init(build).clone()
 }
 
-/// For connections without TLS, where what is trusted cannot be told.
+/// Returns a configuration that trusts nobody, for connections without TLS where the trusted
+/// certificates cannot be used.
 pub(crate) fn trusting_nobody() -> Arc<ClientConfig> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
@@ -173,7 +176,7 @@ fn build(
         .with_client_cert_resolver(Arc::new(NoClientCertificate)))
 }
 
-/// The certificates that the user names.
+/// Returns the certificates that the user names.
 fn named(
     spec: &TrustSpec,
     env: &dyn Fn(&str) -> Option<PathBuf>,
@@ -239,7 +242,7 @@ fn certificates_below(path: &Path) -> Result<Vec<CertificateDer<'static>>, Unusa
     Ok(loaded.certs)
 }
 
-/// Trusts what is issued by the roots, and what the user named itself.
+/// Trusts certificates that the roots have issued, and those that the user named.
 #[derive(Debug)]
 struct RootedOrNamed {
     inner: Arc<WebPkiServerVerifier>,
@@ -263,7 +266,7 @@ impl ServerCertVerifier for RootedOrNamed {
             now,
         );
         match checked {
-            // Its time has been looked at before who issued it.
+            // The inner verifier has checked the validity period before the issuer.
             Err(error) if is_of_issuer(&error) && self.named.contains(end_entity) => {
                 verify_server_name(&ParsedCertificate::try_from(end_entity)?, server_name)?;
                 Ok(ServerCertVerified::assertion())
@@ -295,7 +298,7 @@ impl ServerCertVerifier for RootedOrNamed {
     }
 }
 
-/// `--insecure`: whoever answers is believed.
+/// `--insecure`: accepts any server.
 #[derive(Debug)]
 struct Unchecked(Vec<SignatureScheme>);
 
@@ -334,11 +337,11 @@ impl ServerCertVerifier for Unchecked {
     }
 }
 
-/// A server has asked this process for a client certificate: what it says of handshakes from then
-/// on may be about that.
+/// Whether a server has asked this process for a client certificate. Alerts from then on may be
+/// about that.
 static ASKED_FOR_ONE: AtomicBool = AtomicBool::new(false);
 
-/// We have none, and remember that one was asked for.
+/// Offers no client certificate, and records that one was asked for.
 #[derive(Debug)]
 struct NoClientCertificate;
 
@@ -357,7 +360,8 @@ impl ResolvesClientCert for NoClientCertificate {
     }
 }
 
-/// Whether it is about who issued a certificate, and not about its time or its name.
+/// Whether the error is about the issuer of a certificate, and not about its validity period or
+/// name.
 fn is_of_issuer(error: &rustls::Error) -> bool {
     matches!(
         error,
@@ -365,7 +369,7 @@ fn is_of_issuer(error: &rustls::Error) -> bool {
     ) || webpki_error(error) == Some(webpki::Error::CaUsedAsEndEntity)
 }
 
-/// What rustls has no word of its own for.
+/// Returns the webpki error for which rustls has no variant of its own.
 fn webpki_error(error: &rustls::Error) -> Option<webpki::Error> {
     match error {
         rustls::Error::InvalidCertificate(CertificateError::Other(other)) => {
@@ -453,7 +457,7 @@ impl TlsFault {
     }
 }
 
-/// `handshake_failure`, as RFC 8446 writes it.
+/// Returns an alert's name as RFC 8446 writes it: `handshake_failure`.
 fn alert_name(alert: AlertDescription) -> String {
     let mut name = String::new();
     for letter in format!("{alert:?}").chars() {
@@ -465,7 +469,8 @@ fn alert_name(alert: AlertDescription) -> String {
     format!("alert {}", name.to_lowercase())
 }
 
-/// Of a stranger's certificate: a few, on one line. The library writes them with their kind.
+/// Returns a few names of a stranger's certificate, on one line. The library writes each with its
+/// kind, which is dropped.
 fn presented_names(presented: &[String]) -> String {
     const NAMES_MAX: usize = 5;
     let names = presented.iter().take(NAMES_MAX).map(|name| {

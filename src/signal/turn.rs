@@ -1,5 +1,5 @@
-//! A relay for a participant's media (TURN, RFC 8656): the allocation, its permissions and its
-//! channels, by `turn-client-proto`. Off the packet path: media goes through `path` without this.
+//! A relay for a participant's media (TURN, RFC 8656): allocation, permissions and channels, by
+//! `turn-client-proto`. It is off the packet path: media goes through `path` without it.
 
 mod url;
 mod wire;
@@ -30,22 +30,22 @@ pub use url::{NoTurnUrl, TurnLink, TurnUrl};
 use wire::TurnWire;
 pub use wire::sign_of_life;
 
-/// Requests are repeated after this, ever later up to the other, so often.
+/// First and longest interval between retransmissions of a request, and their number.
 const RTO: Duration = Duration::from_millis(200);
 const RTO_MAX: Duration = Duration::from_secs(2);
 const REPEATS: u32 = 5;
-/// Messages of the relay that wait: the answers to a request for each candidate.
+/// Number of messages from the relay that may wait: the answers to one request for each candidate.
 const CONTROL_MAX: usize = 32;
-/// The longest STUN message that means something to us.
+/// Longest STUN message that is read.
 const MESSAGE_BYTES_MAX: usize = 2_048;
-/// A timer of the library that lies further ahead is looked at again.
+/// Longest wait before the library's timers are looked at again.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
-/// Addresses that are named where none of them helps.
+/// Number of addresses that a message names where none of them helps.
 const NAMED_MAX: usize = 4;
-/// A STUN message's head (RFC 8489, section 5).
+/// Size of a STUN message's header (RFC 8489, section 5).
 const STUN_HEAD_BYTES: usize = 20;
 
-/// A relay, and who may use it.
+/// A relay, and the credentials for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TurnServer {
     pub url: TurnUrl,
@@ -53,7 +53,7 @@ pub struct TurnServer {
     pub password: Secret,
 }
 
-/// The relay that a server names and that is reached so.
+/// Returns the first relay with this link that the server names.
 fn named_by(offered: &[IceServer], link: TurnLink) -> Option<TurnServer> {
     offered.iter().find_map(|server| {
         let mut urls = server.urls.iter().filter_map(|url| url.parse().ok());
@@ -65,8 +65,9 @@ fn named_by(offered: &[IceServer], link: TurnLink) -> Option<TurnServer> {
     })
 }
 
-/// The relays that may carry media, in the order in which they are tried: the one that the user
-/// named, or those that the server names, by the order in which ICE of clients ends up with them.
+/// Returns the relays that may carry media, in the order in which they are tried: those that the
+/// user named, or those that the server names, in the order in which ICE of clients ends up with
+/// them.
 pub fn relays(
     given: &[TurnServer],
     offered: &[IceServer],
@@ -95,7 +96,7 @@ pub fn relays(
     links.filter_map(|link| named_by(offered, link)).collect()
 }
 
-/// What a server names, in words.
+/// Says which relays a server names.
 pub fn what_is_named(offered: &[IceServer]) -> String {
     let urls = offered.iter().flat_map(|server| &server.urls);
     let told: Vec<String> = urls.take(NAMED_MAX).map(|url| one_line(url)).collect();
@@ -105,25 +106,25 @@ pub fn what_is_named(offered: &[IceServer]) -> String {
     format!("the server names {}", told.join(", "))
 }
 
-/// What became of an allocation.
+/// Event of an allocation.
 pub enum RelayNews {
-    /// It is there: the path, and our address at the relay.
+    /// The allocation exists: its path, and our address at the relay.
     Open { path: Path, relayed: SocketAddr },
-    /// A peer is reached by this channel.
+    /// A channel to a peer exists.
     Bound { peer: SocketAddr, number: u16 },
-    /// The path is to send this to the relay.
+    /// A message that the path must send to the relay.
     Say {
         relayed: SocketAddr,
         message: Vec<u8>,
     },
-    /// The relay does not let us reach a peer.
+    /// The relay refuses to reach a peer.
     Refused { peer: SocketAddr, why: String },
     /// There is no allocation, or none any more.
     Failed(String),
 }
 
-/// Makes an allocation and keeps it, with a channel to each peer that is asked for, until nobody
-/// can ask any more; then it is given back.
+/// Makes an allocation, and keeps it with a channel to each peer that is asked for. When nobody can
+/// ask for peers any more, it deletes the allocation.
 pub async fn keep_allocation(
     server: TurnServer,
     receive_buffer_bytes: usize,
@@ -143,7 +144,7 @@ pub async fn keep_allocation(
     }
 }
 
-/// There is no allocation, or none any more: what the relay said.
+/// There is no allocation, or none any more. The text is what the relay said.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct AllocationOver(String);
@@ -155,13 +156,14 @@ struct Allocation {
     wire: TurnWire,
     /// Our address at the relay.
     relayed: Option<SocketAddr>,
-    /// What the relay says, once the path hears it.
+    /// Messages from the relay, once the path receives them.
     control: Option<mpsc::Receiver<Vec<u8>>>,
-    /// Peers that were asked for before there was an allocation.
+    /// Peers that were asked for before the allocation existed.
     waiting: Vec<SocketAddr>,
-    /// The request that the relay answered with its challenge, as it does with every first one.
+    /// The first request that the relay answered with a challenge, as it answers every first
+    /// request.
     challenged: Option<TransactionId>,
-    /// The relay's last refusal, by its number and its words.
+    /// Code and reason of the relay's last refusal.
     refusal: Option<(u16, String)>,
 }
 
@@ -197,7 +199,7 @@ impl Allocation {
         turn_client_proto::stun::Instant::from_nanos(self.epoch.now().as_nanos() as i64)
     }
 
-    /// Ends with `Ok` when nobody can ask for peers any more.
+    /// Serves the allocation. Returns `Ok` when nobody can ask for peers any more.
     async fn keep(
         &mut self,
         mut peers: mpsc::UnboundedReceiver<SocketAddr>,
@@ -224,7 +226,7 @@ impl Allocation {
         }
     }
 
-    /// Sends what is to be sent and tells what happened. Says when to look again.
+    /// Sends what is due and reports what happened. Returns when to look again.
     async fn drive(
         &mut self,
         news: &impl Fn(RelayNews),
@@ -276,8 +278,8 @@ impl Allocation {
             };
             if !is_challenge {
                 self.refusal = Some((code.code(), one_line(code.reason())));
-                // It would be refused again, and a refusal without a signature is not believed by
-                // the library.
+                // Another attempt would be refused again, and the library ignores a refusal without
+                // a signature.
                 if self.control.is_none() {
                     return Err(AllocationOver(self.why("gave no allocation")));
                 }
@@ -293,8 +295,8 @@ impl Allocation {
         Ok(())
     }
 
-    /// What becomes of the connection before there is an allocation; after that its requests'
-    /// time-out says it, or the path.
+    /// Handles an error of the connection before there is an allocation. After that, the timeout of
+    /// its requests shows it, or the path does.
     fn hear_error(&self, error: &io::Error) -> Result<(), AllocationOver> {
         let (url, ends) = (&self.url, self.ends());
         let why = match (self.url.link, error.kind()) {
@@ -302,7 +304,7 @@ impl Allocation {
             (TurnLink::Udp, io::ErrorKind::ConnectionRefused) => format!(
                 "is not there: its host refuses UDP at that port ({ends}): is it running, and is this its port?"
             ),
-            // It may pass; where it does not, nothing is answered.
+            // The error may pass. If it does not, the requests time out.
             (TurnLink::Udp, _) => return Ok(()),
             (_, io::ErrorKind::InvalidData) => {
                 format!("answers with what is no TURN ({ends}): is this its port?")
@@ -359,11 +361,12 @@ impl Allocation {
             return;
         }
         let now = self.now();
-        // One that is there already is told of as it was.
+        // A channel that already exists stays as it is.
         let _ = self.client.bind_channel(TransportType::Udp, peer, now);
     }
 
-    /// The library keeps the numbers; they show in what it would send.
+    /// Returns the number of a peer's channel. The library hides it, so it is read from a message
+    /// that the library would send.
     fn channel_of(&mut self, peer: SocketAddr) -> Option<u16> {
         let now = self.now();
         let sent = self.client.send_to(TransportType::Udp, peer, [0u8], now);
@@ -376,18 +379,18 @@ impl Allocation {
         let now = self.now();
         if self.client.delete(now).is_ok() {
             let _ = self.client.poll(now);
-            // A stream gives it back by its end.
+            // Closing a stream also ends its allocation.
             let _ = self.send(&|_| ()).await;
         }
     }
 
-    /// Our address and the relay's.
+    /// Returns our address and the relay's, as text.
     fn ends(&self) -> String {
         let (ours, relay) = (self.client.local_addr(), self.client.remote_addr());
         format!("from {} to {relay}", ours.ip())
     }
 
-    /// What the relay did, and its reason, as far as it gave one.
+    /// Returns what the relay did, and its reason, as far as it gave one.
     fn why(&mut self, did: &str) -> String {
         let (url, ends) = (&self.url, self.ends());
         let why = match self.refusal.take() {
@@ -408,7 +411,7 @@ impl Allocation {
     }
 }
 
-/// The next message of the relay: from the wire until the path has it, from the path after that.
+/// Returns the relay's next message: from the wire until the path has it, then from the path.
 async fn listen(
     wire: &mut TurnWire,
     control: &mut Option<mpsc::Receiver<Vec<u8>>>,
@@ -417,7 +420,7 @@ async fn listen(
         None => wire.receive().await,
         Some(control) => match control.recv().await {
             Some(message) => Ok(message),
-            // The path is closed; the session ends soon, too.
+            // The path is closed, so the session ends soon.
             None => std::future::pending().await,
         },
     }
@@ -435,7 +438,8 @@ mod tests {
 
     const PASSWORD: &str = "a relay's secret";
 
-    /// Gives an allocation for four seconds, and does not know it when it is to be refreshed.
+    /// Starts a relay that grants an allocation for four seconds, and does not know it when it is
+    /// refreshed.
     fn forgetful_relay() -> SocketAddr {
         let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let address = socket.local_addr().unwrap();
@@ -500,7 +504,7 @@ mod tests {
         let RelayNews::Open { mut path, .. } = next().await else {
             panic!("there is an allocation at first");
         };
-        // What the relay says comes by the path.
+        // Messages from the relay come through the path.
         let looking = std::thread::spawn(move || {
             let mut batch = crate::net::ReceiveBatch::default();
             for _ in 0..1_000 {

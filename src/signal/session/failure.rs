@@ -1,5 +1,5 @@
-//! Why a session, or an attempt at one, came to an end before the run did, and what a participant
-//! does about it.
+//! Why a session, or an attempt at one, ended before the run, and what the participant does about
+//! it.
 
 use std::time::Duration;
 
@@ -11,32 +11,34 @@ use crate::signal::answer::AnswerFault;
 use crate::signal::client::{Leave, SignalError};
 use crate::signal::link::{LinkFault, LinkStage};
 
-/// Between attempts: this times the square of their number, as `livekit-client` waits, ..
+/// Pause between attempts: this times the square of their number, as in `livekit-client`, but at
+/// most `RETRY_PAUSE_MAX`.
 const RETRY_PAUSE: Duration = Duration::from_millis(300);
-/// .. up to this, and up to a third more, so that not all come at once.
+/// Longest pause between attempts. Up to a third is added, so that not all come at once.
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(7);
 
 #[derive(Debug)]
 pub(super) struct SessionFailure {
     pub(super) reason: String,
     pub(super) cure: Cure,
-    /// The server's own name for it, where the server ended the session.
+    /// The server's own name for the reason, where the server ended the session.
     pub(super) server_reason: Option<&'static str>,
-    /// It is not the server's doing, and no load's: an address, a proxy, a certificate, a token.
+    /// Whether neither the server nor the load is the cause, but an address, a proxy, a certificate
+    /// or a token.
     pub(super) kept_out: bool,
-    /// Who answered asks to be left alone, for so long where that is said.
+    /// Set for a rate limit; the inner value is the pause that it names, if any.
     pub(super) limit: Option<Option<Duration>>,
 }
 
-/// What a participant that was in does about a failure.
+/// Reaction of a participant that was in the room to a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cure {
-    /// The server wants it gone, or nothing would be different the next time.
+    /// Nothing: the server wants it gone, or another attempt would fail in the same way.
     None,
-    /// Only signalling is lost, as far as is known: it goes on where it was. With `restart_ice` the
-    /// server has lost sight of the media connections, too.
+    /// Resume the session, because as far as is known only signalling is lost. With `restart_ice`
+    /// the server has also lost track of the media connections.
     Resume { restart_ice: bool },
-    /// It joins anew under the same identity.
+    /// Join anew under the same identity.
     Rejoin,
 }
 
@@ -51,7 +53,7 @@ impl SessionFailure {
         }
     }
 
-    /// It would be the same again.
+    /// Makes a failure that another attempt would meet again.
     pub(super) fn lasting(reason: impl Into<String>) -> SessionFailure {
         SessionFailure::of(reason, Cure::None)
     }
@@ -124,7 +126,7 @@ impl From<SignalError> for SessionFailure {
     }
 }
 
-/// Whether something in the way to the server, or what we bring, is why nobody gets in.
+/// Whether the way to the server, or what we send, is why nobody gets in.
 fn is_in_the_way(error: &SignalError) -> bool {
     match error {
         SignalError::Link(fault) => !matches!(
@@ -148,7 +150,7 @@ fn is_in_the_way(error: &SignalError) -> bool {
     }
 }
 
-/// How long to wait before attempt number `tries`: number 0 comes at once.
+/// Returns the pause before attempt number `tries`. Attempt 0 has none.
 pub(super) fn retry_pause(tries: u32, seed: u64) -> Duration {
     let pause = RETRY_PAUSE
         .saturating_mul(tries.saturating_mul(tries))

@@ -1,12 +1,12 @@
-//! What the server does to a participant that is in: it mutes its tracks or takes them out of the
-//! room, takes rights away, refuses what was asked, moves it to another room. The participant obeys
-//! as a client does, and the run is told.
+//! Handles what the server does to a participant in the room: it mutes or removes tracks, takes
+//! rights away, refuses requests, moves the participant to another room. The participant obeys as a
+//! client does, and reports to the run.
 
 use super::*;
 use crate::signal::client::RoomMoved;
 use crate::words;
 
-/// Request that the server answers: see `proto::RequestResponse`.
+/// Request that the server answers; see `proto::RequestResponse`.
 use proto::request_response::{Reason, Request as Refused};
 
 impl Session {
@@ -36,7 +36,8 @@ impl Session {
         Ok(())
     }
 
-    /// Somebody has muted a track of ours, or unmuted it. We stop and say so, as the SDKs do.
+    /// Handles that somebody has muted or unmuted one of our tracks. We stop or resume, and confirm
+    /// it, as the SDKs do.
     pub(super) async fn handle_mute(
         &mut self,
         track_sid: &str,
@@ -78,8 +79,8 @@ impl Session {
         Ok(sender.send(SignalRequest::Mute(request)).await?)
     }
 
-    /// The server has taken a track of ours out of the room: the right to publish was withdrawn. It
-    /// stops, as a client's does.
+    /// Handles that the server has removed one of our tracks from the room, because the right to
+    /// publish was withdrawn. The track stops, as a client's does.
     pub(super) fn handle_track_unpublished(&mut self, track_sid: &str) {
         if let Some(kind) = self.kind_of(track_sid) {
             let story = format!("lost its {} track: the server unpublished it", kind.name());
@@ -87,8 +88,8 @@ impl Session {
         }
     }
 
-    /// The right to subscribe, where the plan needs it and the server takes it away. That the right
-    /// to publish is taken follows from the server's word on each track.
+    /// Reports that the server has taken away the right to subscribe, if the plan needs it. The
+    /// loss of the right to publish shows in the server's messages about each track.
     pub(super) fn handle_participant_update(&mut self, update: &[u8]) {
         let Some(permission) = client::permission_of(&self.sid, update) else {
             return;
@@ -100,7 +101,7 @@ impl Session {
         }
     }
 
-    /// A track that is refused does not take the others with it.
+    /// Handles a refused request. A refused track does not affect the others.
     pub(super) async fn handle_request_response(
         &mut self,
         response: &proto::RequestResponse,
@@ -135,7 +136,7 @@ impl Session {
         Ok(())
     }
 
-    /// Tracks of ours that the server's answer leaves out.
+    /// Handles tracks of ours that the server's answer leaves out.
     pub(super) fn handle_left_out(&mut self) {
         let left_out: Vec<Kind> = self
             .tracks
@@ -167,7 +168,8 @@ impl Session {
         });
     }
 
-    /// It goes on in another room, among others: those who were to hear it do not.
+    /// Handles a move to another room. The participant goes on there, but those who should hear it
+    /// no longer do.
     pub(super) fn handle_room_moved(&mut self, moved: RoomMoved) {
         let room = words::one_line(&moved.room);
         warn!(room, "the server moved it to another room");

@@ -1,26 +1,26 @@
-//! How fast a server may talk to one participant. One that talks faster is read more slowly, and
-//! waits.
+//! Limits how fast a server may send to one participant. If it sends faster, its messages are read
+//! more slowly, and wait.
 //!
-//! What a message makes of work is bounded, and so is how many come in a second: a server that
-//! sends nothing but offers, or speakers, or candidates takes a bounded share of this host, and
-//! what waits for shards and for the run stays short.
+//! The work for one message is bounded, and so is the number of messages in a second. So a server
+//! that sends nothing but offers, speakers or candidates takes a bounded share of this host, and
+//! the queues of shards and of the run stay short.
 
 use std::time::Duration;
 
 use super::SignalEvent;
 use crate::units::Time;
 
-/// Messages of any kind, in the long run. A meeting of a thousand gets some hundred a second at its
-/// busiest.
+/// Sustained rate of messages of any kind. A meeting of a thousand gets some hundred a second at
+/// its busiest.
 const PER_SECOND: u32 = 1_024;
-/// So many at once: everybody of a large room at a join.
+/// Number of messages at once: everybody of a large room at a join.
 const BURST: u32 = 4_096;
-/// One that makes work for a shard, or is answered by a description, counts as so many: 64 a
-/// second, 256 at once. LiveKit keeps 150 ms between two offers.
+/// Cost of a message that makes work for a shard, or is answered by a description: 64 a second, 256
+/// at once. LiveKit keeps 150 ms between two offers.
 const COSTLY: u32 = 16;
 
 pub(super) struct SignalPace {
-    /// When everything that has come would have been read at the lasting rate.
+    /// When all messages so far would have been read at the sustained rate.
     even_at: Time,
 }
 
@@ -29,7 +29,7 @@ impl SignalPace {
         SignalPace { even_at: now }
     }
 
-    /// Counts a message that came at `now`, and says how long to wait before it is handled.
+    /// Counts a message that came at `now`, and returns how long to wait before handling it.
     pub(super) fn pause_before(&mut self, event: &SignalEvent, now: Time) -> Option<Duration> {
         let costly = matches!(
             event,
@@ -62,7 +62,8 @@ mod tests {
         SignalEvent::Ignored { kind: 5, len: 100 }
     }
 
-    /// How many of these are handled in the first second, by a server that never stops talking.
+    /// Returns how many of these are handled in the first second, from a server that never stops
+    /// sending.
     fn handled(event: &SignalEvent) -> u32 {
         let (mut now, mut pace, mut count) = (
             Time::from_millis(5),

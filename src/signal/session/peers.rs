@@ -1,4 +1,4 @@
-//! One peer connection's part of a session: its path, its credentials, and how far its set-up is.
+//! One peer connection's part of a session: its path, its credentials, and the state of its set-up.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,29 +17,30 @@ use crate::transport::sdp::{
 };
 use crate::units::Time;
 
-/// Candidates that may come before the description they belong to.
+/// Number of candidates that may come before their description.
 const EARLY_CANDIDATES_MAX: usize = 32;
-/// Addresses of ours that the server is told: a host has a few.
+/// Number of our addresses that the server is told. A host has a few.
 const LOCAL_CANDIDATES_MAX: usize = 8;
-/// Addresses of the server that are named where none of them helps.
+/// Number of the server's addresses that a message names where none of them helps.
 const NAMED_MAX: usize = 4;
 /// How long to wait for candidates after a description without a usable one.
 const CANDIDATES_WAIT: Duration = Duration::from_millis(1_500);
-/// So long UDP is tried alone: twice the round trip of a bad path, and what a person hardly
-/// notices.
+/// How long UDP is tried alone: twice the round trip of a bad path, and hardly noticeable to a
+/// person.
 const UDP_HEAD_START: Duration = Duration::from_millis(1_000);
-/// A server names its UDP addresses and its TCP one at the same time: so long the one may come
-/// after the other.
+/// Longest wait for a UDP candidate after the description. A server names its UDP addresses and its
+/// TCP address at the same time, but one may come after the other.
 const UDP_WAIT: Duration = Duration::from_millis(200);
-/// Candidates of the server that a relay is to reach.
+/// Number of the server's candidates that a relay is to reach.
 const RELAYED_MAX: usize = 16;
-/// TCP connections of one peer connection: a server has an address a family, or two.
+/// Number of TCP connections of one peer connection. A server has one or two addresses of each
+/// family.
 const STREAMS_MAX: usize = 4;
-/// A connection that does not open in this time is of no use to a conversation.
+/// Time limit for opening a connection. A slower one is of no use to a conversation.
 const STREAM_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The connections of a participant. With one connection for everything, that is the publisher's:
-/// LiveKit's signalling calls it so.
+/// The two connections of a participant. A single connection is the publisher's, as in LiveKit's
+/// signalling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PeerRole {
     Publisher,
@@ -55,47 +56,47 @@ pub(super) struct PeerHalf {
     choice: TransportChoice,
     /// Relays that were asked for an allocation.
     relays: Vec<RelayEnd>,
-    /// Those that may be asked, the next one first.
+    /// Relays that may still be asked, the next one first.
     more_relays: VecDeque<TurnServer>,
-    /// It is to be a relay, whatever else there is.
+    /// Whether only a relay may carry the connection.
     only_relays: bool,
-    /// The participant is not in before this connection is up.
+    /// Whether the participant counts as joined only when this connection is up.
     pub(super) wanted: bool,
     pub(super) local: Option<LocalTransport>,
-    /// Until the shard has it.
+    /// Path of the connection, until the shard takes it.
     path: Option<Path>,
-    /// The families that have a socket, with its port.
+    /// Families that have a socket, with its port.
     ports: Vec<(Family, u16)>,
-    /// Sockets that the shard is to be given, with our address on them.
+    /// Sockets that the shard is still to be given, each with our address on it.
     more_paths: Vec<(Path, NearEnd)>,
-    /// Candidates of ours that no description has told the server.
+    /// Our candidates that no description has told the server.
     untold: Vec<Candidate>,
     offered: OfferedCandidates,
-    /// When the server's description came.
+    /// When the server's first description came.
     described_at: Option<Time>,
-    /// The shard knows this connection.
+    /// Whether the shard knows this connection.
     pub(super) added: bool,
     pub(super) ice_at: Option<Time>,
     pub(super) connected_at: Option<Time>,
-    /// By what it was connected.
+    /// Transport that the connection used when it came up.
     pub(super) via: Via,
-    /// It was connected by TCP, and ICE restarts: the server ends its connections then.
+    /// When ICE restarted on a connection over TCP. The server ends its TCP connections then.
     restarted_at: Option<Time>,
     early_candidates: Vec<Candidate>,
-    /// Candidates that came on their own since the description.
+    /// Number of candidates that were trickled since the description.
     pub(super) trickled: u32,
     remote_ufrag: Option<String>,
-    /// Our address towards the server's media, as far as it was known at first.
+    /// Our address towards the server's media, as first assumed.
     usual_ip: Option<IpAddr>,
 }
 
-/// What a description changes for the shard.
+/// Change that a description makes for the shard.
 pub(super) enum DescriptionChange {
     New {
         path: Path,
         parameters: PeerParameters,
     },
-    /// The connection stays, its ICE credentials do not.
+    /// The connection stays, with other ICE credentials.
     Restart {
         local: IceCredentials,
         remote: IceCredentials,
@@ -134,11 +135,11 @@ impl PeerHalf {
         self.wanted && self.connected_at.is_none()
     }
 
-    /// Opens a path and draws the credentials, where that has not been done: our end, as
-    /// descriptions give it.
+    /// Opens a path and draws credentials, unless that is done. Returns our end, as descriptions
+    /// state it.
     ///
-    /// The server has named no candidate yet. Its media is usually where that of others of this run
-    /// was, and for the first one where its signalling is.
+    /// The server has named no candidate yet. Its media is usually where this run's other
+    /// participants found it, and for the first participant where its signalling is.
     pub(super) fn open(
         &mut self,
         signalling_ip: IpAddr,
@@ -165,7 +166,8 @@ impl PeerHalf {
         Ok(self.local.insert(local))
     }
 
-    /// What there is before the server has said anything. TCP is opened towards what it says.
+    /// Opens what can be opened before the server has named candidates, and returns our candidates.
+    /// TCP connections are opened later, to the server's candidates.
     fn open_first(
         &mut self,
         ip: IpAddr,
@@ -187,8 +189,8 @@ impl PeerHalf {
         Ok(vec![Candidate::host(SocketAddr::new(ip, port))])
     }
 
-    /// For an ICE restart (RFC 8839, section 4.4.1.1.1): our next description has new credentials.
-    /// Our address stays.
+    /// Draws new credentials for an ICE restart (RFC 8839, section 4.4.1.1.1); our next description
+    /// has them. Our address stays.
     pub(super) fn draw_credentials(&mut self) {
         if let Some(local) = self.local.as_mut() {
             let IceCredentials { ufrag, password } = IceCredentials::random();
@@ -196,13 +198,13 @@ impl PeerHalf {
         }
     }
 
-    /// Whether a description of the server restarts ICE.
+    /// Whether a description from the server restarts ICE.
     pub(super) fn is_restarted_by(&self, description: &str) -> bool {
         let known = self.remote_ufrag.as_deref();
         known.is_some_and(|known| ice_ufrag(description).is_some_and(|ufrag| ufrag != known))
     }
 
-    /// Takes the other end from a description, and says what that changes for the shard.
+    /// Takes the other end from a description, and returns what that changes for the shard.
     pub(super) fn take_remote(
         &mut self,
         remote: &RemoteTransport,
@@ -217,7 +219,7 @@ impl PeerHalf {
         remote_candidates.extend(self.reach_all(&early, context));
         let local = self.local.as_ref()?;
         let first = local.candidates.first().map(|candidate| candidate.address);
-        // Where there is no socket of our own, nothing is sent from there.
+        // Without a socket of our own, nothing is sent from this address.
         let unused = self.usual_ip.map(|ip| Candidate::tcp_active(ip).address);
         let local_address = if self.only_relays { unused } else { first };
         let credentials = |ufrag: &str, password: &str| IceCredentials {
@@ -240,7 +242,7 @@ impl PeerHalf {
                 remote_candidates,
             });
         };
-        // Told before the server said that it wants a relay.
+        // The path was opened before the server said that it wants a relay.
         let path = if self.only_relays {
             Path::closed()
         } else {
@@ -273,8 +275,8 @@ impl PeerHalf {
             .collect()
     }
 
-    /// Sees to it that there is a socket for a candidate of the server: its address, where there is
-    /// one.
+    /// Ensures that there is a socket for a candidate of the server. Returns its address if it can
+    /// be tried now.
     pub(super) fn reach(
         &mut self,
         candidate: &Candidate,
@@ -300,8 +302,8 @@ impl PeerHalf {
                 self.offered.add_stream(address);
                 return None;
             }
-            // Who opens connections, as we do, cannot be reached by them; and nobody has both sides
-            // open one at the same time.
+            // We open connections, so a side that only opens them cannot be reached; and nobody
+            // supports simultaneous open.
             CandidateTransport::TcpActive | CandidateTransport::TcpSimultaneous => return None,
         }
         let reached = context
@@ -324,14 +326,14 @@ impl PeerHalf {
         }
     }
 
-    /// A socket for the route on which `source` is our address, and what the server is to be told
-    /// of it.
+    /// Opens a socket for the route on which `source` is our address, and notes the candidate to
+    /// tell the server.
     fn open_towards(&mut self, source: IpAddr, context: &SessionContext) -> std::io::Result<()> {
         let family = Family::of(source);
         let known = self.ports.iter().find(|(known, _)| *known == family);
         let port = match known {
             Some((_, port)) => *port,
-            // The sockets of an established connection are settled.
+            // An established connection gets no further sockets.
             None if self.connected_at.is_some() => {
                 return Err(std::io::ErrorKind::NotConnected.into());
             }
@@ -347,7 +349,7 @@ impl PeerHalf {
         Ok(())
     }
 
-    /// The server is to know of a candidate of ours.
+    /// Notes a candidate of ours to tell the server.
     fn tell(&mut self, candidate: Candidate) {
         if let Some(local) = &mut self.local
             && local.candidates.len() < LOCAL_CANDIDATES_MAX
@@ -358,13 +360,14 @@ impl PeerHalf {
         }
     }
 
-    /// The relays that may carry it, in their order; `only`: nothing else may.
+    /// Sets the relays that may carry the connection, in their order. `only`: nothing else may.
     pub(super) fn set_relays(&mut self, relays: Vec<TurnServer>, only: bool) {
         self.more_relays = relays.into();
         self.only_relays = only;
     }
 
-    /// When the next relay is to be asked; `None` where there is none, or something else does.
+    /// Returns when the next relay is to be asked; `None` if there is none, or the connection is up
+    /// without it.
     pub(super) fn relay_due_at(&self) -> Option<Time> {
         if self.more_relays.is_empty() || self.connected_at.is_some() || self.ice_at.is_some() {
             return None;
@@ -383,8 +386,8 @@ impl PeerHalf {
         Some(described_at + head_start + UDP_HEAD_START * self.relays.len() as u32)
     }
 
-    /// The next relay is asked for an allocation: who, and where peers that it is to reach come
-    /// from.
+    /// Takes the next relay to ask for an allocation. Returns it, and the channel of the peers that
+    /// it is to reach.
     pub(super) fn begin_relay(
         &mut self,
     ) -> Option<(TurnServer, mpsc::UnboundedReceiver<SocketAddr>)> {
@@ -406,7 +409,7 @@ impl PeerHalf {
         Some((server, peers))
     }
 
-    /// The relay that carries media, where one does.
+    /// Returns the relay that carries media, if one does.
     pub(super) fn relay_in_use(&self) -> Option<&TurnUrl> {
         let Via::Relay(used) = self.via else {
             return None;
@@ -420,7 +423,8 @@ impl PeerHalf {
         self.relay_in_use().is_some_and(|url| url.link == link)
     }
 
-    /// It is connected: other relays are told that they are not needed, by nobody asking any more.
+    /// Drops the relays that the connection does not use. They end, because nobody can ask them for
+    /// peers any more.
     pub(super) fn settle_relays(&mut self) {
         let via = self.via;
         self.more_relays.clear();
@@ -432,7 +436,7 @@ impl PeerHalf {
         self.relays.iter_mut().find(|relay| relay.url.link == link)
     }
 
-    /// The allocation is there.
+    /// Takes the path of an allocation.
     pub(super) fn take_relay(&mut self, link: TurnLink, path: Path, relayed: SocketAddr) {
         let Some(relay) = self.relay_mut(link) else {
             return;
@@ -442,7 +446,7 @@ impl PeerHalf {
         self.tell(Candidate::relayed(relayed));
     }
 
-    /// A peer is reached by a channel. Returns our address at the relay.
+    /// Notes that a channel reaches a peer. Returns our address at the relay.
     pub(super) fn bind_relay(&mut self, link: TurnLink, peer: SocketAddr) -> Option<SocketAddr> {
         let relay = self.relay_mut(link)?;
         relay.bound.push(peer);
@@ -461,7 +465,8 @@ impl PeerHalf {
         }
     }
 
-    /// When TCP connections are to be opened; `None` where there are none to open, or UDP does.
+    /// Returns when TCP connections are to be opened; `None` if there are none to open, or the
+    /// connection is up without them.
     pub(super) fn streams_due_at(&self) -> Option<Time> {
         let described_at = self.described_at.filter(|_| self.added)?;
         let waits = |offer: &StreamOffer| offer.state == StreamState::Waiting;
@@ -483,7 +488,7 @@ impl PeerHalf {
         Some(described_at + head_start)
     }
 
-    /// The addresses to which connections are to be opened now.
+    /// Returns the addresses to which connections are to be opened now.
     pub(super) fn begin_streams(&mut self, context: &SessionContext) -> Vec<SocketAddr> {
         let mut begun = Vec::new();
         for offer in &mut self.offered.streams {
@@ -500,7 +505,7 @@ impl PeerHalf {
         begun
     }
 
-    /// A connection is open, or will not be.
+    /// Takes the result of opening a connection.
     pub(super) fn take_stream(&mut self, address: SocketAddr, opened: io::Result<TcpStream>) {
         let path = opened.and_then(|stream| {
             let (path, local) = Path::of_stream(stream)?;
@@ -517,12 +522,12 @@ impl PeerHalf {
         }
     }
 
-    /// Sockets and connections that the shard does not know.
+    /// Takes the sockets and connections that the shard does not know yet.
     pub(super) fn take_paths(&mut self) -> Vec<(Path, NearEnd)> {
         std::mem::take(&mut self.more_paths)
     }
 
-    /// Candidates of ours that the server does not know, as a trickle message has them.
+    /// Takes our candidates that the server does not know yet, in the form of trickle messages.
     pub(super) fn take_untold(&mut self) -> Vec<String> {
         let untold = std::mem::take(&mut self.untold).into_iter();
         untold.map(|candidate| candidate.to_init()).collect()
@@ -532,8 +537,8 @@ impl PeerHalf {
         self.offered.is_whole = true;
     }
 
-    /// When it is settled that no candidate of the server can be used, unless one comes; `None`
-    /// where one can, or nothing is known yet.
+    /// Returns from when on it is certain that no candidate of the server can be used, unless
+    /// another one comes; `None` if one can, or nothing is known yet.
     pub(super) fn without_path_at(&self) -> Option<Time> {
         let by_stream =
             self.choice.allows_tcp() && self.offered.streams.iter().any(StreamOffer::may_come);
@@ -557,7 +562,7 @@ impl PeerHalf {
         failed_at.or(described_at)
     }
 
-    /// Why no candidate of the server can be used: what it offers, and what we have.
+    /// Says why no candidate of the server can be used: what it offers, and what we have.
     pub(super) fn without_path(&self) -> String {
         let OfferedCandidates {
             streams,
@@ -628,8 +633,8 @@ impl PeerHalf {
         told.map(|story| format!("; {story}")).collect()
     }
 
-    /// The two ends of a path that does not work, without ports of UDP: those differ between
-    /// participants.
+    /// Names the two ends of a path that does not work. UDP ports are left out, because they differ
+    /// between participants.
     pub(super) fn ends(&self) -> String {
         let ends = self.offered.pairs();
         let is_tried = |offer: &StreamOffer| offer.state != StreamState::Waiting;
@@ -645,7 +650,7 @@ impl PeerHalf {
         format!("{udp}{and} over TCP to {}{relays}", self.failed_streams())
     }
 
-    /// What ended it.
+    /// Describes why media ended.
     pub(super) fn end_of_media(&self, failure: PeerFailure) -> String {
         match (failure, self.relay_in_use()) {
             (PeerFailure::IceDisconnected, _) => {
@@ -659,7 +664,8 @@ impl PeerHalf {
         }
     }
 
-    /// What is to be reachable at the server.
+    /// Returns the question whether the server's media port, or the relay's way to it, can be
+    /// reached.
     pub(super) fn port_question(&self) -> &'static str {
         if self.only_relays {
             "does the TURN server reach it?"
@@ -670,8 +676,8 @@ impl PeerHalf {
         }
     }
 
-    /// Over what it goes where UDP was to carry it, and why; `None` where that was asked for, or
-    /// UDP does.
+    /// Says what carries media in place of UDP, and why; `None` if the user chose it, or UDP
+    /// carries it.
     pub(super) fn why_not_udp(&self) -> Option<String> {
         if !self.choice.is_auto() || self.via == Via::Udp {
             return None;
@@ -718,37 +724,37 @@ impl PeerHalf {
     }
 }
 
-/// A relay that is to carry the connection, or does.
+/// A relay that carries the connection, or is to carry it.
 struct RelayEnd {
     url: TurnUrl,
     asked: mpsc::UnboundedSender<SocketAddr>,
-    /// Our address there.
+    /// Our address at the relay.
     relayed: Option<SocketAddr>,
-    /// Candidates of the server that it was asked to reach.
+    /// Candidates of the server that the relay was asked to reach.
     wanted: Vec<SocketAddr>,
     bound: Vec<SocketAddr>,
-    /// Why it does not reach others.
+    /// Reasons why the relay does not reach other candidates.
     refused: Vec<String>,
     failure: Option<(Time, String)>,
 }
 
 impl RelayEnd {
-    /// Whether the candidate is reached already.
+    /// Asks the relay to reach a candidate. Returns whether it already does.
     fn reach(&mut self, peer: SocketAddr) -> bool {
         if !self.wanted.contains(&peer) && self.wanted.len() < RELAYED_MAX {
             self.wanted.push(peer);
-            // One that has failed says so elsewhere.
+            // A relay that has failed reports that elsewhere.
             let _ = self.asked.send(peer);
         }
         self.bound.contains(&peer)
     }
 
-    /// Peers are reached by it, or still may be.
+    /// Whether the relay reaches candidates, or still may.
     fn is_reaching(&self) -> bool {
         !self.wanted.is_empty() && !self.is_hopeless()
     }
 
-    /// It gives nothing any more.
+    /// Whether the relay can no longer reach any candidate.
     fn is_hopeless(&self) -> bool {
         self.failure.is_some() || !self.wanted.is_empty() && self.refused.len() >= self.wanted.len()
     }
@@ -765,24 +771,24 @@ impl RelayEnd {
     }
 }
 
-/// What the server has offered for media so far.
+/// Candidates that the server has offered for media so far.
 #[derive(Default)]
 struct OfferedCandidates {
-    /// Our address and the server's, of candidates that can be tried.
+    /// Our address and the server's, for candidates that can be tried.
     reached: Vec<(IpAddr, IpAddr)>,
-    /// Addresses to which there is no route or no socket, with the reason.
+    /// Addresses without a route or a socket, with the reason.
     unreached: Vec<String>,
-    /// UDP addresses that are not to be used.
+    /// UDP addresses that may not be used.
     unwanted: Vec<SocketAddr>,
     /// UDP addresses that a relay may reach.
     udp: Vec<SocketAddr>,
     streams: Vec<StreamOffer>,
-    /// The server said that no more follow.
+    /// Whether the server has said that no more candidates follow.
     is_whole: bool,
 }
 
 impl OfferedCandidates {
-    /// Our address and the server's, over UDP, each pair once.
+    /// Returns our address and the server's for UDP, each pair once.
     fn pairs(&self) -> Vec<String> {
         let mut pairs: Vec<String> = Vec::new();
         for (ours, theirs) in &self.reached {
@@ -819,16 +825,16 @@ struct StreamOffer {
 
 #[derive(PartialEq, Eq)]
 enum StreamState {
-    /// UDP comes first.
+    /// Not opened yet, because UDP is tried first.
     Waiting,
     Opening,
-    /// From this address of ours.
+    /// Open, from this address of ours.
     Open(IpAddr),
     Failed(String),
 }
 
 impl StreamOffer {
-    /// It is not known to be of no use.
+    /// Whether the candidate may still be of use.
     fn may_come(&self) -> bool {
         !matches!(self.state, StreamState::Failed(_))
     }
@@ -856,7 +862,7 @@ fn open_path(family: Family, context: &SessionContext) -> std::io::Result<(Path,
     Ok((path, port))
 }
 
-/// The first few, and how many more.
+/// Names the first few, and how many more there are.
 fn named<T: std::fmt::Display>(all: impl IntoIterator<Item = T>) -> String {
     let mut all = all.into_iter();
     let taken = all.by_ref().take(NAMED_MAX);

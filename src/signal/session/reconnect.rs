@@ -1,9 +1,9 @@
-//! What becomes of a participant that has lost its connection: it resumes its session, joins anew,
-//! or gives up.
+//! Handles a participant that has lost its connection: it resumes its session, joins anew, or gives
+//! up.
 //!
-//! As real clients do: where only signalling is lost, the media connections go on while the
-//! WebSocket is opened again. Where the server has forgotten the session, or a media connection has
-//! failed, everything is made anew under the same identity, and what was missed meanwhile stays
+//! It behaves as real clients do. If only signalling is lost, the media connections go on while the
+//! WebSocket is reopened. If the server has forgotten the session, or a media connection has
+//! failed, everything is set up anew under the same identity, and what was missed meanwhile stays
 //! missed.
 
 use std::time::Duration;
@@ -13,31 +13,31 @@ use super::tracks::sync_state;
 use super::*;
 use crate::seeded::scatter;
 
-/// One attempt to resume: a server answers from memory.
+/// Time limit of one attempt to resume. A server answers from memory.
 pub(super) const RESUME_TIMEOUT: Duration = Duration::from_secs(5);
-/// So long a participant tries to come back: LiveKit forgets one whose media has stopped after some
-/// 20 s.
+/// How long a participant tries to come back. LiveKit forgets a participant about 20 s after its
+/// media has stopped.
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Where a limit does not say how long it wants to be left alone; and over which time those come
-/// back who were told the same.
+/// Pause at a rate limit that names none, and the time over which participants with the same pause
+/// spread their return.
 const LIMIT_PAUSE: Duration = Duration::from_secs(1);
 const LIMIT_SCATTER: Duration = Duration::from_millis(500);
 
-/// A participant that was in has lost its connection, and is on its way back.
+/// State of a participant that was in the room, has lost its connection, and is coming back.
 #[derive(Clone)]
 pub(super) struct Lost {
     pub(super) at: Time,
-    /// What was the beginning of it.
+    /// The first cause.
     pub(super) why: String,
     pub(super) tries: u32,
-    /// The session is gone: only joining anew helps.
+    /// Whether the session is gone, so that only joining anew helps.
     pub(super) is_gone: bool,
 }
 
 impl Lost {
-    /// `back` is when it came back from its last loss, and how many tries that took: one who is
-    /// thrown out again at once does not come back ever faster.
+    /// `back` is when the participant last came back, and the number of tries that took. So one
+    /// that is thrown out again at once does not come back ever faster.
     pub(super) fn at(at: Time, back: Option<(Time, u32)>, why: &str) -> Lost {
         Lost {
             at,
@@ -49,7 +49,7 @@ impl Lost {
         }
     }
 
-    /// What was the beginning of it, and what came of trying to come back.
+    /// Returns the first cause, and what came of trying to come back.
     pub(super) fn chain(&self, last: &str) -> String {
         if self.why == last {
             last.to_owned()
@@ -60,7 +60,7 @@ impl Lost {
 }
 
 impl Session {
-    /// Opens the signalling connection again while the media connections go on.
+    /// Reopens the signalling connection while the media connections go on.
     pub(super) async fn resume(
         &mut self,
         mut failure: SessionFailure,
@@ -98,8 +98,8 @@ impl Session {
         Ok(signal)
     }
 
-    /// What was said while nobody listened is said again: our last offer, and with one connection
-    /// also the server's wish for another.
+    /// Sends an offer again, because the last one or its answer may have been lost. With one
+    /// connection, the server may also have asked for another offer meanwhile.
     async fn offer_again(
         &mut self,
         restart_ice: bool,
@@ -118,7 +118,7 @@ impl Session {
         self.offer_if_wanted(sender).await
     }
 
-    /// When to try again to come back, counted from now; `None` when it has taken too long.
+    /// Returns the pause before the next attempt to come back; `None` when it has taken too long.
     fn next_try(&mut self) -> Option<Duration> {
         let now = self.context.epoch.now();
         let lost = self.lost.as_mut()?;
@@ -127,8 +127,8 @@ impl Session {
         Some(pause).filter(|pause| now.since(lost.at) + *pause <= RECONNECT_TIMEOUT)
     }
 
-    /// How long to wait before joining (again) after an attempt that failed or a session that is
-    /// gone; `None`: not at all.
+    /// Returns the pause before joining (again), after a failed attempt or a lost session; `None`:
+    /// do not join.
     pub(super) fn pause_after(&mut self, failure: &SessionFailure) -> Option<Duration> {
         if self.first_timeline.is_none() {
             return self.pause_after_join(failure);
@@ -175,15 +175,15 @@ impl Session {
         Some(retry_pause(self.join_retries, self.plan.seed))
     }
 
-    /// Whoever is told to come back later does. Its join still counts from when it was intended.
-    /// `None`: that would be after its time.
+    /// Returns the pause that a rate limit asks for. The join still counts from its intended start.
+    /// `None`: the pause would exceed the join's time limit.
     fn pause_at_limit(
         &self,
         failure: &SessionFailure,
         asked: Option<Duration>,
     ) -> Option<Duration> {
         let asked = asked.unwrap_or(LIMIT_PAUSE);
-        // Not all come back at once.
+        // Spread the participants, so that they do not all come back at once.
         let scattered = scatter(self.plan.seed) % LIMIT_SCATTER.as_millis() as u64;
         let pause = asked + Duration::from_millis(scattered);
         let back_at = self.context.epoch.now() + pause;
@@ -196,8 +196,8 @@ impl Session {
         Some(pause)
     }
 
-    /// The server no longer knows this participant: its media must not go on, and the next attempt
-    /// begins with nothing.
+    /// Resets everything for a new session. The server no longer knows this participant, so its
+    /// media must stop.
     pub(super) fn start_over(&mut self) {
         self.remove_peers();
         self.joined = false;
@@ -222,7 +222,7 @@ impl Session {
         self.viewer.start_over();
     }
 
-    /// The server may move it to a relay.
+    /// Whether the server may move its media to a relay.
     fn goes_past_relay(&self) -> bool {
         self.plan.transport.is_auto() && !self.transport().is_relay()
     }
@@ -242,7 +242,7 @@ impl Session {
     }
 }
 
-/// The server's word on a resume, which is the first thing that it says.
+/// Waits for the server's answer to a resume, which is its first message.
 async fn resumption(
     session: &Session,
     receiver: &mut SignalReceiver,
@@ -252,7 +252,7 @@ async fn resumption(
             SignalEvent::Reconnect { force_relay, .. }
                 if force_relay && session.goes_past_relay() =>
             {
-                // Its new address is told in a new session.
+                // A new session gives the server our address at the relay.
                 return Err(SessionFailure::of(
                     "the server wants media to go through a TURN server from now on",
                     Cure::Rejoin,

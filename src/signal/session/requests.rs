@@ -1,5 +1,5 @@
-//! What a participant is asked to do while it is in, in the order in which it was asked. That it is
-//! to leave is heard at any time.
+//! Requests to a participant that is in the room, in their order. A request to leave is noticed at
+//! any time.
 
 use std::collections::VecDeque;
 use std::future::pending;
@@ -10,7 +10,7 @@ use super::Request;
 
 pub(super) struct RequestQueue {
     receiver: mpsc::UnboundedReceiver<Request>,
-    /// Came while only [`Request::Leave`] was listened for.
+    /// Requests that arrived while only [`Request::Leave`] was waited for.
     kept: VecDeque<Request>,
 }
 
@@ -22,7 +22,7 @@ impl RequestQueue {
         }
     }
 
-    /// The next one; never, where nobody asks any more. Cancel-safe.
+    /// Returns the next request; waits forever if nobody can send any. Cancel-safe.
     pub(super) async fn next(&mut self) -> Request {
         match self.kept.pop_front() {
             Some(request) => request,
@@ -30,7 +30,7 @@ impl RequestQueue {
         }
     }
 
-    /// Ends when the participant is asked to leave; the other requests are kept. Cancel-safe.
+    /// Completes when the participant is asked to leave; other requests are kept. Cancel-safe.
     pub(super) async fn leave(&mut self) {
         while !self.kept.contains(&Request::Leave) {
             let request = self.receive().await;

@@ -1,5 +1,5 @@
-//! A participant's tracks: what is said of them in AddTrack and in descriptions, and what the shard
-//! gets once they are agreed.
+//! A participant's tracks: how AddTrack and descriptions present them, and what the shard gets once
+//! they are negotiated.
 
 use crate::transport::rtp::Ssrc;
 use std::sync::Arc;
@@ -17,25 +17,25 @@ use crate::plan::{Pacing, ParticipantPlan, SpeakerTurns};
 use crate::transport::sdp::{Extension, LocalTrack, NegotiatedMedia, RemoteTrack, RtcpFeedback};
 use crate::units::{Bitrate, Time};
 
-/// The names of a simulcast track's layers, the lowest first, as LiveKit knows them.
+/// Rids of a simulcast track's layers, the lowest first, as LiveKit names them.
 const RIDS: [&str; LAYERS_MAX] = ["q", "h", "f"];
 
-/// What all participants of a run may send.
+/// Media that the participants of a run may send.
 pub struct Media {
     pub audio: Option<MediaSource>,
-    /// Earlier packets that each packet of audio repeats (RED), where the server takes that.
+    /// Number of earlier packets that each audio packet repeats (RED), if the server accepts that.
     pub audio_redundancy: u8,
-    /// The layers of video tracks, the lowest first.
+    /// Layers of video tracks, the lowest first.
     pub video: Vec<MediaSource>,
-    /// Set where publishers take turns in speaking.
+    /// Set if publishers take turns in speaking.
     pub taking_turns: Option<TakingTurns>,
     pub pacing: Pacing,
 }
 
-/// What those who take turns in speaking have to know.
+/// Parameters for publishers that take turns in speaking.
 pub struct TakingTurns {
     pub seed: u64,
-    /// In each room.
+    /// Number of speakers in each room.
     pub speakers: u32,
     pub silence: Arc<AudioClip>,
 }
@@ -55,20 +55,20 @@ pub(super) struct SessionTrack {
     pub(super) local: LocalTrack,
     /// The server's answer to AddTrack.
     pub(super) info: Option<Box<proto::TrackInfo>>,
-    /// It is in our offer.
+    /// Whether the track is in our offer.
     pub(super) is_offered: bool,
-    /// The server does not take it.
+    /// Whether the server has refused the track.
     pub(super) is_refused: bool,
-    /// What the server took of it, once it has answered the offer.
+    /// Parameters that the server accepted for the track, once it has answered the offer.
     pub(super) negotiated: Option<NegotiatedMedia>,
     layers: Vec<Layer>,
-    /// Earlier packets that each one is to repeat.
+    /// Number of earlier packets that each packet is to repeat.
     redundancy: u8,
     talk: Option<Talk>,
     pacing: Pacing,
 }
 
-/// One encoding of a track. A track of a single layer has one, too.
+/// One encoding of a track. A track without simulcast has one layer, too.
 struct Layer {
     source: MediaSource,
     ssrc: Ssrc,
@@ -76,8 +76,8 @@ struct Layer {
 }
 
 impl SessionTrack {
-    /// The tracks of one participant: its number in the plan and everything that is drawn for them
-    /// come from there.
+    /// Makes the tracks of one participant. The plan gives the participant's number and everything
+    /// that is drawn for its tracks.
     pub(super) fn of(plan: &ParticipantPlan, media: &Media) -> Vec<SessionTrack> {
         let audio = media
             .audio
@@ -114,7 +114,7 @@ impl SessionTrack {
     ) -> SessionTrack {
         let kind = codec.kind();
         let name = kind.name();
-        // Distinct for the participant's few SSRCs by the low bits, and unguessable enough to be
+        // The low bits keep the participant's few SSRCs distinct. The rest is random enough to be
         // distinct in a room.
         let base = (plan.seed >> 16) as u32 & !0xF;
         let layers: Vec<Layer> = (0..)
@@ -155,7 +155,7 @@ impl SessionTrack {
         }
     }
 
-    /// As the server names it, once it has answered AddTrack.
+    /// Returns the server's sid of the track, once it has answered AddTrack.
     pub(super) fn sid(&self) -> Option<&str> {
         self.info.as_ref().map(|info| info.sid.as_str())
     }
@@ -169,8 +169,8 @@ impl SessionTrack {
         self.local.codec.kind()
     }
 
-    /// The first of the track's slots from `ready` on. Slots are moments of the run's clock, so
-    /// that tracks stay spread however their joins are timed.
+    /// Returns the first of the track's slots from `ready` on. Slots are times of the run's clock,
+    /// so that tracks stay spread whatever the timing of their joins.
     pub(super) fn first_slot(&self, plan: &ParticipantPlan, ready: Time) -> Time {
         let interval = self
             .layers
@@ -185,8 +185,8 @@ impl SessionTrack {
         )
     }
 
-    /// For the shard, which starts all layers with the frame of `first_frame_at`; none until the
-    /// server has taken the track.
+    /// Returns parameters for the shard, which starts all layers with the frame of
+    /// `first_frame_at`; empty until the server has accepted the track.
     pub(super) fn send_parameters(
         &self,
         plan: &ParticipantPlan,
@@ -241,7 +241,8 @@ impl SessionTrack {
         layers.collect()
     }
 
-    /// A server that does not want redundancy names plain Opus first, or alone.
+    /// Returns the redundancy to use. A server that does not want any names plain Opus first, or
+    /// alone.
     fn redundancy_by(&self, payloads: PayloadTypes) -> Option<Redundancy> {
         (payloads.codec == Codec::Red && self.redundancy > 0).then_some(Redundancy {
             payload_type: payloads.payload_type,
@@ -250,8 +251,8 @@ impl SessionTrack {
     }
 
     fn simulcast_layer(&self, negotiated: &NegotiatedMedia, rid: &str) -> SimulcastLayer {
-        // An id of 0 is none: the shard refuses it, and the track is missed. Without mid and rid
-        // the server could not tell layers apart.
+        // 0 stands for a missing id. The shard refuses it, and the track counts as missing: without
+        // mid and rid the server could not tell layers apart.
         let id = |extension| negotiated.extensions.id(extension);
         SimulcastLayer {
             mid: negotiated.mid.clone(),
@@ -268,8 +269,8 @@ impl SessionTrack {
         }
     }
 
-    /// The layers that somebody watches, one bit each; of a track with one layer that is the one,
-    /// whatever it is called.
+    /// Returns the watched layers, one bit each. For a track with one layer that is this layer,
+    /// whatever its name.
     pub(super) fn watched_layers(&self, update: &proto::SubscribedQualityUpdate) -> Option<u8> {
         // We publish one codec.
         let codec = update.subscribed_codecs.first()?;
@@ -286,8 +287,8 @@ impl SessionTrack {
     }
 }
 
-/// Where in the frame interval a track's slots lie: multiples of the golden ratio, so that any
-/// number of tracks is spread evenly.
+/// Returns the offset of a track's slots within the frame interval: multiples of the golden ratio,
+/// so that any number of tracks is spread evenly.
 fn slot_offset(index: u32, track: u8, interval: Duration) -> Duration {
     let turn = index
         .wrapping_mul(2)
@@ -296,7 +297,7 @@ fn slot_offset(index: u32, track: u8, interval: Duration) -> Duration {
     Duration::from_nanos(((interval.as_nanos() * u128::from(turn)) >> 32) as u64)
 }
 
-/// The first moment from `ready` on that lies `offset` after a multiple of `interval`.
+/// Returns the first time from `ready` on that lies `offset` after a multiple of `interval`.
 fn first_slot(offset: Duration, interval: Duration, ready: Time) -> Time {
     let interval_nanos = interval.as_nanos().max(1) as u64;
     let slots = ready
@@ -334,7 +335,7 @@ pub(super) fn add_track_request(track: &SessionTrack) -> proto::AddTrackRequest 
         }
     }
     if track.layers.len() > 1 {
-        // What makes the server call the track simulcast.
+        // This makes the server treat the track as simulcast.
         request.simulcast_codecs = vec![proto::SimulcastCodec {
             codec: track.local.codec.name().into(),
             cid: track.local.cid.clone(),
@@ -345,8 +346,8 @@ pub(super) fn add_track_request(track: &SessionTrack) -> proto::AddTrackRequest 
     request
 }
 
-/// Without them the server says that nobody watches anything. A single layer counts as high,
-/// several from low on.
+/// Describes the layers of a video track. Without them, the server says that nobody watches
+/// anything. A single layer counts as high, several start at low.
 fn video_layers(track: &SessionTrack) -> Vec<proto::VideoLayer> {
     let mut layers = Vec::new();
     for (at, layer) in track.layers.iter().enumerate() {
@@ -375,14 +376,15 @@ fn video_layers(track: &SessionTrack) -> Vec<proto::VideoLayer> {
     layers
 }
 
-/// What a participant that resumes believes to be so: a server that knows better has it join anew.
+/// Returns our view of the session, for a resume. If the server's view differs, it has the
+/// participant join anew.
 pub(super) fn sync_state(tracks: &[SessionTrack]) -> proto::SyncState {
     let published = tracks.iter().map(|track| proto::TrackPublishedResponse {
         cid: track.local.cid.clone(),
         track: track.info.as_deref().cloned(),
     });
     proto::SyncState {
-        // Everything is subscribed to, with no exception.
+        // Everything is subscribed to, without exception.
         subscription: Some(proto::UpdateSubscription::default()),
         publish_tracks: published.collect(),
         ..Default::default()

@@ -1,7 +1,7 @@
-//! What one participant looks at: which of the video tracks it gets have a place on its screen, how
-//! large, and what the server is to be asked for therefore.
+//! The view of one participant: which of its video tracks have a place on its screen, how large,
+//! and what the server must be asked for.
 //!
-//! No clock, no I/O: tracks and speakers come in, changes of settings go out.
+//! It uses no clock and no I/O. Tracks and speakers come in; changes of settings go out.
 
 use crate::transport::rtp::Ssrc;
 use livekit_protocol as proto;
@@ -9,17 +9,16 @@ use livekit_protocol as proto;
 use crate::plan::{VideoSpec, ViewLayout, layer_for};
 use crate::transport::sdp::RemoteTrack;
 
-/// Pixels: width and height.
+/// Width and height in pixels.
 pub type Size = (u32, u32);
 
 pub(super) struct Viewer {
     layout: Option<ViewLayout>,
-    /// The same for all, whatever the layout.
+    /// Size of all tracks, whatever the layout.
     size_of_all: Option<Option<Size>>,
-    /// As our own publishers send them.
+    /// Layers that this run's publishers send.
     layers: Vec<VideoSpec>,
-    /// The one who spoke last is first; where nobody is told apart, in the order in which they
-    /// came.
+    /// Tiles, the last speaker first. If speakers do not matter, they are in the order of arrival.
     tiles: Vec<Tile>,
     shown_ever: Vec<Box<str>>,
 }
@@ -29,17 +28,17 @@ struct Tile {
     track_sid: Box<str>,
     ssrc: Ssrc,
     speaks: bool,
-    /// What the server was told; `None`: nothing yet. It then sends all that there is.
+    /// The size that the server was told; `None`: nothing yet, so it sends everything.
     told: Option<Option<Size>>,
 }
 
-/// What the server is to be asked for, and the shard to be told.
+/// A change of settings to tell the server and the shard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ViewChange {
     track_sid: Box<str>,
     pub(super) ssrc: Ssrc,
     size: Option<Size>,
-    /// The layer that this size means; `None`: nothing is to come.
+    /// Layer that fits this size; `None`: the track is not wanted.
     pub(super) layer: Option<u8>,
 }
 
@@ -49,7 +48,7 @@ impl ViewChange {
         proto::UpdateTrackSettings {
             track_sids: vec![self.track_sid.to_string()],
             disabled: self.size.is_none(),
-            // Width and height count; this is for servers that do not know them.
+            // Width and height decide. The quality is for servers that do not know them.
             quality: self.layer.unwrap_or_default().into(),
             width,
             height,
@@ -69,7 +68,7 @@ impl Viewer {
         }
     }
 
-    /// A video track that the server sends, or sends with other details now.
+    /// Adds a video track that the server sends, or updates its details.
     pub(super) fn add(&mut self, track: &RemoteTrack) {
         let known = self
             .tiles
@@ -77,10 +76,10 @@ impl Viewer {
             .find(|tile| tile.track_sid == track.track_id);
         match known {
             Some(tile) if tile.ssrc == track.ssrc => {}
-            // Another stream of the same track starts without settings.
+            // A new stream of the same track starts without settings.
             Some(tile) => (tile.ssrc, tile.told) = (track.ssrc, None),
             None => self.tiles.push(Tile {
-                // LiveKit's stream id: the participant's sid, and after a bar the track's or the
+                // LiveKit's stream id is the participant's sid, then a bar and the track's or the
                 // stream's name.
                 participant_sid: track.stream_id.split('|').next().unwrap_or_default().into(),
                 track_sid: track.track_id.clone(),
@@ -91,7 +90,7 @@ impl Viewer {
         }
     }
 
-    /// The session is gone, and with it all tracks and what the server was told.
+    /// Clears all tracks, and with them what the server was told, because the session is gone.
     pub(super) fn start_over(&mut self) {
         self.tiles.clear();
     }
@@ -100,8 +99,8 @@ impl Viewer {
         self.tiles.retain(|tile| tile.ssrc != ssrc);
     }
 
-    /// Takes what has changed among the speakers. The loudest new one comes first, unless the one
-    /// who is first still speaks.
+    /// Updates the speakers. The loudest new one moves to the front, unless the first one still
+    /// speaks.
     pub(super) fn handle_speakers(&mut self, speakers: &[proto::SpeakerInfo]) {
         for speaker in speakers {
             let tiles = self
@@ -132,12 +131,12 @@ impl Viewer {
         }
     }
 
-    /// From now on every track is wanted in this size, or not at all.
+    /// From now on, wants every track in this size, or none.
     pub(super) fn show_all(&mut self, size: Option<Size>) {
         self.size_of_all = Some(size);
     }
 
-    /// What has to be said so that the server sends what is looked at.
+    /// Returns the changes to send, so that the server sends what is watched.
     pub(super) fn poll_changes(&mut self) -> Vec<ViewChange> {
         let mut changes = Vec::new();
         for at in 0..self.tiles.len() {
@@ -162,14 +161,14 @@ impl Viewer {
         changes
     }
 
-    /// `None`: the server need not be told anything.
+    /// Returns the wanted size of a tile; `None`: the server need not be told anything.
     fn wanted(&self, at: usize) -> Option<Option<Size>> {
         let in_layout =
             |layout: ViewLayout| (at < layout.tiles() as usize).then(|| layout.tile_size(at == 0));
         self.size_of_all.or_else(|| self.layout.map(in_layout))
     }
 
-    /// The stream of a track, by the track's sid.
+    /// Returns the stream of a track, by the track's sid.
     pub(super) fn ssrc(&self, track_sid: &str) -> Option<Ssrc> {
         self.tiles
             .iter()
@@ -177,7 +176,7 @@ impl Viewer {
             .map(|tile| tile.ssrc)
     }
 
-    /// How many tracks were looked at so far, one after another included.
+    /// Returns the number of tracks that have ever been shown.
     pub(super) fn shown_ever(&self) -> u32 {
         self.shown_ever.len() as u32
     }
@@ -228,7 +227,7 @@ mod tests {
         }
     }
 
-    /// Track number, size, layer.
+    /// Returns each change's track number, size and layer.
     fn changes(viewer: &mut Viewer) -> Vec<(u32, Option<Size>, Option<u8>)> {
         let changes = viewer.poll_changes().into_iter();
         changes
@@ -271,7 +270,7 @@ mod tests {
         assert_eq!(all[9..], [(9, None, None), (10, None, None)]);
         viewer.handle_speakers(&[speaker(10, 0.9)]);
         assert_eq!(changes(&mut viewer), []);
-        // Where one goes, the next one moves up.
+        // When a track goes, the next one moves up.
         viewer.remove(Ssrc(1_003));
         assert_eq!(changes(&mut viewer), [(9, MEDIUM, Some(1))]);
         assert_eq!(viewer.shown_ever(), 10);
@@ -299,10 +298,10 @@ mod tests {
             changes(&mut viewer),
             [(3, LARGE, Some(2)), (0, SMALL, Some(0))]
         );
-        // Others may be louder for a moment.
+        // Another participant may be louder for a moment.
         viewer.handle_speakers(&[speaker(2, 0.9)]);
         assert_eq!(changes(&mut viewer), []);
-        // One who was not to be seen; the last of the small ones makes room.
+        // A participant without a tile speaks; the last of the small tiles makes room.
         viewer.handle_speakers(&[speaker(3, 0.0), speaker(7, 0.5), speaker(2, 0.1)]);
         assert_eq!(
             changes(&mut viewer),

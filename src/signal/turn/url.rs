@@ -5,11 +5,11 @@ use std::str::FromStr;
 
 use crate::plan::TransportChoice;
 
-/// RFC 8656, section 18.
+/// Default ports (RFC 8656, section 18).
 const PORT: u16 = 3_478;
 const PORT_TLS: u16 = 5_349;
 
-/// What carries the TURN protocol itself.
+/// Transport of the TURN protocol itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TurnLink {
     Udp,
@@ -18,7 +18,7 @@ pub enum TurnLink {
 }
 
 impl TurnLink {
-    /// Of what media is to be carried by, where that is a relay.
+    /// Returns the link of a choice that uses a relay; `None` for other choices.
     pub const fn of(choice: TransportChoice) -> Option<TurnLink> {
         match choice {
             TransportChoice::TurnUdp => Some(TurnLink::Udp),
@@ -29,13 +29,13 @@ impl TurnLink {
     }
 }
 
-/// `turn:HOST:PORT?transport=udp` (RFC 7065).
+/// A relay's address: `turn:HOST:PORT?transport=udp` (RFC 7065).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TurnUrl {
     pub(super) host: String,
     pub(super) port: u16,
     pub link: TurnLink,
-    /// It says itself how it is reached.
+    /// Whether the address itself names its link.
     is_explicit: bool,
 }
 
@@ -98,7 +98,7 @@ impl FromStr for TurnUrl {
 }
 
 impl TurnUrl {
-    /// What goes through it.
+    /// Returns the choice of transport that this relay offers.
     pub fn as_choice(&self) -> TransportChoice {
         match self.link {
             TurnLink::Udp => TransportChoice::TurnUdp,
@@ -107,10 +107,10 @@ impl TurnUrl {
         }
     }
 
-    /// The same server, reached as media is to be carried.
+    /// Returns the same server with the link that `choice` asks for.
     ///
     /// # Errors
-    /// It says itself that it is reached in another way.
+    /// Returns an error if the address itself names another link.
     pub fn over(self, choice: TransportChoice) -> Result<TurnUrl, OtherTurnLink> {
         let wanted = TurnLink::of(choice).unwrap_or(self.link);
         let is_tcp_for_nothing_said = wanted == TurnLink::Tcp && !self.is_explicit;
@@ -136,7 +136,7 @@ impl TurnUrl {
     }
 }
 
-/// An address and `--transport` do not say the same.
+/// An address and `--transport` contradict each other.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("--turn {given} does not go with --transport {choice}, which wants {expected}")]
 pub struct OtherTurnLink {

@@ -1,4 +1,4 @@
-//! The connection to a relay while an allocation is made, before it becomes part of a path.
+//! Connection to a relay while an allocation is made, before it becomes part of a path.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -16,10 +16,10 @@ use crate::path::{RelayLink, RelayStream};
 use crate::signal::link::{causes, plain};
 use crate::signal::trust::{self, TlsFault, UnusableTrust};
 
-/// A relay that does not take a connection in this time is of no use to a conversation.
+/// Time limit for opening a connection to a relay. A slower one is of no use to a conversation.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Why a relay is not reached, as it goes on from its address.
+/// Why a relay cannot be reached; follows its address.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum NoTurnWire {
     #[error("has a name that cannot be resolved ({0}): check its spelling and this host's DNS")]
@@ -54,15 +54,15 @@ pub(super) struct TurnWire {
 enum WireEnd {
     Udp {
         socket: UdpSocket,
-        /// Until the path has it.
+        /// Present until the path takes it.
         media: Option<std::net::UdpSocket>,
     },
     Stream {
         stream: OpenStream,
-        /// The beginning of a message.
+        /// Bytes of an incomplete message.
         read: Vec<u8>,
     },
-    /// The path has it.
+    /// The path has the connection.
     HandedOver,
 }
 
@@ -135,7 +135,7 @@ impl TurnWire {
         })
     }
 
-    /// False where the path has to send it.
+    /// Sends a message. Returns false if the path has to send it.
     pub(super) async fn send(&mut self, message: &[u8]) -> io::Result<bool> {
         match &mut self.end {
             WireEnd::Udp { socket, .. } => drop(socket.send(message).await?),
@@ -151,7 +151,7 @@ impl TurnWire {
         Ok(true)
     }
 
-    /// The relay's next message. Nothing is lost where it is not waited for to its end.
+    /// Returns the relay's next message. Cancel-safe.
     pub(super) async fn receive(&mut self) -> io::Result<Vec<u8>> {
         match &mut self.end {
             WireEnd::Udp { socket, .. } => {
@@ -167,7 +167,8 @@ impl TurnWire {
         }
     }
 
-    /// What the path is to use. A socket is sent on from here, too; a stream is not any more.
+    /// Hands the connection over to the path. A UDP socket can still be used from here; a stream
+    /// cannot.
     pub(super) fn hand_over(&mut self) -> io::Result<RelayLink> {
         if let WireEnd::Udp { media, .. } = &mut self.end {
             let media = media.take().ok_or(io::ErrorKind::NotConnected)?;
@@ -197,7 +198,7 @@ async fn resolve(url: &TurnUrl) -> Result<SocketAddr, NoTurnWire> {
         .ok_or_else(|| NoTurnWire::Name("it has no address".to_owned()))
 }
 
-/// By what is trusted elsewhere, too.
+/// Agrees on TLS, with the same trusted certificates as elsewhere.
 async fn seal(
     url: &TurnUrl,
     remote: SocketAddr,
@@ -244,11 +245,11 @@ async fn next_message(
     }
 }
 
-/// So long it is waited for a sign of life of a relay that carried media until now.
+/// Longest wait for a sign of life from a relay that has carried media.
 const SIGN_OF_LIFE_WAIT: Duration = Duration::from_secs(1);
 
-/// Whether a relay, through which nothing comes any more, is there itself: it answers everybody who
-/// asks for his own address (RFC 8489, section 12).
+/// Asks whether a silent relay is still running: a relay answers anybody who asks for their own
+/// address (RFC 8489, section 12).
 pub async fn sign_of_life(url: &TurnUrl) -> &'static str {
     const NONE: &str = "does not answer either: is it still running?";
     const SOME: &str = "still answers: look at what is between it and the server";
