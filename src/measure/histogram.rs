@@ -1,16 +1,17 @@
-//! An HDR histogram of microseconds that also knows how many values *should* have come.
+//! HDR histogram of microseconds that also counts how many values were expected.
 
 use std::time::Duration;
 
-/// Values above this are recorded as this: a minute is "broken" for everything that we time.
+/// Largest recorded value: one minute. A larger value is recorded as this one, because a minute
+/// means "broken" for everything that we time.
 pub(super) const MICROS_MAX: u64 = 60_000_000;
 pub(super) const SIGNIFICANT_DIGITS: u8 = 3;
 
-/// Microseconds, three significant digits. What was `expected` and never came counts as later than
-/// everything that came.
+/// Histogram of microseconds with three significant digits. An expected value that never came
+/// counts as later than every value that came.
 ///
-/// `expected` is what the recorder announced with [`Histogram::expect`], and never less than what
-/// was recorded.
+/// The expected count is what the recorder announced with [`Histogram::expect`], and never less
+/// than the number of recorded values.
 #[derive(Clone)]
 pub struct Histogram {
     hdr: hdrhistogram::Histogram<u64>,
@@ -18,7 +19,7 @@ pub struct Histogram {
 }
 
 impl Default for Histogram {
-    /// Allocates once, in full: recording never does.
+    /// Allocates all memory at once; recording allocates nothing.
     fn default() -> Histogram {
         let hdr = hdrhistogram::Histogram::new_with_bounds(1, MICROS_MAX, SIGNIFICANT_DIGITS)
             .expect("bounds are constants that the library accepts");
@@ -27,7 +28,7 @@ impl Default for Histogram {
 }
 
 impl Histogram {
-    /// What another host recorded and announced; `hdr` has our own bounds.
+    /// Builds a histogram from what another host recorded and announced. `hdr` has our own bounds.
     pub(super) fn from_parts(hdr: hdrhistogram::Histogram<u64>, expected: u64) -> Histogram {
         Histogram { hdr, expected }
     }
@@ -38,7 +39,7 @@ impl Histogram {
         self.expected += count;
     }
 
-    /// The same values, of so many that ought to have been recorded.
+    /// Returns a copy with the same values and `expected` as the announced count.
     #[must_use]
     pub fn expecting(&self, expected: u64) -> Histogram {
         Histogram {
@@ -59,7 +60,7 @@ impl Histogram {
         self.hdr.len()
     }
 
-    /// What [`Histogram::expect`] announced, whatever came.
+    /// Returns the count announced with [`Histogram::expect`], however many values came.
     pub(super) fn announced(&self) -> u64 {
         self.expected
     }
@@ -68,15 +69,16 @@ impl Histogram {
         self.expected.max(self.hdr.len())
     }
 
-    /// The value in microseconds below which `share` (0..=1) of what was *expected* lies; `None`
-    /// where that falls among the missing, or nothing was expected.
+    /// Returns the value in microseconds below which `share` (0..=1) of the *expected* values lie.
+    /// `None` if that rank falls among the missing values, or if nothing was expected.
     pub fn quantile(&self, share: f64) -> Option<u64> {
         let rank = (share * self.expected() as f64).ceil().max(1.0) as u64;
         (rank <= self.count()).then(|| self.value_at_rank(rank))
     }
 
-    /// The value at or below which `share` (0..=1) of what was *expected* lies, where less is worse
-    /// and what never came is worst; `None` among that.
+    /// Returns the value at or below which `share` (0..=1) of the *expected* values lie, for a
+    /// figure of which less is worse. Missing values count as the worst. `None` if the rank falls
+    /// among them.
     pub fn low_quantile(&self, share: f64) -> Option<u64> {
         let rank = (share * self.expected() as f64).ceil().max(1.0) as u64;
         let rank = rank.checked_sub(self.expected() - self.count())?;
@@ -85,30 +87,30 @@ impl Histogram {
             .then(|| self.value_at_rank(rank))
     }
 
-    /// The value that so many are not above; `rank` is 1 for the least.
+    /// Returns the value of the given rank; rank 1 is the smallest value.
     fn value_at_rank(&self, rank: u64) -> u64 {
-        // The library takes a share, multiplies it by the count and rounds up: half a rank less
-        // keeps clear of the next one, which 15 / 29 * 29 in floating point is in.
+        // The library multiplies the share by the count and rounds up. Half a rank less keeps the
+        // product below the next rank: in floating point, 15 / 29 * 29 exceeds 15.
         self.hdr
             .value_at_quantile((rank as f64 - 0.5) / self.count() as f64)
     }
 
-    /// Of what came.
+    /// Returns the smallest recorded value.
     pub fn min(&self) -> Option<u64> {
         (self.count() > 0).then(|| self.hdr.min())
     }
 
-    /// Of what came.
+    /// Returns the mean of the recorded values.
     pub fn mean(&self) -> Option<f64> {
         (self.count() > 0).then(|| self.hdr.mean())
     }
 
-    /// `None` while anything expected has not come.
+    /// Returns the largest recorded value; `None` while an expected value is missing.
     pub fn max(&self) -> Option<u64> {
         (self.count() > 0 && self.count() == self.expected()).then(|| self.hdr.max())
     }
 
-    /// Empties the histogram and keeps its memory. Costs nothing where nothing was recorded.
+    /// Empties the histogram and keeps its memory. An empty histogram costs nothing to clear.
     pub fn clear(&mut self) {
         if !self.hdr.is_empty() {
             self.hdr.reset();
@@ -125,7 +127,7 @@ impl Histogram {
         self.expected += other.expected;
     }
 
-    /// What was recorded since `earlier`, an older value of this same histogram.
+    /// Returns what was recorded since `earlier`, an older state of the same histogram.
     pub fn since(&self, earlier: &Histogram) -> Histogram {
         let mut difference = self.clone();
         if !earlier.hdr.is_empty() {
@@ -138,7 +140,7 @@ impl Histogram {
         difference
     }
 
-    /// Values that came, and how often each did.
+    /// Returns each recorded value with its count.
     pub fn sparse(&self) -> Vec<(u64, u64)> {
         let values = self.hdr.iter_recorded();
         values
@@ -151,7 +153,7 @@ impl Histogram {
             .collect()
     }
 
-    /// The histogram that [`Histogram::sparse`] was made of, but for what was expected.
+    /// Builds the histogram that [`Histogram::sparse`] was called on, without its expected count.
     pub fn from_sparse(values: &[(u64, u64)]) -> Histogram {
         let mut histogram = Histogram::default();
         for (value, count) in values {

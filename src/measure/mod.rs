@@ -1,7 +1,7 @@
-//! What was counted and timed: one cumulative, mergeable [`Record`], filled per shard, merged
-//! afterwards.
+//! Counters and histograms of a run: one cumulative, mergeable [`Record`], filled per shard and
+//! merged afterwards.
 //!
-//! Names are those of the report (`throng-report/1`); intervals are differences of cumulative
+//! Names are those of the report (`throng-report/1`). Intervals are differences of cumulative
 //! values.
 
 mod histogram;
@@ -31,13 +31,13 @@ macro_rules! stats {
         impl $name {
             pub const COUNTERS: &'static [&'static str] = &[$(stringify!($counter)),*];
             pub const HISTOGRAMS: &'static [&'static str] = &[$(stringify!($histogram)),*];
-            /// Histograms in thousandths of a score, of which less is worse.
+            /// Histograms in thousandths of a score; a lower score is worse.
             pub const SCORES: &'static [&'static str] = &[$($(stringify!($score)),*)?];
 
-            /// Adds what `other` counted.
+            /// Adds the counts of `other`.
             pub fn merge(&mut self, other: &$name) {
-                // A delta may run backwards (a packet thought lost arrives), so sums wrap until
-                // they are complete.
+                // A delta can be negative (a packet thought lost arrives), so sums wrap until they
+                // are complete.
                 $(self.$counter = self.$counter.wrapping_add(other.$counter);)*
                 $(self.$histogram.merge(&other.$histogram);)*
                 $($(self.$score.merge(&other.$score);)*)?
@@ -50,7 +50,8 @@ macro_rules! stats {
                 $($(self.$score.clear();)*)?
             }
 
-            /// What was counted since `earlier`, an older value of the same cumulative record.
+            /// Returns what was counted since `earlier`, an older state of the same cumulative
+            /// record.
             pub fn since(&self, earlier: &$name) -> $name {
                 $name {
                     $($counter: self.$counter.saturating_sub(earlier.$counter),)*
@@ -94,25 +95,25 @@ macro_rules! stats {
 }
 
 stats! {
-    /// What concerns participants and connections.
+    /// Counters and histograms of participants and connections.
     Session {
         counters {
             joins_planned, joins_ok, joins_failed, joins_retried, participants_healthy, participants_total,
             disconnects, reconnects_ok, reconnects_failed,
             nacks_sent, nacks_received, plis_sent, plis_received,
             wire_bytes_sent, wire_bytes_received, host_drops, frames_misrouted,
-            /// The server's messages that say who speaks.
+            /// Speaker updates received from the server.
             speaker_updates,
-            /// Datagrams that no parser took: unknown SSRC, broken header, failed authentication,
-            /// replay.
+            /// Datagrams that no parser accepted: unknown SSRC, broken header, failed
+            /// authentication, replay.
             packets_rejected,
-            /// The server's signalling messages that cannot be read, and are left out.
+            /// Signalling messages from the server that cannot be read. They are skipped.
             signal_malformed,
-            /// Datagrams that the network or the server did not take, by what the kernel says of it
-            /// (`path::Unsent`).
+            /// Datagrams that the network or the server did not take, by the error that the kernel
+            /// gives (`path::Unsent`).
             sends_refused, sends_unreachable, sends_blocked, sends_too_long, sends_mismatched,
             sends_backlogged,
-            /// Joins by what carried their media.
+            /// Joins by the transport that carried their media.
             joins_by_udp, joins_by_tcp, joins_by_turn_udp, joins_by_turn_tcp, joins_by_turn_tls,
         }
         histograms {
@@ -122,7 +123,8 @@ stats! {
 }
 
 stats! {
-    /// What concerns one kind of media. Packets and bytes are RTP media, retransmissions apart.
+    /// Counters and histograms of one kind of media. Packets and bytes count RTP media without
+    /// retransmissions.
     Media {
         counters {
             tracks_published, tracks_expected, tracks_live,
@@ -130,50 +132,51 @@ stats! {
             packets_lost_network, packets_repaired, packets_lost, packets_duplicate, packets_reordered, uplink_packets_lost,
             uplink_packets_asked, packets_missing_uplink,
             frames_sent, frames_expected, frames_delivered, frames_late, frames_duplicate,
-            /// Delivered, and nobody can tell how long they took: another host sent them, whose
-            /// clock is not known here.
+            /// Delivered frames whose latency is unknown: another host sent them, and its clock is
+            /// not known here.
             frames_untimed,
-            /// Audio with redundancy (RED): packets that held it; packets that are lost and whose
-            /// payload came in another packet; frames that were delivered by those alone.
+            /// Audio with redundancy (RED): packets that contained it; lost packets whose payload
+            /// came in another packet; frames that were delivered only by such packets.
             packets_received_red, packets_recovered_red, frames_recovered,
-            /// Where those were lost that were expected and not delivered.
+            /// Frames that were expected and not delivered, by the place where they were lost.
             frames_lost_source, frames_lost_uplink, frames_lost_sfu, frames_lost_downlink, frames_lost_unattributed,
-            /// Media that nobody of this run sends: tracks that there ought to be and that came,
-            /// their packets, which the counters above have too, and whole frames.
+            /// Media that no participant of this run sends: tracks that were expected and tracks
+            /// that came, their packets (the counters above include them), and whole frames.
             foreign_tracks_expected, foreign_tracks_live,
             foreign_packets_received, foreign_packets_lost_network, foreign_packets_lost, foreign_frames,
             key_frames_sent, freezes,
-            /// By the playout model.
+            /// Counters of the playout model.
             frames_late_for_playout, played_us, concealed_us,
         }
         histograms {
             track_subscribe, first_packet, first_frame, one_way_latency, jitter, frame_interval, freeze, loss_to_repair,
             pli_received_to_key_sent, pli_sent_to_key_received, layer_switch,
-            /// From the intended join to the first whole frame of a track of others.
+            /// From the intended join to the first whole frame of a foreign track.
             foreign_first_frame,
-            /// By the playout model.
+            /// Delay by the playout model.
             playout_delay,
         }
         scores {
-            /// By the E-model, one for each stream.
+            /// Score by the E-model, one value for each stream.
             mos,
         }
     }
 }
 
 stats! {
-    /// What congestion control said and did: about what comes to us and about what we send.
+    /// What congestion control reported and did, for the media that we receive and the media that
+    /// we send.
     Bandwidth {
         counters {
             transport_cc_sent, transport_cc_received, remb_sent, remb_received,
-            /// The sum of the estimates in `remb_sent`, in kbit/s.
+            /// Sum of the estimates in `remb_sent`, in kbit/s.
             remb_sent_kbps,
-            /// What the server did to us.
+            /// What the server did to the tracks that we receive.
             tracks_paused, tracks_resumed, layers_stepped_down, layers_stepped_up,
-            /// Packets of ours that, by transport-wide feedback, did not arrive.
+            /// Packets that we sent and that did not arrive, according to transport-wide feedback.
             uplink_packets_missing,
-            /// The estimates that publishers made, one a connection and second, and their sum in
-            /// kbit/s.
+            /// Number of estimates that publishers made, one for each connection and second, and
+            /// their sum in kbit/s.
             uplink_estimates, uplink_estimate_kbps,
             /// What publishers that obey their estimate did.
             layers_dropped, layers_returned, layer_limited_ms, probes_sent, probe_packets_sent,
@@ -183,7 +186,7 @@ stats! {
 }
 
 stats! {
-    /// What the generator observed of itself.
+    /// What the generator observed about itself.
     Engine {
         counters {
             packets_processed, send_slots_skipped, send_errors, receive_errors, setup_datagrams_dropped,
@@ -195,7 +198,7 @@ stats! {
     }
 }
 
-/// Everything that one shard, one host or one run counted so far.
+/// Everything that one shard, one host or one run has counted so far.
 #[derive(Clone, Default)]
 pub struct Record {
     pub session: Session,
@@ -241,11 +244,11 @@ impl Record {
     }
 }
 
-/// Whether this version fills a counter of the session (`None`) or of one kind of media. One that
-/// it does not fill is unknown, which is not 0.
+/// Returns whether this version fills a counter of the session (`None`) or of one kind of media. A
+/// counter that is not filled is unknown, which is not 0.
 pub fn is_measured(kind: Option<Kind>, counter: &str) -> bool {
     match kind {
-        // A late picture is shown late: nothing is concealed. No video codec has redundancy.
+        // A late picture is shown late, so nothing is concealed. No video codec has redundancy.
         Some(Kind::Video) => !matches!(
             counter,
             "played_us"
@@ -275,7 +278,8 @@ impl Kind {
     }
 }
 
-/// Moments of one participant's join, on the run's clock; `None` never happened, or does not apply.
+/// Moments of one participant's join, on the run's clock. `None` means that it never happened, or
+/// does not apply.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct JoinTimeline {
     pub intended: crate::units::Time,

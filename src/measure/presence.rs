@@ -1,30 +1,30 @@
-//! When something happened at all, in steps of 4 ms: which moments of a run had an arrival, and
-//! which a send.
+//! Presence of packets, in steps of 4 ms: in which moments of a run something arrived, and in which
+//! something was sent.
 //!
-//! A mark is a comparison and a store, so every packet can make one. Silence is what is left
-//! between the marks.
+//! A mark is a comparison and a store, so every packet can make one. Silence is the time between
+//! the marks.
 
 use crate::units::Time;
 
-/// A step is 2^22 ns, 4.19 ms: finding it from a time is a shift.
+/// A step is 2^22 ns (4.19 ms), so that a shift converts a time to its step.
 const STEP_SHIFT: u32 = 22;
-/// Words of 64 steps, 268 ms each, that wait to be taken: 17 s, more than any stall that a run
-/// survives.
+/// Number of words that wait to be taken. A word has 64 steps (268 ms), so together they cover 17
+/// s, more than any stall that a run survives.
 const WORDS: usize = 64;
 
-/// The step that a moment lies in.
+/// Returns the step that a moment lies in.
 pub const fn step_of(at: Time) -> u64 {
     at.as_nanos() >> STEP_SHIFT
 }
 
-/// When a step begins.
+/// Returns the start of a step.
 pub const fn step_start(step: u64) -> Time {
     Time::from_nanos(step << STEP_SHIFT)
 }
 
-/// Marks of one thread since they were last taken. Allocated once.
+/// Marks of one thread since they were last taken. Its memory is allocated once.
 pub struct Marks {
-    /// By its number modulo [`WORDS`]: the word's number, and a bit a step.
+    /// Word number and its bits, one for each step, at the word number modulo [`WORDS`].
     words: [(u64, u64); WORDS],
 }
 
@@ -37,7 +37,8 @@ impl Default for Marks {
 }
 
 impl Marks {
-    /// Arrivals may lie in the past: the kernel stamps what waits.
+    /// Marks the step of `at`. An arrival may lie in the past, because the kernel stamps packets
+    /// that wait.
     #[inline]
     pub fn mark(&mut self, at: Time) {
         let step = step_of(at);
@@ -49,7 +50,7 @@ impl Marks {
         word.1 |= 1 << (step % 64);
     }
 
-    /// What was marked since the last call, as words with their numbers.
+    /// Returns what was marked since the last call, as words with their numbers.
     pub fn take(&mut self) -> Vec<(u64, u64)> {
         let marked = self.words.iter_mut().filter(|word| word.1 != 0);
         marked
@@ -58,13 +59,13 @@ impl Marks {
     }
 }
 
-/// The marks of all threads over a whole run: 30 bytes a second.
+/// Marks of all threads over a whole run. They take 30 bytes a second.
 #[derive(Clone, Debug, Default)]
 pub struct ThreadPresence {
     words: Vec<u64>,
 }
 
-/// A stamp that lies this far ahead of a run of weeks is none.
+/// Upper bound for word numbers, which a run of weeks stays below. A stamp beyond it is invalid.
 const WORDS_MAX: u64 = 1 << 24;
 
 impl ThreadPresence {
@@ -85,7 +86,7 @@ impl ThreadPresence {
         word.is_some_and(|word| word >> (step % 64) & 1 == 1)
     }
 
-    /// The first marked step from `step` on, below `end`.
+    /// Returns the first marked step from `step` on, below `end`.
     pub fn next(&self, step: u64, end: u64) -> Option<u64> {
         (step..end).find(|step| self.has(*step))
     }

@@ -1,44 +1,43 @@
-//! What the generator and its host did in one second: the figures by which stalls are explained,
-//! and runs are found invalid.
+//! Figures of the generator and its host in one second. They explain stalls and show which runs are
+//! invalid.
 
 use crate::units::Time;
 
-/// One row. `None` is unknown, which is not zero.
+/// One row of figures. `None` is unknown, which is not zero.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Second {
-    /// From when to when, on the run's clock.
+    /// Start of the row on the run's clock; `to` is its end.
     #[serde(skip)]
     pub from: Time,
     #[serde(skip)]
     pub to: Time,
-    /// Media packets that came, of all subscriptions.
+    /// Number of media packets received, over all subscriptions.
     #[serde(skip)]
     pub media_packets: u64,
-    /// The latest beat of any engine thread.
+    /// Largest lateness of a tick on any engine thread.
     pub tick_late_us_max: Option<u64>,
-    /// The frame that left latest behind its slot.
+    /// Largest delay of a frame behind its slot.
     pub send_lag_us_max: Option<u64>,
-    /// The latest beat of the bare timer thread.
+    /// Largest lateness of a tick on the bare timer thread.
     pub floor_late_us_max: Option<u64>,
     pub frames_skipped: u64,
-    /// The busiest engine thread's share of a core.
+    /// Share of a core that the busiest engine thread used.
     pub engine_busy: Option<f64>,
-    /// The longest that an engine thread waited for a CPU, in sum.
+    /// Time that one engine thread waited for a CPU, in total; the largest of all engine threads.
     pub run_queue_us_max: Option<u64>,
-    /// Cores that the embedded SFU's threads in this process kept busy; `None` where there are
-    /// none.
+    /// Cores that the embedded SFU's threads in this process kept busy; `None` if there are none.
     pub embedded_sfu_cores: Option<f64>,
-    /// Taken by the hypervisor, over all CPUs.
+    /// CPU time that the hypervisor took, over all CPUs.
     pub steal_us: Option<u64>,
-    /// For which this process's control group was kept from running.
+    /// Time for which this process's control group was throttled.
     pub throttled_us: Option<u64>,
     pub drops: HostDrops,
     pub softnet_squeezed: Option<u64>,
 }
 
 impl Second {
-    /// The seconds of the run, counted from 0, that this row is about: engine threads report each
-    /// at its end, and the row has those that came while it was open.
+    /// Returns the seconds of the run, counted from 0, that this row covers. Engine threads report
+    /// each second at its end; the row has the seconds that ended while it was open.
     pub fn whole_seconds(&self) -> impl Iterator<Item = u64> + use<> {
         let ended_by = |time: Time| time.as_millis() / 1_000;
         let before = self.from.as_millis().div_ceil(1_000).saturating_sub(1);
@@ -50,29 +49,29 @@ impl Second {
     }
 }
 
-/// Datagrams that this host dropped, by place. All but `sockets` count whatever else the host does,
-/// too.
+/// Datagrams that this host dropped, by place. All counters except `sockets` also include drops of
+/// other programs on the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct HostDrops {
-    /// Our own media sockets' receive buffers (`SO_RXQ_OVFL`, at the end `SO_MEMINFO`).
+    /// Receive buffers of our own media sockets (`SO_RXQ_OVFL`, at the end `SO_MEMINFO`).
     pub sockets: Option<u64>,
-    /// All UDP sockets' receive buffers (`RcvbufErrors`): ours are in it.
+    /// Receive buffers of all UDP sockets (`RcvbufErrors`), including ours.
     pub udp_receive_buffer: Option<u64>,
-    /// All UDP sockets' send buffers (`SndbufErrors`).
+    /// Send buffers of all UDP sockets (`SndbufErrors`).
     pub udp_send_buffer: Option<u64>,
-    /// What else UDP refused on arrival (`InErrors` without `RcvbufErrors`): bad checksums,
-    /// mostly.
+    /// Other datagrams that UDP refused on arrival (`InErrors` without `RcvbufErrors`), mostly
+    /// because of bad checksums.
     pub udp_receive_other: Option<u64>,
-    /// The queue before the protocols (`softnet_stat`).
+    /// Queue in front of the protocols (`softnet_stat`).
     pub softnet: Option<u64>,
     pub interfaces_receive: Option<u64>,
     pub interfaces_send: Option<u64>,
-    /// Queueing disciplines of all interfaces, `netem` among them.
+    /// Queueing disciplines of all interfaces, including `netem`.
     pub queueing: Option<u64>,
 }
 
 impl HostDrops {
-    /// By name, in the order of the way in.
+    /// Returns the drops with the name of each place, in the order of the receive path.
     pub fn places(&self) -> [(&'static str, Option<u64>); 8] {
         [
             ("our sockets", self.sockets),
@@ -98,11 +97,12 @@ impl HostDrops {
         ]
     }
 
-    /// What was dropped since `earlier`; unknown where either is.
+    /// Returns what was dropped since `earlier`. The difference is unknown if either value is
+    /// unknown.
     #[must_use]
     pub fn since(&self, earlier: &HostDrops) -> HostDrops {
-        // Counters of interfaces and disciplines go with them: fewer than before means that one is
-        // gone.
+        // An interface's or a discipline's counters disappear with it. A smaller sum than before
+        // means that one is gone.
         let grown = |now: Option<u64>, before: Option<u64>| now?.checked_sub(before?);
         HostDrops {
             sockets: grown(self.sockets, earlier.sockets),
@@ -126,7 +126,7 @@ mod tests {
         for (from_ms, to_ms, expected) in [
             (0, 1_050, &[0][..]),
             (12_050, 13_051, &[12]),
-            // A stall of two seconds, and what comes after it.
+            // A stall of two seconds, and the row after it.
             (12_050, 14_990, &[12, 13]),
             (14_990, 16_050, &[14, 15]),
             (3_050, 3_700, &[]),

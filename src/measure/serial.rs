@@ -1,5 +1,5 @@
-//! Histograms as text: HdrHistogram's own V2 format, deflated, in base64, which every HdrHistogram
-//! library reads.
+//! Histograms as text: HdrHistogram's own V2 format, deflated, in base64. Every HdrHistogram
+//! library reads it.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -7,7 +7,7 @@ use hdrhistogram::serialization::{Deserializer, Serializer, V2DeflateSerializer}
 
 use super::Histogram;
 
-/// Why a text is no histogram of ours.
+/// Error returned when a text is not a valid histogram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SerialError {
     NotBase64,
@@ -25,7 +25,7 @@ impl std::fmt::Display for SerialError {
 
 impl std::error::Error for SerialError {}
 
-/// What was recorded, in microseconds; how many values were expected is not part of the format.
+/// Encodes the recorded values, in microseconds. The format does not contain the expected count.
 pub fn to_base64(histogram: &Histogram) -> String {
     let mut bytes = Vec::new();
     V2DeflateSerializer::new()

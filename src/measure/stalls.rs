@@ -1,9 +1,8 @@
-//! Who stood still, and when: the generator, by beats that came late, or the server, by a silence
-//! while we sent.
+//! Stalls of the generator, seen by late ticks, and of the server, seen by a silence while we sent.
 //!
-//! Publishers live in the generator, so a generator that stands still makes the server fall silent
-//! too. Therefore only a silence that falls into time in which every engine thread was awake, after
-//! something was sent, is the server's.
+//! Publishers live in the generator, so a stalled generator makes the server silent too. Therefore
+//! a silence counts as the server's only if it follows a send and falls into time in which every
+//! engine thread was awake.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -11,25 +10,25 @@ use std::time::Duration;
 use super::presence::{ThreadPresence, step_of, step_start};
 use crate::units::Time;
 
-/// A beat that comes this late is a stall: an audio frame's place has passed.
+/// Lateness from which a tick counts as a stall: the slot of an audio frame has passed.
 pub const STALL_MIN: Duration = Duration::from_millis(20);
-/// A silence this long is the server's stall. Below it lies what a busy host does to a server that
-/// is well.
+/// Silence from which the server counts as stalled. A busy host causes shorter silences with a
+/// healthy server.
 pub const SILENCE_MIN: Duration = Duration::from_millis(40);
-/// A silence is measured by what was usual before it: this many times the wait for the next
-/// datagram, at the 90th percentile of the last [`ANSWERS_MAX`] sends.
+/// Factor over the usual wait from which a silence counts. The usual wait is the time until the
+/// next datagram, at the 90th percentile of the last [`ANSWERS_MAX`] sends.
 const SILENCE_FACTOR: u64 = 3;
 const ANSWERS_MAX: usize = 256;
-/// With fewer answers than this nothing is usual yet: a second of sending, or less.
+/// Number of answers below which no wait is usual yet. They take a second of sending, or less.
 const ANSWERS_MIN: usize = 50;
-/// After a stall of the generator its first frames need their way to the server and back before a
-/// silence means anything.
+/// Time after a stall of the generator in which silences are ignored: its first frames must first
+/// go to the server and back.
 const GRACE: Duration = Duration::from_millis(50);
-/// Pieces with less than this between them are one stall: a starved thread runs a little now and
-/// then.
+/// Gaps with less than this between them are one stall, because a starved thread runs briefly now
+/// and then.
 const JOIN: Duration = Duration::from_millis(250);
 
-/// From when to when something stood still.
+/// Span of time in which the generator or the server stood still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct StillSpan {
     pub from: Time,
@@ -41,13 +40,13 @@ impl StillSpan {
         self.to.since(self.from)
     }
 
-    /// How much of this gap lies between two moments.
+    /// Returns how much of this span lies between two moments.
     pub fn within(&self, from: Time, to: Time) -> Duration {
         self.to.min(to).since(self.from.max(from))
     }
 }
 
-/// Gaps of all threads, in order and without overlaps.
+/// Merges the gaps of all threads into an ordered list without overlaps.
 pub fn union(mut gaps: Vec<StillSpan>) -> Vec<StillSpan> {
     gaps.sort_unstable();
     let mut apart: Vec<StillSpan> = Vec::with_capacity(gaps.len());
@@ -60,15 +59,16 @@ pub fn union(mut gaps: Vec<StillSpan>) -> Vec<StillSpan> {
     apart
 }
 
-/// Gaps with little between them, as one stall each.
+/// Groups gaps with less than `JOIN` between them into one stall each.
 pub fn gathered(gaps: &[StillSpan]) -> Vec<&[StillSpan]> {
     gaps.chunk_by(|one, next| next.from.since(one.to) < JOIN)
         .collect()
 }
 
-/// When nothing came although we sent and were awake, between `from` and `until`.
+/// Returns the spans between `from` and `until` in which nothing came although we sent and were
+/// awake.
 ///
-/// `asleep` are the generator's own gaps, as [`union`] gives them.
+/// `asleep` has the generator's own gaps, as [`union`] returns them.
 pub fn silences(
     sends: &ThreadPresence,
     arrivals: &ThreadPresence,
@@ -81,7 +81,7 @@ pub fn silences(
     let mut asleep = asleep.iter().peekable();
     let mut step = step_of(from);
     while step < end {
-        // A step belongs to a gap as soon as they touch.
+        // A step belongs to a gap if they touch at all.
         while asleep
             .peek()
             .is_some_and(|gap| step_of(gap.to + GRACE) < step)
@@ -114,7 +114,7 @@ pub fn silences(
     silences
 }
 
-/// Whether waiting for so many steps is out of the usual.
+/// Returns whether waiting for so many steps is unusually long.
 fn is_silence(waited: u64, usual: &mut VecDeque<u64>) -> bool {
     if usual.len() < ANSWERS_MIN || step_start(waited).since(Time::ZERO) < SILENCE_MIN {
         return false;
@@ -124,7 +124,7 @@ fn is_silence(waited: u64, usual: &mut VecDeque<u64>) -> bool {
     waited >= SILENCE_FACTOR * sorted[sorted.len() * 9 / 10]
 }
 
-/// One stall, as the report tells it.
+/// One stall, as the report shows it.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Stall {
     pub side: Side,
@@ -132,35 +132,35 @@ pub struct Stall {
     /// Seconds since the start of the run.
     pub at: f64,
     pub until: f64,
-    /// How much of the time between was stood still.
+    /// Time within this span that was stood still.
     pub seconds: f64,
     pub evidence: String,
 }
 
-/// Where a stall's cause lies.
+/// Where the cause of a stall lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Side {
-    /// This program had the CPU, and was late.
+    /// This program had the CPU and was late.
     Generator,
-    /// The host that this program runs on did not let it run.
+    /// The host of this program did not let it run.
     Host,
-    /// The server, or the way to it.
+    /// The server, or the network path to it.
     Server,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Cause {
-    /// All threads of the process, without a wait for a CPU.
+    /// All threads of the process stopped, without a wait for a CPU.
     Stopped,
-    /// The process's control group had used up its share.
+    /// The process's control group had used up its CPU quota.
     Throttled,
     /// The hypervisor ran something else.
     Stolen,
     /// Other threads of this host had the CPU.
     RunQueue,
-    /// The engine thread's own work, or a call that kept it.
+    /// The engine thread's own work, or a call that blocked it.
     Engine,
     /// Nothing came from the server.
     Silence,
@@ -188,7 +188,7 @@ mod tests {
         }
     }
 
-    /// Marks every `interval_ms` from 0 to `end_ms`, but not within `pauses`.
+    /// Makes a mark every `interval_ms` from 0 to `end_ms`, except within `pauses`.
     fn every(interval_ms: u64, end_ms: u64, pauses: &[(u64, u64)]) -> ThreadPresence {
         let mut all = ThreadPresence::default();
         for ms in (0..end_ms).step_by(interval_ms as usize) {
@@ -249,13 +249,13 @@ mod tests {
             every(3, 20_000, &[(7_010, 9_030)]),
         );
         assert_eq!(found(&sends, &arrivals, &[gap(7_000, 9_000)]), []);
-        // The server stalls while we do, and for a second more.
+        // The server stalls at the same time, and for a second more.
         let arrivals = every(3, 20_000, &[(7_010, 10_000)]);
         assert!(about(
             &found(&sends, &arrivals, &[gap(7_000, 9_000)]),
             &[(9_050, 10_000)]
         ));
-        // Ours comes in the middle of its.
+        // Our stall lies in the middle of the server's.
         let arrivals = every(3, 20_000, &[(6_000, 10_000)]);
         assert!(about(
             &found(&sends, &arrivals, &[gap(7_000, 9_000)]),
@@ -273,13 +273,13 @@ mod tests {
     #[test]
     fn what_is_usual_is_no_stall() {
         let sends = every(3, 20_000, &[]);
-        // Publishers alone: a report now and then is all that comes.
+        // Publishers only: nothing comes except an occasional report.
         assert_eq!(found(&sends, &every(450, 20_000, &[]), &[]), []);
         assert!(about(
             &found(&sends, &every(100, 20_000, &[(9_000, 10_300)]), &[]),
             &[(8_903, 10_300)]
         ));
-        // Before anything has ever come there is nothing to compare with.
+        // Nothing has ever come yet, so there is nothing to compare with.
         assert_eq!(found(&sends, &every(3, 20_000, &[(0, 4_000)]), &[]), []);
     }
 

@@ -1,14 +1,14 @@
-//! Records as they travel between hosts: JSON, counters and histograms by name, so that what
-//! several hosts measured merges exactly.
+//! Format of records that are sent between hosts: JSON with counters and histograms by name, so
+//! that the measurements of several hosts merge exactly.
 //!
-//! A section is `{"joins_ok": 3, .., "join": {"expected": 3, "hdr": ".."}, ..}`. Every counter is
-//! there, because one that is not there is unknown and not 0; a histogram that nothing was expected
-//! of and nothing came to is left out. `expected` is what was announced ([`Histogram::expect`]),
-//! which may be less than what came.
+//! A section is `{"joins_ok": 3, .., "join": {"expected": 3, "hdr": ".."}, ..}`. It has every
+//! counter, because a missing counter is unknown and not 0. A histogram without expected and
+//! without recorded values is left out. `expected` is the announced count ([`Histogram::expect`]),
+//! which can be less than the number of values that came.
 //!
-//! What is read comes from strangers: every length is bounded before anything is allocated by it,
-//! and a refusal names what is wrong. A [`RecordWire`] that exists is sound. Names that this
-//! version does not know are skipped.
+//! The input is untrusted. Every length is bounded before memory is allocated by it, and a refusal
+//! names what is wrong. A [`RecordWire`] is always valid. Names that this version does not know are
+//! skipped.
 
 use std::fmt;
 use std::io::Read;
@@ -24,28 +24,29 @@ use serde::{Deserialize, Serialize};
 use super::histogram::{MICROS_MAX, SIGNIFICANT_DIGITS};
 use super::{Bandwidth, Engine, Histogram, Media, Record, Session, serial};
 
-/// The most that one counter or one histogram of one host may count. A run of days stays far below
-/// it, and a thousand hosts' sum fits.
+/// Largest count of one counter or one histogram of one host. A run of days stays far below it, and
+/// the sum of a thousand hosts still fits.
 pub const COUNT_MAX: u64 = 1 << 54;
 
-/// Length of a V2 histogram's header, before its counts.
+/// Length of a V2 histogram's header, which precedes the counts.
 const HDR_HEADER_BYTES: usize = 40;
-/// One for each value that three digits tell apart up to a minute, at most nine bytes each.
+/// Largest length of the counts: one for each value that three digits distinguish up to a minute,
+/// at most nine bytes each.
 const HDR_COUNTS_BYTES_MAX: usize = 17 * 1024 * 9;
-/// Base64 of what does not deflate at all.
+/// Largest length of a histogram's base64, for data that does not deflate at all.
 const HDR_TEXT_BYTES_MAX: usize = (HDR_HEADER_BYTES + HDR_COUNTS_BYTES_MAX + 1_024) / 3 * 4;
 const HDR_V2_DEFLATE_COOKIE: u32 = 0x1c84_9314;
 
-/// A [`Record`] in few bytes: histograms stay as text until they are asked for.
+/// Compact form of a [`Record`]: histograms stay text until they are needed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RecordWire {
-    /// In the order of [`SECTIONS`].
+    /// Sections in the order of [`SECTIONS`].
     sections: [SectionWire; SECTIONS.len()],
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
 struct SectionWire {
-    /// All of them.
+    /// All counters of the section.
     counters: Vec<(&'static str, u64)>,
     histograms: Vec<(&'static str, HistogramWire)>,
 }
@@ -53,11 +54,11 @@ struct SectionWire {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct HistogramWire {
     expected: u64,
-    /// HdrHistogram V2, deflated, base64.
+    /// HdrHistogram V2 format, deflated, in base64.
     hdr: String,
 }
 
-/// One section of a record, by names. Scores are histograms here.
+/// Names of one section of a record. Scores are histograms here.
 struct RecordSection {
     name: &'static str,
     counters: &'static [&'static str],
@@ -98,10 +99,10 @@ const SECTIONS: [RecordSection; 5] = [
     },
 ];
 
-/// A section of a [`Record`] whose figures are found by name.
+/// Section of a [`Record`] whose counters and histograms are found by name.
 pub(super) trait Named {
     fn counter_mut(&mut self, name: &str) -> Option<&mut u64>;
-    /// A histogram or a score.
+    /// Returns a histogram or a score.
     fn histogram_mut(&mut self, name: &str) -> Option<&mut Histogram>;
 }
 
@@ -136,7 +137,7 @@ impl From<&RecordWire> for Record {
 }
 
 impl RecordWire {
-    /// Adds what this host counted.
+    /// Adds the counts of this host.
     pub fn merge_into(&self, record: &mut Record) {
         let [session, audio, video, bandwidth, engine] = &self.sections;
         session.merge_into(&mut record.session);
@@ -193,7 +194,7 @@ impl HistogramWire {
     }
 }
 
-/// Why a text is no histogram that merges with ours.
+/// Error returned when a text is not a histogram that merges with ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 enum HdrError {
     #[error("longer than a histogram can be")]
@@ -212,8 +213,8 @@ enum HdrError {
     TooLarge,
 }
 
-/// Reads a histogram of our own bounds. One of other bounds is refused: putting its values into
-/// ours would move percentiles without a word.
+/// Reads a histogram with our own bounds. Other bounds are refused, because putting such values
+/// into ours would silently move percentiles.
 fn read_hdr(text: &str) -> Result<hdrhistogram::Histogram<u64>, HdrError> {
     if text.len() > HDR_TEXT_BYTES_MAX {
         return Err(HdrError::TooLong);
@@ -226,12 +227,12 @@ fn read_hdr(text: &str) -> Result<hdrhistogram::Histogram<u64>, HdrError> {
     if header[8..] != own_parameters() {
         return Err(HdrError::OtherBounds);
     }
-    // The library allocates by this length before it looks whether so much is there.
+    // The library allocates by this length before it checks how many bytes there are.
     if header[4..8] != (counts.len() as u32).to_be_bytes() {
         return Err(HdrError::NotHdr);
     }
-    // And it negates what it reads, which the least integer does not survive. A number within
-    // `COUNT_MAX` has no eighth byte that is continued.
+    // The library also negates what it reads, and the least integer has no negation. In a number
+    // within `COUNT_MAX` the eighth byte has no continuation bit.
     if counts
         .windows(8)
         .any(|bytes| bytes.iter().all(|byte| byte & 0x80 != 0))
@@ -270,7 +271,7 @@ fn inflate(bytes: &[u8]) -> Result<Vec<u8>, HdrError> {
     Ok(inflated)
 }
 
-/// A V2 header from its eighth byte on: offset, digits, lowest and highest value, ratio.
+/// Returns our own V2 header from byte 8 on: offset, digits, lowest and highest value, ratio.
 fn own_parameters() -> [u8; HDR_HEADER_BYTES - 8] {
     let mut bytes = [0; HDR_HEADER_BYTES - 8];
     bytes[4..8].copy_from_slice(&u32::from(SIGNIFICANT_DIGITS).to_be_bytes());
@@ -416,7 +417,7 @@ mod tests {
     use super::*;
     use crate::seeded::Seeded;
 
-    /// One host's record and the samples that are in its histograms.
+    /// Makes the record of one host, and adds its samples to `everything`.
     fn record(seeded: &mut Seeded, everything: &mut Record) -> Record {
         let mut own = Record::default();
         own.audio.one_way_latency.expect(900);
@@ -511,7 +512,7 @@ mod tests {
         );
     }
 
-    /// Any histogram in the V2 format, honest or not.
+    /// Makes any histogram in the V2 format, valid or not.
     fn hdr(parameters: &[u8], length: Option<u32>, counts: &[u8]) -> String {
         let mut inner = 0x1c84_9313u32.to_be_bytes().to_vec();
         inner.extend(length.unwrap_or(counts.len() as u32).to_be_bytes());
@@ -548,7 +549,8 @@ mod tests {
             3,
             "the writer of this test writes what is read"
         );
-        // Runs of zeros are negative; 17,191 is where a minute lies, and one more is above.
+        // Negative numbers are runs of zeros. Index 17,191 is a minute; the next one is above the
+        // bound.
         let at_index = |index: u32| {
             let zeros = 2 * index - 1;
             hdr(
@@ -574,7 +576,8 @@ mod tests {
             ),
             (hdr(&own, Some(u32::MAX), &[2]), HdrError::NotHdr),
             (hdr(&own, None, &[0x80]), HdrError::NotHdr),
-            // A bomb: two hundred bytes that inflate to more than any histogram of ours.
+            // A decompression bomb: two hundred bytes that inflate to more than any histogram of
+            // ours.
             (
                 hdr(&own, None, &vec![0; HDR_COUNTS_BYTES_MAX + 1]),
                 HdrError::InflatesTooLong,
@@ -584,7 +587,7 @@ mod tests {
             (other(15, 2), HdrError::OtherBounds),
             (other(16, 1), HdrError::OtherBounds),
             (other(24, 0x40), HdrError::OtherBounds),
-            // The least integer, and the most.
+            // The least integer, and the greatest.
             (hdr(&own, None, &[0xff; 9]), HdrError::TooMany),
             (
                 hdr(
