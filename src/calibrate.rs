@@ -1,11 +1,11 @@
-//! `throng calibrate`: what this host can generate, found out against the embedded SFU with plain
+//! `throng calibrate`: measures what this host can generate, against the embedded SFU with plain
 //! sends, in under two minutes.
 //!
 //! Three numbers are raised until something breaks: packets received, joins a second, participants.
 //! Every point is an ordinary run with an ordinary verdict, and its command line is part of the
-//! result. Generator and SFU share the host, so what held is a lower bound of what the generator
-//! bears where the SFU is elsewhere; what it would bear there is said by its CPU time, and labelled
-//! so.
+//! result. Generator and SFU share the host, so the largest point that held is a lower bound of
+//! what the generator bears with the SFU elsewhere. The figure for an SFU elsewhere is derived from
+//! the generator's CPU time, and labelled so.
 
 pub mod cache;
 mod search;
@@ -27,38 +27,38 @@ pub const SCHEMA: &str = "throng-calibration/1";
 
 pub const GREETING: &str = "throng calibrate: this host against its own embedded SFU, one call a packet;\nunder two minutes, and the truer the less else runs here";
 
-/// What this host bears.
+/// Result of a calibration: what this host bears.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Calibration {
     pub schema: String,
     pub version: String,
-    /// Since 1970, by this host's clock.
+    /// Seconds since 1970, by this host's clock.
     pub calibrated_at_unix: u64,
     pub host: HostId,
     pub engine_threads: usize,
     pub sfu_routers: usize,
-    /// What a packet costs an engine thread, for whatever it does, at the largest point of
-    /// `packets` that held.
+    /// CPU time of an engine thread per packet, for all its work, at the largest point of `packets`
+    /// that held.
     pub us_per_packet: Option<f64>,
-    /// What one engine thread would bear by that, as busy as a valid run allows. Not tried: the
-    /// SFU shares the host.
+    /// Packets that one engine thread would bear by that figure, when it is as busy as a valid run
+    /// allows. This is not measured, because the SFU shares the host.
     pub packets_per_second_per_thread: Option<f64>,
-    /// RTP packets received a second, by all engine threads.
+    /// RTP packets received a second, over all engine threads.
     pub packets: Ceiling,
     pub joins: Ceiling,
-    /// Participants that are in at once, each receiving one audio track.
+    /// Participants in the rooms at the same time, each receiving one audio track.
     pub participants: Ceiling,
 }
 
-/// How far one number went.
+/// Largest value of one number, and why it went no further.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Ceiling {
-    /// The largest that held; `None` where nothing did.
+    /// Largest value that held; `None` if none did.
     pub held: Option<f64>,
-    /// The command line of that point.
+    /// Command line of that point.
     pub command: Option<String>,
     pub limit: CalibrationLimit,
-    /// Why it did not go further.
+    /// Reasons why it did not go further.
     pub reasons: Vec<String>,
 }
 
@@ -66,40 +66,40 @@ pub struct Ceiling {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CalibrationLimit {
-    /// The run was INVALID.
+    /// The generator: the run was INVALID.
     Generator,
-    /// The run failed, and was VALID: the embedded SFU, on the CPUs that the generator left it.
+    /// The embedded SFU, on the CPUs that the generator left to it: the run was VALID and failed.
     Sfu,
     /// A limit of the host that is known before a run: files, ports, memory.
     Host,
-    /// Nothing: the time was over.
+    /// Nothing broke: the time was over.
     #[default]
     Time,
 }
 
-/// A number that is raised.
+/// A number that is raised point by point.
 struct Question {
     name: &'static str,
     unit: &'static str,
     start: u32,
-    /// Its part of the time that there is.
+    /// Its share of the total time.
     share: f64,
-    /// Joins a second and participants of a point, by which its length is known in advance.
+    /// Joins a second and participants of a point. They give its length in advance.
     size: fn(u32) -> (f64, f64),
     hold: Duration,
     arguments: fn(u32, u32) -> Vec<String>,
     figure: fn(u32, &Outcome) -> f64,
 }
 
-/// What a calibration takes at most. No point is begun that would go beyond it.
+/// Longest duration of a calibration. A point that would exceed it is not begun.
 pub const PATIENCE: Duration = Duration::from_secs(112);
 
-/// As fast as a small host lets people in without being disturbed; what a point tells is measured
-/// after they are in.
+/// Fastest rate at which a small host admits participants without being disturbed. The figures of a
+/// point are measured after all have joined.
 const JOINS_PER_SECOND: f64 = 400.0;
-/// What a run takes besides joining and holding: the drain, the goodbyes, the start of the SFU.
+/// Time of a run apart from joining and holding: draining, leaving, starting the SFU.
 const AROUND: Duration = Duration::from_millis(2_300);
-/// Joins last so long, and then what is in must hold.
+/// Seconds of joining at a point of [`JOINS`]. After that the joined participants must hold.
 const JOINING_SECONDS: u32 = 2;
 
 const PACKETS: Question = Question {
@@ -149,7 +149,7 @@ const JOINS: Question = Question {
             ),
             ("--num-per-second", &rate.to_string()),
             ("--duration", "1s"),
-            // More than that, and joins pile up.
+            // A larger p99 means that joins pile up.
             ("--threshold", "session.join.p99<1s"),
         ])
     },
@@ -186,7 +186,7 @@ fn arguments(flags: &[(&str, &str)]) -> Vec<String> {
         .collect()
 }
 
-/// As a shell takes it.
+/// Formats the arguments for a shell.
 fn command_line(arguments: &[String]) -> String {
     let quoted = arguments.iter().map(|argument| {
         if argument.contains('<') {
@@ -198,10 +198,10 @@ fn command_line(arguments: &[String]) -> String {
     format!("throng {}", quoted.collect::<Vec<_>>().join(" "))
 }
 
-/// Finds out what this host bears, within `patience`. `progress` hears a line for each point.
+/// Measures what this host bears, within `patience`. `progress` gets one line for each point.
 ///
 /// # Errors
-/// Where a run does not start, or is interrupted: half a calibration is none.
+/// A run does not start or is interrupted. Half a calibration is not kept.
 pub fn calibrate(
     host: &Host,
     threads: Option<usize>,
@@ -214,7 +214,7 @@ pub fn calibrate(
         threads,
         patience,
         parse,
-        // A room lives on one router: as many as there may be routers.
+        // A room lives on one router, so there are as many rooms as there may be routers.
         rooms: (host.usable_cpus() / 4).max(1) as u32,
         progress: &mut progress,
     };
@@ -245,7 +245,7 @@ pub fn calibrate(
     })
 }
 
-/// Makes a run of a command line, which is also how its result is told.
+/// Parses a command line into a run. The result shows the same command line.
 pub type ParseRun<'p> = &'p dyn Fn(Vec<String>) -> Result<Box<RunSpec>>;
 
 struct Bench<'a> {
@@ -257,10 +257,10 @@ struct Bench<'a> {
     progress: &'a mut dyn FnMut(&str),
 }
 
-/// What came of one point.
+/// Result of one point.
 enum PointOutcome {
     Ran(Box<Outcome>),
-    /// The host is too small for it, as is known before it starts.
+    /// The host is too small for it, which is known before it starts.
     Refused(Vec<String>),
 }
 
@@ -305,7 +305,7 @@ impl Bench<'_> {
                 PointHeld::Yes => {
                     (ceiling.held, ceiling.command) = (Some(figure), Some(command));
                     largest = Some(outcome);
-                    // What it was suspected of a moment ago has not come again.
+                    // The failure suspected before did not occur again.
                     if !search.has_broken() {
                         (ceiling.limit, ceiling.reasons) = (CalibrationLimit::Time, Vec::new());
                     }
@@ -323,7 +323,7 @@ impl Bench<'_> {
         if !findings.refusals.is_empty() {
             return Ok(PointOutcome::Refused(findings.refusals));
         }
-        // The same media at every point of a question.
+        // All points of a question use the same media.
         let clips = match clips {
             Some(clips) => clips.clone(),
             None => clips
@@ -354,8 +354,8 @@ impl Question {
 }
 
 impl Calibration {
-    /// How near a run on this host came to it, by the packets of its busiest second; `None` where
-    /// packets are not what was calibrated or measured.
+    /// Returns how near a run on this host came to the ceiling, by the packets of its busiest
+    /// second. `None` if packets were not calibrated or not measured.
     pub fn nearness(&self, outcome: &Outcome) -> Option<Nearness> {
         let ceiling = self.packets_per_second_per_thread? * outcome.engine.threads as f64;
         let per_second = outcome
@@ -373,14 +373,14 @@ impl Calibration {
     }
 }
 
-/// The calibration as JSON, indented, with a newline at its end.
+/// Formats the calibration as JSON, indented, with a newline at its end.
 pub fn json(calibration: &Calibration) -> String {
     let mut text = serde_json::to_string_pretty(calibration).expect("plain data serialises");
     text.push('\n');
     text
 }
 
-/// The calibration for people, for 80 columns.
+/// Formats the calibration as text of 80 columns.
 pub fn text(calibration: &Calibration) -> String {
     let (packets, joins, participants) = (
         &calibration.packets,
@@ -433,7 +433,7 @@ fn ceiling_rows(label: &str, unit: &str, ceiling: &Ceiling) -> String {
     row(label, &held) + &wrapped(&ceiling.what_broke(), 13)
 }
 
-/// What an engine thread's CPU time says of packets; nothing where it is not known.
+/// Returns what an engine thread's CPU time says about packets; empty if it is not known.
 fn by_cpu(calibration: &Calibration) -> String {
     let known = calibration
         .us_per_packet
@@ -448,7 +448,7 @@ fn by_cpu(calibration: &Calibration) -> String {
     })
 }
 
-/// A command in lines of at most 80 columns that a shell takes for one.
+/// Breaks a command into lines of at most 80 columns that a shell reads as one.
 fn pasteable(command: &str) -> String {
     const DEEPER: &str = "  ";
     let lines = wrapped(command, 2 + DEEPER.len());
@@ -475,10 +475,10 @@ impl Ceiling {
     }
 }
 
-/// Keeps the calibration for later runs; where, for people.
+/// Stores the calibration for later runs, and returns the path to show.
 ///
 /// # Errors
-/// Where there is no place for it.
+/// There is no place to store it, or it cannot be written.
 pub fn keep(calibration: &Calibration, env: &dyn Fn(&str) -> Option<String>) -> Result<String> {
     let path = cache::path(env)
         .ok_or_else(|| anyhow!("no place to keep the calibration: set HOME or XDG_CACHE_HOME"))?;

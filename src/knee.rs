@@ -1,39 +1,41 @@
-//! The search for a capacity: the most participants with which a run passes.
+//! Search for a capacity: the largest number of participants with which a run passes.
 //!
-//! It grows by doubling until a point does not pass. From then on every capacity that there could
-//! be is held against all verdicts so far, and weighed by how well it explains them; the next point
-//! is where a PASS and a FAIL are equally likely. Far from the edge that halves what is left, as
-//! bisection does. Near it verdicts contradict each other, and points are repeated until 95 % of
-//! the weight lies within [`RESOLUTION`] of the middle. That middle is the capacity: with so many,
-//! every other run passes.
+//! The search doubles the load until a point does not pass. From then on it weighs every possible
+//! capacity by how well it explains all verdicts so far. The next point is the load at which a PASS
+//! and a FAIL are equally likely. Far from the edge this halves the remaining range, as bisection
+//! does. Near the edge verdicts contradict each other, and points are repeated until 95 % of the
+//! weight lies within [`RESOLUTION`] of the middle. That middle is the capacity: at this load every
+//! other run passes.
 //!
-//! How a verdict depends on load is a logistic curve over the logarithm of the load. Its steepness
-//! is not known, so several are weighed, and one verdict in a hundred may be chance. So one wrong
-//! verdict far from the edge costs some points more, and not the answer. That more load makes a
-//! PASS less likely is taken for granted.
+//! The model is that a verdict depends on the logarithm of the load by a logistic curve. Its
+//! steepness is unknown, so several are weighed. One verdict in a hundred may be chance, so one
+//! wrong verdict far from the edge costs some more points and does not change the answer. The model
+//! assumes that more load makes a PASS less likely.
 //!
-//! Nothing here measures or waits: points come out, verdicts go in.
+//! This module measures nothing and does not wait: it gives points and takes verdicts.
 
-/// Where the search ends: the interval reaches this share of the capacity to either side, or is a
-/// single number.
+/// Precision at which the search ends: the interval reaches this share of the capacity to either
+/// side, or is a single number.
 pub const RESOLUTION: f64 = 0.025;
-/// Of the weight, what lies within the interval.
+/// Share of the weight that lies within the interval.
 pub const CONFIDENCE: f64 = 0.95;
-/// A search that has not settled by then says how far it came.
+/// Largest number of points. A search that has not settled by then reports the interval that it
+/// reached.
 pub const POINTS_MAX: usize = 60;
 
-/// The first point, as a part of the most: four doublings lead there.
+/// The first point is the maximum divided by this. Four doublings lead from there to the maximum.
 const FIRST_PART: u32 = 16;
-/// Capacities that are weighed lie so far apart, as a share.
+/// Relative distance between neighbouring capacities that are weighed.
 const STEP: f64 = 0.01;
-/// From where it is one in two, what share of load more makes a PASS one in 3.7 (1 / (1 + e)).
+/// Steepness of the curve: the relative increase of load that lowers the probability of a PASS from
+/// one half to 1 / (1 + e), one in 3.7.
 const SOFTNESS: [f64; 5] = [0.002, 0.005, 0.01, 0.02, 0.04];
-/// The share of verdicts that say nothing of the load.
+/// Share of verdicts that do not depend on the load.
 const CHANCE: f64 = 0.01;
-/// Where an exponential is as good as zero beside one.
+/// Exponent from which an exponential is negligible beside one.
 const NEGLIGIBLE: f64 = 40.0;
 
-/// How many participants to try next.
+/// The number of participants to try next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SearchPoint {
     pub participants: u32,
@@ -42,11 +44,11 @@ pub struct SearchPoint {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SearchPhase {
-    /// Everything passed so far.
+    /// Everything has passed so far.
     Grow,
-    /// Between what passed and what did not.
+    /// Between a load that passed and one that did not.
     Bisect,
-    /// At the edge, or again because the generator may have been the limit by chance.
+    /// At the edge, or a repeat because the generator may have been the limit by chance.
     Repeat,
 }
 
@@ -60,14 +62,15 @@ impl SearchPhase {
     }
 }
 
-/// What a point came to.
+/// Result of a point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PointVerdict {
     Pass,
     Fail,
-    /// The generator was the limit: nothing is known about the server.
+    /// The generator was the limit, so nothing is known about the server.
     Invalid,
-    /// Held as long as it may be, and still neither: half a PASS and half a FAIL.
+    /// Held for the longest time allowed without a decision. It counts as half a PASS and half a
+    /// FAIL.
     Unsettled,
 }
 
@@ -87,45 +90,45 @@ pub enum SearchStep {
 
 #[derive(Clone, Debug, PartialEq)]
 pub enum KneeAnswer {
-    /// As many pass every other time; with 95 % confidence it is `low..=high`.
+    /// Load at which every other run passes. With 95 % confidence it lies in `low..=high`.
     Capacity {
         participants: u32,
         low: u32,
         high: u32,
-        /// Whether the interval is as narrow as it was to be; else the points ran out.
+        /// Whether the interval is as narrow as required. If not, the points ran out.
         settled: bool,
     },
-    /// So many pass, and more were not to be tried, or could not.
+    /// This many pass. More was not allowed, or not possible.
     AtLeast { participants: u32, limit: KneeLimit },
-    /// One participant fails.
+    /// One participant already fails.
     None,
-    /// Even with one participant the generator was the limit.
+    /// The generator was the limit even with one participant.
     NotMeasured { reasons: Vec<String> },
 }
 
-/// What kept the search from going higher.
+/// What stopped the search from going higher.
 #[derive(Clone, Debug, PartialEq)]
 pub enum KneeLimit {
-    /// The most that was to be tried.
+    /// The largest number that was to be tried.
     Max,
-    /// The generator was the limit `at` so many, twice.
+    /// The generator was the limit twice with `at` participants.
     Generator { at: u32, reasons: Vec<String> },
 }
 
 pub struct KneeSearch {
     max: u32,
     tried: Vec<Tried>,
-    /// The logarithms of the capacities that are weighed.
+    /// Logarithms of the capacities that are weighed.
     capacities: Vec<f64>,
-    /// For each capacity and softness, of the logarithm of the probability of all verdicts.
+    /// Logarithm of the probability of all verdicts, for each capacity and softness.
     likelihood: Vec<[f64; SOFTNESS.len()]>,
 }
 
 impl KneeSearch {
-    /// Between one participant and `max`, which is at least one.
+    /// Creates a search between one participant and `max`, which is at least one.
     pub fn new(max: u32) -> KneeSearch {
         assert!(max > 0, "a search needs something to try");
-        // From half of the least to twice the most: as far outside as one step of growth.
+        // From half of the least to twice the most, which is one step of growth beyond either end.
         let (from, to) = (0.5f64.ln(), (2.0 * f64::from(max)).ln());
         let cells = ((to - from) / STEP).ceil() as usize;
         let capacities: Vec<f64> = (0..cells).map(|cell| from + STEP * cell as f64).collect();
@@ -137,12 +140,12 @@ impl KneeSearch {
         }
     }
 
-    /// All points so far, the first one first.
+    /// Returns all points so far, in order.
     pub fn tried(&self) -> &[Tried] {
         &self.tried
     }
 
-    /// What is next; the same until a verdict is taken.
+    /// Returns the next step. It stays the same until a verdict is taken.
     pub fn next(&self) -> SearchStep {
         if let Some(participants) = self.doubtful() {
             return SearchStep::Try(SearchPoint {
@@ -160,7 +163,7 @@ impl KneeSearch {
         self.weighed(highest, limit)
     }
 
-    /// Takes what `participants` came to. Reasons say why they did not pass.
+    /// Takes the verdict of a point with `participants`. `reasons` say why it did not pass.
     pub fn take(&mut self, participants: u32, verdict: PointVerdict, reasons: Vec<String>) {
         let weights = match verdict {
             PointVerdict::Pass => Some((1.0, 0.0)),
@@ -191,8 +194,8 @@ impl KneeSearch {
         });
     }
 
-    /// Why the point failed that lies nearest above the capacity, or at it: what broke first.
-    /// `None` where none failed.
+    /// Returns the failed point that shows what broke first: the lowest one at or above the lower
+    /// end of the interval, or else the highest one. `None` if no point failed.
     pub fn broke_first(&self) -> Option<&Tried> {
         let low = self.weights().quantile((1.0 - CONFIDENCE) / 2.0);
         let failed = || {
@@ -206,7 +209,8 @@ impl KneeSearch {
             .or_else(|| failed().max_by_key(|tried| tried.participants))
     }
 
-    /// The last point, if the generator was the limit there for the first time: once may be chance.
+    /// Returns the last point if the generator was the limit there for the first time, because once
+    /// may be chance.
     fn doubtful(&self) -> Option<u32> {
         let last = self
             .tried
@@ -222,7 +226,7 @@ impl KneeSearch {
         self.tried.iter().filter(invalid).count()
     }
 
-    /// The least number at which the generator was the limit twice.
+    /// Returns the lowest point at which the generator was the limit twice.
     fn generator_limit(&self) -> Option<&Tried> {
         let invalid = self
             .tried
@@ -251,8 +255,8 @@ impl KneeSearch {
             .min()
     }
 
-    /// As long as nothing failed: twice as many, or halfway to where the generator was the limit.
-    /// `None` where there is nothing higher to try.
+    /// Returns the next step while nothing has failed: twice as many, or halfway to where the
+    /// generator was the limit. `None` if there is nothing higher to try.
     fn growth(&self, highest: Option<u32>, limit: Option<&Tried>) -> Option<SearchStep> {
         let participants = match (highest, limit) {
             (None, None) => (self.max / FIRST_PART).max(1),
@@ -274,11 +278,11 @@ impl KneeSearch {
         }))
     }
 
-    /// The answer, if the verdicts give one, or the point that tells most.
+    /// Returns the answer if the verdicts give one, else the most informative point.
     fn weighed(&self, highest: Option<u32>, limit: Option<&Tried>) -> SearchStep {
         let weights = self.weights();
         let outside = (1.0 - CONFIDENCE) / 2.0;
-        // Just below where the generator was the limit it may well be the limit too.
+        // Just below a point where the generator was the limit, it may be the limit too.
         let top = match limit {
             None => self.max,
             Some(limit) => ((f64::from(limit.participants) / (1.0 + RESOLUTION)) as u32)
@@ -355,14 +359,14 @@ impl KneeSearch {
     }
 }
 
-/// How well each capacity explains the verdicts, by softness; all together 1.
+/// Weight of each capacity, by softness: how well it explains the verdicts. The weights sum to 1.
 struct Weights<'a> {
     capacities: &'a [f64],
     cells: Vec<[f64; SOFTNESS.len()]>,
 }
 
 impl Weights<'_> {
-    /// The whole number of participants that the capacity at `share` of the weight bears.
+    /// Returns the capacity at `share` of the weight, as a whole number of participants.
     fn quantile(&self, share: f64) -> u32 {
         let mut sum = 0.0;
         let found = self.capacities.iter().zip(&self.cells).find(|(_, row)| {
@@ -373,7 +377,7 @@ impl Weights<'_> {
         capacity.expect("there are cells").exp() as u32
     }
 
-    /// The weight of capacities of fewer than so many.
+    /// Returns the weight of all capacities below `participants`.
     fn below(&self, participants: u32) -> f64 {
         let load = f64::from(participants).ln();
         let rows = self
@@ -384,7 +388,7 @@ impl Weights<'_> {
         rows.flat_map(|(_, row)| row).sum()
     }
 
-    /// How probable it is that so many pass.
+    /// Returns the probability that a run with `participants` passes.
     fn pass(&self, participants: u32) -> f64 {
         let load = f64::from(participants).ln();
         let row = |(capacity, row): (&f64, &[f64; SOFTNESS.len()])| -> f64 {
@@ -398,7 +402,8 @@ impl Weights<'_> {
     }
 }
 
-/// That a point passes whose load is `reserve` (the difference of logarithms) below the capacity.
+/// Returns the probability that a point passes whose load is `reserve` (the difference of
+/// logarithms) below the capacity.
 fn probability(reserve: f64, softness: f64) -> f64 {
     CHANCE / 2.0 + (1.0 - CHANCE) / (1.0 + (-reserve / softness).exp())
 }
@@ -407,7 +412,8 @@ fn close(low: u32, high: u32) -> bool {
     f64::from(high) <= f64::from(low) * (1.0 + RESOLUTION) || high <= low + 1
 }
 
-/// Halfway on a logarithmic scale, and neither of the two, between which there is a number.
+/// Returns the middle on a logarithmic scale, which is neither of the two. There must be a number
+/// between them.
 fn between(low: u32, high: u32) -> u32 {
     let middle = (f64::from(low) * f64::from(high)).sqrt() as u32;
     middle.clamp(low + 1, high - 1)
@@ -418,12 +424,12 @@ mod tests {
     use super::*;
     use crate::seeded::Seeded;
 
-    /// A server that passes half of the runs with `capacity` participants, and a generator that
-    /// gives out above `generator`.
+    /// Model of a server that passes half of the runs with `capacity` participants, and of a
+    /// generator that is the limit above `generator`.
     struct ModelServer {
         capacity: f64,
         softness: f64,
-        /// Per cent of verdicts that a coin decides.
+        /// Percentage of verdicts that are decided by chance.
         coin_percent: u64,
         generator: u32,
         seeded: Seeded,

@@ -1,6 +1,6 @@
-//! What would spoil the run, found before it starts, with the fix in the message.
+//! Problems that would spoil the run, found before it starts. Each message contains the fix.
 //!
-//! [`check`] is a pure function of the plan and a [`Host`]; the host is read once from the kernel,
+//! [`check`] is a pure function of the plan and a [`Host`]. The host is read once from the kernel,
 //! or made up by tests. A *refusal* would make participants fail; a *warning* may make the figures
 //! worse.
 
@@ -14,46 +14,47 @@ use crate::measure::Kind;
 use crate::plan::{Plan, Resources};
 use crate::words::{count, number, scaled};
 
-/// Files besides sockets: the libraries, terminals and reports of the process, and what the runtime
-/// opens.
+/// Files besides sockets: libraries, terminals and reports of the process, and files that the
+/// runtime opens.
 const FILES_SLACK: u64 = 64;
-/// Poll, timer and wake-up descriptors of an engine thread.
+/// Descriptors of an engine thread: poll, timer and wake-up.
 const FILES_PER_THREAD: u64 = 4;
-/// Ports that other programs on the host may hold.
+/// Ports that other programs on the host may use.
 const PORTS_SLACK: u64 = 64;
-/// A receive buffer must hold this much of a subscriber's traffic: what a stalled host may leave
-/// unread.
+/// Seconds of a subscriber's traffic that a receive buffer must hold, because a stalled host may
+/// leave that much unread.
 const BUFFERED_SECONDS: f64 = 0.25;
-/// What a packet takes of the SO_RCVBUF value that was asked for. Measured: 4 MiB hold 3,640 video
+/// Bytes of the requested SO_RCVBUF value that one packet takes. Measured: 4 MiB hold 3,640 video
 /// packets.
 const BUFFER_BYTES_PER_PACKET: f64 = 1_152.0;
-/// No socket asks for less: covers connection set-up and key frames.
+/// Smallest buffer that a socket asks for. It covers connection set-up and key frames.
 const BUFFER_BYTES_MIN: u64 = 128 << 10;
-/// Share of the threads' time above which ticks begin to slip.
+/// Share of the threads' time above which ticks begin to be late.
 const BUSY_SHARE_MAX: f64 = 0.7;
-/// Share of the free memory above which the estimate is too close.
+/// Share of the free memory above which the estimate is too close to the limit.
 const MEMORY_SHARE_MAX: f64 = 0.8;
 
-/// What this host allows. `None`: the kernel does not say, and no judgement follows.
+/// Limits of this host. `None` means that the kernel does not say; nothing is judged by it then.
 #[derive(Clone, Debug)]
 pub struct Host {
-    /// Soft file limit, after it was raised as far as it goes.
+    /// Soft file limit, after it was raised as far as possible.
     pub files_max: Option<u64>,
-    /// Hard file limit: only an administrator lifts it.
+    /// Hard file limit, which only an administrator can raise.
     pub files_hard_max: Option<u64>,
-    /// Local ports for sockets bound to port 0.
+    /// Range of local ports for sockets bound to port 0.
     pub source_ports: Option<RangeInclusive<u16>>,
-    /// `net.core.rmem_max`.
+    /// Value of `net.core.rmem_max`.
     pub receive_buffer_max: Option<u64>,
-    /// CPUs that the affinity mask leaves.
+    /// Number of CPUs in the affinity mask.
     pub cpus: usize,
-    /// CPUs' worth of time that the cgroup grants.
+    /// CPU time that the cgroup grants, in CPUs.
     pub cpu_quota: Option<f64>,
-    /// What can be allocated without swapping: the host's or the cgroup's, whichever is less.
+    /// Memory that can be allocated without swapping: the host's or the cgroup's, whichever is
+    /// less.
     pub memory_available_bytes: Option<u64>,
 }
 
-/// What the check found; texts for the user, fix included.
+/// Findings of the check: texts for the user that include the fix.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Findings {
     pub refusals: Vec<String>,
@@ -61,7 +62,7 @@ pub struct Findings {
 }
 
 impl Host {
-    /// Reads this host, and raises the soft file limit to the hard one on the way.
+    /// Reads this host. It also raises the soft file limit to the hard one.
     pub fn read() -> Host {
         let limit = raised_file_limit();
         Host {
@@ -72,7 +73,7 @@ impl Host {
         }
     }
 
-    /// Everything that the kernel tells through files below `root`.
+    /// Reads everything that the kernel shows in files below `root`.
     fn read_below(root: &Path) -> Host {
         let number = |path: &str| read_number(&root.join(path));
         let cgroup = Cgroup::read(root);
@@ -91,7 +92,7 @@ impl Host {
         }
     }
 
-    /// Whole CPUs that the process may keep busy; at least one.
+    /// Returns the number of whole CPUs that the process may keep busy; at least one.
     pub fn usable_cpus(&self) -> usize {
         let quota = self
             .cpu_quota
@@ -100,8 +101,8 @@ impl Host {
     }
 }
 
-/// What `plan` needs here. `threads`: as asked; by default one per CPU, or half of them where the
-/// server shares this host.
+/// Returns what `plan` needs on this host. `threads` is the number asked for; the default is one
+/// per CPU, or half of the CPUs if the server shares this host.
 pub fn resources(plan: &Plan, host: &Host, threads: Option<usize>) -> Resources {
     let cpus = host.usable_cpus();
     let share = if plan.target.url.is_loopback() {
@@ -146,8 +147,8 @@ pub fn check(plan: &Plan, host: &Host, resources: &Resources) -> Findings {
     findings
 }
 
-/// The SO_RCVBUF that each socket should ask for: a quarter of a second of the busiest subscriber's
-/// packets.
+/// Returns the SO_RCVBUF that each socket should ask for: a quarter of a second of the busiest
+/// subscriber's packets.
 pub fn receive_buffer_bytes(plan: &Plan) -> u64 {
     let packets: f64 = [Kind::Audio, Kind::Video]
         .into_iter()
@@ -176,7 +177,8 @@ fn files(host: &Host, resources: &Resources) -> Option<String> {
     ))
 }
 
-/// A server cannot know how many will come; each takes one file, for its WebSocket.
+/// Returns a warning if the file limit is low. A server does not know how many participants will
+/// come, and each takes one file for its WebSocket.
 pub fn server_files(host: &Host) -> Option<String> {
     const PARTICIPANTS_EXPECTED: u64 = 4_000;
     let limit = host.files_max?;
@@ -268,8 +270,8 @@ fn cpu(plan: &Plan, resources: &Resources) -> Option<String> {
     })
 }
 
-/// Raises the soft limit to the hard one. Where that fails the limit stays what it is, and the
-/// check tells.
+/// Raises the soft limit to the hard one. If that fails, the limit stays as it is, and the check
+/// reports it.
 fn raised_file_limit() -> Rlimit {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -308,8 +310,7 @@ fn meminfo_available(path: &Path) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// The control groups that this process is in, from its own up to the root: every one of them
-/// limits.
+/// Control groups of this process, from its own up to the root. Each of them limits it.
 struct Cgroup {
     unified: Vec<PathBuf>,
     cpu: Vec<PathBuf>,
@@ -373,7 +374,7 @@ impl Cgroup {
     }
 }
 
-/// The group's directory and its ancestors, down to the mount point.
+/// Returns the group's directory and its ancestors, down to the mount point.
 fn lineage(mount: &Path, group: &str) -> Vec<PathBuf> {
     let own = mount.join(group.trim_start_matches('/'));
     own.ancestors()
@@ -382,7 +383,7 @@ fn lineage(mount: &Path, group: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// `max 100000` is no limit; `150000 100000` is a CPU and a half.
+/// Parses `cpu.max`: `max 100000` is no limit; `150000 100000` is one and a half CPUs.
 fn cpu_max(text: &str) -> Option<f64> {
     let mut fields = text.split_whitespace();
     let (quota, period): (f64, f64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);

@@ -1,4 +1,5 @@
-//! The last calibration, in the user's cache, for later runs to compare themselves with.
+//! The last calibration, kept in the user's cache so that later runs can compare themselves with
+//! it.
 
 use std::path::{Path, PathBuf};
 use std::{fs, io};
@@ -9,10 +10,11 @@ use super::Calibration;
 #[cfg(test)]
 use super::Ceiling;
 
-/// What a calibration holds for: another processor, kernel or number of CPUs makes it void.
+/// Host that a calibration is valid for. Another processor, kernel or number of CPUs makes it void.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostId {
-    /// As the kernel names it; empty where it does not. So below.
+    /// Processor name as the kernel gives it; empty if the kernel gives none. The same holds for
+    /// `kernel`.
     pub processor: String,
     pub kernel: String,
     pub cpus: usize,
@@ -37,8 +39,8 @@ fn processor(cpuinfo: &str) -> String {
     cpuinfo.lines().find_map(named).unwrap_or_default()
 }
 
-/// `$XDG_CACHE_HOME/throng/calibration.json`, by default below `~/.cache`; `None` for a user
-/// without a home.
+/// Returns `$XDG_CACHE_HOME/throng/calibration.json`, by default below `~/.cache`; `None` for a
+/// user without a home.
 pub fn path(env: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
     let absolute = |name: &str| {
         env(name)
@@ -50,7 +52,7 @@ pub fn path(env: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
     Some(base.join("throng").join("calibration.json"))
 }
 
-/// Replaces what is there in one step, so that a reader never sees half of it.
+/// Replaces the file in one step, so that a reader never sees half of it.
 pub fn write(path: &Path, calibration: &Calibration) -> io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(folder)?;
@@ -59,15 +61,16 @@ pub fn write(path: &Path, calibration: &Calibration) -> io::Result<()> {
     fs::rename(&draft, path)
 }
 
-/// The calibration of this very host; `None` where there is none, where it is of another host, or
-/// cannot be read.
+/// Returns the calibration of this host; `None` if there is none, if it is of another host, or if
+/// it cannot be read.
 pub fn read(path: &Path, host: &HostId) -> Option<Calibration> {
     let calibration: Calibration = serde_json::from_str(&fs::read_to_string(path).ok()?).ok()?;
     let is_ours = calibration.schema == super::SCHEMA && calibration.host == *host;
     (is_ours && is_possible(&calibration)).then_some(calibration)
 }
 
-/// The file may hold anything: a figure that no host has makes it void.
+/// Checks the figures, because the file may contain anything. A figure that no host can have makes
+/// it void.
 fn is_possible(calibration: &Calibration) -> bool {
     const FIGURE_MAX: f64 = 1e12;
     let figures = [
@@ -104,7 +107,7 @@ mod tests {
             )
         };
         assert_eq!(path(&xdg), Some("/var/c/throng/calibration.json".into()));
-        // The specification: a relative path is to be ignored.
+        // By the specification a relative path is ignored.
         let relative = |name: &str| {
             Some(
                 if name == "XDG_CACHE_HOME" {

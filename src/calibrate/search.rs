@@ -1,16 +1,17 @@
-//! How far a number can be raised until something breaks: doubling, then halving the gap.
+//! Search for the largest number that holds: it doubles until something breaks, then halves the
+//! gap.
 
-/// What came of one point.
+/// Result of one point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PointHeld {
     Yes,
     No,
 }
 
-/// Where the limit is known to lie, and which point tells most about it.
+/// What is known about the limit, and which point to try next.
 ///
-/// A point that broke is tried a second time before it counts: on a shared host a single failure
-/// may be a neighbour's.
+/// A point that broke is tried a second time before it counts, because on a shared host a single
+/// failure may be caused by a neighbour.
 #[derive(Debug)]
 pub struct CalibrationSearch {
     start: u32,
@@ -19,7 +20,8 @@ pub struct CalibrationSearch {
     suspect: Option<u32>,
 }
 
-/// The gap between what held and what broke, in parts of what held, that is near enough.
+/// Precision of the search: the gap between what held and what broke is at most this fraction (one
+/// eighth) of what held.
 const GAP_PARTS: u32 = 8;
 
 impl CalibrationSearch {
@@ -32,8 +34,8 @@ impl CalibrationSearch {
         }
     }
 
-    /// The point to try; `None` where the limit is known closely enough, or even less than the
-    /// start breaks.
+    /// Returns the point to try. `None` if the limit is known closely enough, or if even less than
+    /// the start breaks.
     pub fn next(&self) -> Option<u32> {
         match (self.suspect, self.held, self.broke) {
             (Some(suspect), ..) => Some(suspect),
@@ -46,12 +48,12 @@ impl CalibrationSearch {
         }
     }
 
-    /// Whether a point has broken twice.
+    /// Returns whether a point has broken twice.
     pub fn has_broken(&self) -> bool {
         self.broke.is_some()
     }
 
-    /// What came of the point that [`CalibrationSearch::next`] gave.
+    /// Takes the result of the point that [`CalibrationSearch::next`] returned.
     pub fn take(&mut self, point: u32, held: PointHeld) {
         match held {
             PointHeld::Yes => {
@@ -71,7 +73,8 @@ impl CalibrationSearch {
 mod tests {
     use super::*;
 
-    /// Tries points until the search is done: what held last, and how many were tried.
+    /// Tries points until the search is done. Returns the last point that held and the number of
+    /// tries.
     fn searched(start: u32, held: impl Fn(u32, usize) -> bool) -> (Option<u32>, usize) {
         let mut search = CalibrationSearch::from(start);
         for tries in 0..100 {
@@ -105,7 +108,7 @@ mod tests {
 
     #[test]
     fn a_single_failure_is_not_believed() {
-        // Each point breaks the first time, as on a host with a noisy neighbour.
+        // Every point breaks the first time, as on a host with a noisy neighbour.
         let seen = std::cell::RefCell::new(std::collections::HashSet::new());
         let (held, _) = searched(100, |point, _| {
             !seen.borrow_mut().insert(point) && point <= 1_000
