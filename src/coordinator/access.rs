@@ -1,9 +1,10 @@
-//! Who is let in: whoever knows the token, by `Authorization: Bearer ..`, compared in a time that
-//! says nothing of it.
+//! Access control: a request is admitted if it has the token in `Authorization: Bearer ..`. The
+//! token is compared in constant time.
 //!
-//! Where everybody is let in, a page of somebody else in a browser is not: it could send what its
-//! user's host or network can send. A page says where it comes from (`Origin`), unless it has had
-//! its own name lead here (DNS rebinding): then the name is one that we do not have (`Host`).
+//! A coordinator without a token admits everybody except the pages of other sites in a browser,
+//! because such a page could send whatever its user's host or network can send. A browser names the
+//! page's site in `Origin`. It does not if the page has pointed its own name at this host (DNS
+//! rebinding), but then `Host` is a name that is not ours.
 
 use std::net::IpAddr;
 
@@ -17,14 +18,14 @@ use serde::{Deserialize, Serialize};
 use crate::secrets::Secrets;
 use crate::signal::Secret;
 
-/// Shortest token that a user may bring. Shorter ones can be guessed over the network.
+/// Shortest token that a user may give. Shorter ones can be guessed over the network.
 pub const TOKEN_BYTES_MIN: usize = 16;
 const TOKEN_BYTES_MAX: usize = 256;
-/// Length of a token that is made here.
+/// Number of random bytes in a token that is made here.
 const TOKEN_RANDOM_BYTES: usize = 24;
 const SALT_BYTES: usize = 16;
 
-/// What recognises a token and does not tell it.
+/// Salted hash that recognises a token without revealing it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seal {
     salt: String,
@@ -38,14 +39,14 @@ impl std::fmt::Debug for Seal {
     }
 }
 
-/// Why a request is not let in.
+/// Reason why a request is not admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Denied {
     NoToken,
     WrongToken,
-    /// The page of another site asks.
+    /// The page of another site made the request.
     ForeignPage,
-    /// Asked for under a name that is not ours.
+    /// The `Host` is a name that is not ours.
     ForeignName,
 }
 
@@ -67,16 +68,16 @@ impl Denied {
         }
     }
 
-    /// Whether a token would help.
+    /// Returns whether the right token would get the request admitted.
     pub const fn wants_token(self) -> bool {
         matches!(self, Denied::NoToken | Denied::WrongToken)
     }
 }
 
-/// Lets in whoever knows the token, or everybody.
+/// Admits requests with the token, or all requests.
 pub struct CoordinatorAccess {
     key: Option<(hmac::Key, Vec<u8>)>,
-    /// Without a key: names of ours that others could have as well.
+    /// Our own names that anybody could point here (names with a dot). Used only without a key.
     names: Vec<String>,
 }
 
@@ -85,7 +86,7 @@ impl CoordinatorAccess {
         CoordinatorAccess { key: None, names }
     }
 
-    /// `None`: a seal that nothing of ours made.
+    /// Returns `None` if the seal was not made by this program.
     pub fn sealed(seal: &Seal) -> Option<CoordinatorAccess> {
         let (salt, tag) = (
             STANDARD.decode(&seal.salt).ok()?,
@@ -119,7 +120,8 @@ impl CoordinatorAccess {
         hmac::verify(key, token, tag).map_err(|_| Denied::WrongToken)
     }
 
-    /// Whoever is no browser says no `Origin`, and comes under an address, as a rule.
+    /// Checks a request of an open coordinator. A client that is not a browser sends no `Origin`
+    /// and normally uses an address as `Host`.
     fn admits_no_page(&self, headers: &HeaderMap) -> Result<(), Denied> {
         let text = |name: HeaderName| headers.get(name).map(|value| value.to_str());
         let host = match text(header::HOST) {
@@ -143,8 +145,9 @@ impl CoordinatorAccess {
             .ok_or(Denied::ForeignPage)
     }
 
-    /// A name with a dot is anybody's to lead here. One without is resolved within a network, and
-    /// `localhost` and all below it within the host (RFC 6761, section 6.3).
+    /// Returns whether `host` is an address or one of our names. Anybody can point a name with a
+    /// dot here, so it must be listed in `names`. A name without a dot is resolved within a
+    /// network, and `localhost` with its subdomains within the host (RFC 6761, section 6.3).
     fn is_ours(&self, host: &str) -> bool {
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         let host = host.strip_suffix('.').unwrap_or(host);
@@ -155,7 +158,7 @@ impl CoordinatorAccess {
             || self.names.iter().any(|name| is_name(host, name))
     }
 
-    /// Whether this is the token.
+    /// Returns whether this is the token.
     pub fn knows(&self, token: &Secret) -> bool {
         let verified = |(key, tag): &(hmac::Key, Vec<u8>)| {
             hmac::verify(key, token.expose().as_bytes(), tag).is_ok()
@@ -164,7 +167,7 @@ impl CoordinatorAccess {
     }
 }
 
-/// Case and a last dot do not matter.
+/// Compares two names without regard to case and to a final dot.
 fn is_name(host: &str, name: &str) -> bool {
     let bare = |name: &str| name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
     bare(host) == bare(name)
@@ -172,11 +175,11 @@ fn is_name(host: &str, name: &str) -> bool {
 
 fn authority(text: &str) -> Option<Authority> {
     let authority: Authority = text.parse().ok()?;
-    // A user's name before the host is in no header of HTTP.
+    // HTTP headers never have a user name in front of the host.
     (!text.contains('@')).then_some(authority)
 }
 
-/// Seals a token.
+/// Seals a token with a fresh salt.
 pub fn seal(token: &Secret) -> Seal {
     let salt: [u8; SALT_BYTES] = Secrets::system().bytes();
     let tag = hmac::sign(
@@ -189,12 +192,12 @@ pub fn seal(token: &Secret) -> Seal {
     }
 }
 
-/// A token that nobody can guess.
+/// Makes a random token that nobody can guess.
 pub fn fresh_token() -> Secret {
     Secret::new(URL_SAFE_NO_PAD.encode(Secrets::system().bytes::<TOKEN_RANDOM_BYTES>()))
 }
 
-/// A text that is no token of a coordinator; it is not repeated.
+/// Error returned for a text that cannot be a coordinator's token. The text is not repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "a coordinator's token has {least} to {most} characters without spaces: leave it out, and one is made",
@@ -211,7 +214,7 @@ pub fn must_be_usable(token: &str) -> Result<(), UnfitToken> {
     Err(UnfitToken)
 }
 
-/// For ids and lives: nobody can guess it, and every reader of JSON keeps it exactly.
+/// Random number for ids and lives. Nobody can guess it, and every JSON reader keeps it exactly.
 pub fn random_number() -> u64 {
     u64::from_le_bytes(Secrets::system().bytes()) >> 11
 }
@@ -278,11 +281,11 @@ mod tests {
             ("coordinator:8787", None),
             ("load.example:8787", None),
             ("Load.Example.", None),
-            // Our own page.
+            // The coordinator's own page.
             ("127.0.0.1:8787", Some("http://127.0.0.1:8787")),
             ("[::1]:8787", Some("http://[::1]:8787")),
             ("load.example", Some("https://load.example")),
-            // Behind a proxy that names itself to us.
+            // Behind a proxy that sends its own name as `Host`.
             ("10.0.0.7:8787", Some("https://load.example")),
         ] {
             let admitted = access.admits(&page(host, origin));

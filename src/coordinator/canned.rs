@@ -1,4 +1,4 @@
-//! Made-up runs over many hosts, for tests of what is shown of them.
+//! Prepared runs over many hosts, for tests of how they are shown.
 
 use super::place::tests::load;
 use super::protocol::{
@@ -12,15 +12,15 @@ use crate::plan::HostRole;
 use crate::report::{Judging, Verdict};
 
 pub const START_US: u64 = 1_790_000_000_000_000;
-/// Publish and baseline come before the first tier.
+/// Index of the baseline stage. The stages `publish` and `baseline` come before the first tier.
 pub const BASELINE: u32 = 1;
 pub const TIER: u32 = 2;
 
-/// A tier as one host saw it.
+/// Figures of a tier as one host measured them.
 #[derive(Clone, Copy)]
 pub struct Saw {
     pub subscribers: u64,
-    /// Out of 1,000 frames and packets.
+    /// Lost frames and packets out of 1,000.
     pub lost: u64,
     pub rtt_us: u64,
     pub latency_us: u64,
@@ -73,14 +73,14 @@ impl Saw {
     }
 }
 
-/// A run that is told what happens.
+/// Run state that a test feeds with events.
 pub struct Canned {
     pub state: RunState,
     pub now_us: u64,
 }
 
 impl Canned {
-    /// Everybody is in; `None` is `voicegw`'s.
+    /// Returns a run in which everybody is in. A role of `None` is a `voicegw` prober.
     pub fn armed(tiers: &[u32], vantages: &[(&str, Option<HostRole>)]) -> Canned {
         let mut canned = Canned::gathering(tiers, vantages.len() as u32);
         for (vantage, role) in vantages {
@@ -121,7 +121,7 @@ impl Canned {
         self.state.apply(entry);
     }
 
-    /// A beat that says so much of tiers, with a second's figures.
+    /// Applies a beat with these tiers and one second's figures.
     pub fn beat(&mut self, who: usize, tiers: Vec<TierSoFar>, live: LiveSecond) {
         let stage = tiers.last().map(|tier| tier.stage);
         let prober = &self.state.probers()[who];
@@ -159,7 +159,7 @@ impl Canned {
         self.state.hear(self.now_us, who, &beat);
     }
 
-    /// A threshold did not hold there that ends the run.
+    /// Applies a beat in which a threshold failed that ends the run.
     pub fn breaks(&mut self, who: usize, stage: u32, threshold: &str) {
         let prober = &self.state.probers()[who];
         self.apply(JournalEntry::Beat {
@@ -174,7 +174,8 @@ impl Canned {
         });
     }
 
-    /// A prober's last word: what it saw of each tier, and in which its generator was the limit.
+    /// Applies a prober's final report: what it measured of each tier, and in which tiers its
+    /// generator was the limit.
     pub fn reports(&mut self, who: usize, saw: &[Saw], invalid: &[usize]) {
         let tiers = saw.iter().enumerate().map(|(at, saw)| TierReport {
             measured: saw.so_far(TIER + at as u32, true),
@@ -215,7 +216,7 @@ impl Canned {
         self.says(who, Vec::new(), Some(report));
     }
 
-    /// As `voicegw` does.
+    /// Applies a report as `voicegw` sends it.
     pub fn reports_steps(&mut self, who: usize, steps: Vec<ClientStep>) {
         self.says(who, steps, None);
     }
@@ -248,7 +249,8 @@ impl Canned {
     }
 
     pub fn ends(&mut self) {
-        // All tiers are over for those who report from now on.
+        // The order of the last stage means that all tiers are over for the hosts that report from
+        // now on.
         let leave = self.state.stages().len().saturating_sub(1) as u32;
         self.apply(JournalEntry::Ordered {
             at_us: self.now_us,
@@ -273,7 +275,7 @@ fn id(number: usize) -> ProverId {
     ProverId::new(format!("p{number}")).expect("plain")
 }
 
-/// A run of three whose second tier loses too much at one of them.
+/// Returns a finished run of three hosts; in the second tier one of them loses too much.
 pub fn over() -> Canned {
     let mut canned = Canned::armed(
         &[10, 25],

@@ -1,45 +1,45 @@
-//! How far another host's clock is from ours, and how well that is known: NTP's exchange of four
-//! time stamps (RFC 5905, section 8) over whatever connection there is.
+//! Offset of another host's clock from ours, and its uncertainty, by NTP's exchange of four time
+//! stamps (RFC 5905, section 8) over any connection.
 //!
-//! Nothing is assumed of either clock but that it runs at nearly the right rate. The way there and
-//! the way back may differ: by at most the whole round trip, so half of it is the uncertainty. A
-//! clock that is stepped (a host that slept, a process that was started again) is noticed by
-//! estimates that cannot both be true.
+//! The only assumption is that both clocks run at nearly the right rate. The delays of the two
+//! directions may differ by at most the whole round trip, so half of it is the uncertainty. A
+//! stepped clock (a host that slept, a process that was restarted) is noticed because its estimates
+//! contradict each other.
 
 use std::collections::VecDeque;
 
 use super::protocol::Exchange;
 
-/// The exchange with the shortest round trip of this many is the one that counts. At one a second,
-/// about a minute.
+/// Number of exchanges that are kept; the one with the shortest round trip counts. At one a second
+/// they cover about a minute.
 const WINDOW: usize = 64;
-/// Two crystals, each off by 50 parts in a million: this much of an exchange's age is added to its
-/// uncertainty.
+/// Assumed drift: two crystals, each off by 50 parts in a million. This share of an exchange's age
+/// is added to its uncertainty.
 const DRIFT_PARTS_PER_MILLION: u64 = 100;
 
-/// What is known of another clock.
+/// What is known about another clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offset {
-    /// The coordinator's clock less the prober's.
+    /// The coordinator's clock minus the prober's.
     pub offset_us: i64,
-    /// The true offset lies within so much on either side.
+    /// Largest distance of the true offset from `offset_us`, on either side.
     pub uncertainty_us: u64,
     /// Round trip of the exchange with the best estimate, without the time that the coordinator
-    /// took.
+    /// took to answer.
     pub round_trip_us: u64,
 }
 
-/// Estimates the offset from exchanges, on either side.
+/// Estimates the offset from exchanges. Both sides use it.
 #[derive(Clone, Debug, Default)]
 pub struct ClockEstimate {
-    /// Identifies the coordinator process that the exchanges are with.
+    /// Id of the coordinator process that the exchanges are with.
     life: Option<u64>,
     window: VecDeque<ClockSample>,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct ClockSample {
-    /// By the prober's clock.
+    /// When the answer was received, by the prober's clock.
     heard_at_us: u64,
     offset_us: i64,
     round_trip_us: u64,
@@ -53,7 +53,8 @@ impl ClockSample {
 }
 
 impl ClockEstimate {
-    /// Takes what one exchange says. Whatever is in it is taken as it is: a liar deceives himself.
+    /// Takes the time stamps of one exchange. They are not checked, because false ones only falsify
+    /// the sender's own offset.
     pub fn handle(&mut self, exchange: &Exchange) {
         let there = exchange.received_at_us.cast_signed() - exchange.sent_at_us.cast_signed();
         let back = exchange.replied_at_us.cast_signed() - exchange.heard_at_us.cast_signed();
@@ -77,7 +78,7 @@ impl ClockEstimate {
         self.window.push_back(sample);
     }
 
-    /// What is known, by the last exchange; `None` before the first.
+    /// Returns the offset as of the last exchange; `None` before the first.
     pub fn offset(&self) -> Option<Offset> {
         let now_us = self.window.back()?.heard_at_us;
         let best = self
@@ -91,12 +92,13 @@ impl ClockEstimate {
         })
     }
 
-    /// The coordinator's process that the offset is of.
+    /// Returns the id of the coordinator process that the offset refers to.
     pub fn life(&self) -> Option<u64> {
         self.life
     }
 
-    /// Both cannot be true: one of the clocks was stepped in between.
+    /// Returns whether the sample contradicts the earlier ones. Then one of the clocks was stepped
+    /// in between.
     fn contradicts(&self, sample: &ClockSample) -> bool {
         let apart = |old: &ClockSample| {
             let bounds =
@@ -119,7 +121,8 @@ mod tests {
 
     const HOUR_US: i64 = 3_600_000_000;
 
-    /// A prober whose clock is `offset_us` behind the coordinator's, and the ways between them.
+    /// Exchanges with a prober whose clock is `offset_us` behind the coordinator's, with the delays
+    /// of both directions.
     struct ClockLink {
         chance: Seeded,
         offset_us: i64,
@@ -137,7 +140,8 @@ mod tests {
             }
         }
 
-        /// A second later: 2 ms each way at least, and up to 300 ms more on some.
+        /// Makes an exchange one second later. Each direction takes at least 2 ms, and sometimes up
+        /// to 300 ms more.
         fn exchange(&mut self) -> Exchange {
             self.now_us += 1_000_000;
             let way = |chance: &mut Seeded| {

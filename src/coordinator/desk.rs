@@ -1,5 +1,5 @@
-//! The thread on which a run's state and its journal live. Whoever wants something of them sends a
-//! call; between calls it does what time brings about.
+//! The thread that owns a run's state and its journal. Other threads send it calls; between calls
+//! it does what has become due.
 
 use std::fmt;
 use std::thread::JoinHandle;
@@ -18,20 +18,20 @@ use super::state::{JournalEntry, RefusedRequest, RunPhase, RunState};
 use crate::secrets::Secrets;
 use crate::units::Epoch;
 
-/// Calls that wait. Each prober has one under way, so that only strangers fill it.
+/// Bound of the queue of calls. Each prober has one call under way, so only strangers can fill it.
 const CALLS_MAX: usize = 1_024;
-/// How often time is looked at.
+/// Interval at which the desk looks for what is due.
 const LOOK: Duration = Duration::from_millis(100);
-/// How often the journal is looked after.
+/// Interval at which the journal is synced and rewritten if necessary.
 const KEEP: Duration = Duration::from_secs(1);
 
-/// Why something was not done.
+/// Reason why a call was not carried out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeskFailure {
     Refused(RefusedRequest),
-    /// It could not be written down, so it did not happen.
+    /// The entry could not be written to the journal, so it was not applied.
     NotJournaled(String),
-    /// The coordinator is going.
+    /// The coordinator is shutting down.
     Closing,
 }
 
@@ -41,11 +41,11 @@ impl From<RefusedRequest> for DeskFailure {
     }
 }
 
-/// A time in which the desk did nothing for anybody.
+/// A time in which the desk did no work for anybody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standstill {
     pub whole: Duration,
-    /// The part of it that was spent waiting for the journal's disk.
+    /// Part of it that was spent waiting for the journal's disk.
     pub on_disk: Duration,
 }
 
@@ -75,18 +75,18 @@ pub struct Desk {
     journal: Journal,
     head: Head,
     epoch: Epoch,
-    /// Why the journal takes nothing; `None` while it does.
+    /// Why the journal cannot be written; `None` while it can.
     problem: Option<String>,
-    /// The longest, if there was any.
+    /// The longest standstill so far, if there was one.
     standstill: Option<Standstill>,
-    /// Since time was last looked at.
+    /// Time spent on the disk since the desk last looked for what is due.
     on_disk: Duration,
     phase: watch::Sender<RunPhase>,
 }
 
 type DeskCall = Box<dyn FnOnce(&mut Desk) + Send>;
 
-/// The way to a desk. Cheap to clone.
+/// Handle to a desk. Cheap to clone.
 #[derive(Clone)]
 pub struct DeskHandle {
     calls: mpsc::Sender<DeskCall>,
@@ -94,11 +94,12 @@ pub struct DeskHandle {
     epoch: Epoch,
 }
 
-/// Ends when the last handle of its desk is gone, and gives back what was on it.
+/// Thread of a desk. It ends when the last handle is dropped, and returns the state and the
+/// journal.
 pub struct DeskThread(JoinHandle<(RunState, Journal)>);
 
 impl DeskThread {
-    /// After all handles are dropped.
+    /// Waits for the thread. All handles must have been dropped.
     pub fn join(self) -> std::thread::Result<(RunState, Journal)> {
         self.0.join()
     }
@@ -154,7 +155,7 @@ impl Desk {
                 let kept = self.journal.keep(&self.state, &self.head, self.now_us());
                 self.on_disk += kept_at.elapsed();
                 if let Err(error) = kept {
-                    // The next entry that is written, or is not, says more.
+                    // The next entry that is written, or fails to be written, says more.
                     let _ = self.note(Err(error));
                 }
             }
@@ -165,17 +166,17 @@ impl Desk {
         self.epoch.unix_micros(self.epoch.now())
     }
 
-    /// Why the journal takes nothing.
+    /// Returns why the journal cannot be written.
     pub fn problem(&self) -> Option<&str> {
         self.problem.as_deref()
     }
 
-    /// The longest time so far in which nobody was answered, if it was long.
+    /// Returns the longest time so far in which nobody was answered, if it was long.
     pub fn standstill(&self) -> Option<Standstill> {
         self.standstill
     }
 
-    /// Does what is due, as far as it can be written down; the rest is due again.
+    /// Does what is due, as far as it can be journaled. The rest stays due.
     fn settle(&mut self) {
         let now_us = self.now_us();
         let on_disk = std::mem::take(&mut self.on_disk);
@@ -198,7 +199,7 @@ impl Desk {
         });
     }
 
-    /// Writes an entry down, and lets it come true.
+    /// Writes an entry to the journal, then applies it.
     pub fn remember(&mut self, entry: JournalEntry) -> Result<(), DeskFailure> {
         let since = Instant::now();
         let written = self.journal.append(&entry, self.now_us());
@@ -260,7 +261,7 @@ impl Desk {
         let who = self.state.find(id)?;
         let entry = self.state.beat(self.now_us(), who, beat)?;
         if let Some(Err(failure)) = entry.map(|entry| self.remember(entry)) {
-            // It lives, whatever becomes of what it says.
+            // The beat is a sign of life even if its content is lost.
             self.state.hear_of(self.now_us(), who);
             return Err(failure);
         }
@@ -328,7 +329,7 @@ impl Desk {
 }
 
 impl DeskHandle {
-    /// Has something done at the desk.
+    /// Runs `act` on the desk's thread.
     ///
     /// # Errors
     /// The desk is gone.
@@ -338,7 +339,7 @@ impl DeskHandle {
     ) -> Result<R, DeskFailure> {
         let (reply, answer) = oneshot::channel();
         let call: DeskCall = Box::new(move |desk| {
-            // Whoever asked may have left.
+            // The caller may be gone.
             let _ = reply.send(act(desk));
         });
         self.calls
@@ -348,14 +349,14 @@ impl DeskHandle {
         answer.await.map_err(|_| DeskFailure::Closing)
     }
 
-    /// The coordinator's clock.
+    /// Returns the time by the coordinator's clock.
     pub fn now_us(&self) -> u64 {
         self.epoch.unix_micros(self.epoch.now())
     }
 
-    /// When the run is over.
+    /// Waits until the run is over.
     pub async fn over(&mut self) {
-        // A desk that is gone is over, too.
+        // A desk that is gone counts as over, too.
         let _ = self.phase.wait_for(|phase| *phase == RunPhase::Over).await;
     }
 }

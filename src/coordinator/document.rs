@@ -1,9 +1,9 @@
-//! The merged result as one JSON document: `throng-report/1` with its vantages, and beside that
-//! what `voicegw`'s `GET /result` has, by its names.
+//! The merged result as one JSON document: `throng-report/1` with its vantages, and beside it the
+//! fields of `voicegw`'s `GET /result`, under `voicegw`'s names.
 //!
-//! Two of those names mean something else in a report: `knee` and `unmeasured_tiers`. In the report
-//! they are what they are in every report; in the answer to `GET /result` they are `voicegw`'s:
-//! participants or `null`, and indices.
+//! Two of these names have another meaning in a report: `knee` and `unmeasured_tiers`. In the
+//! report they mean what they mean in every report. In the answer to `GET /result` they have
+//! `voicegw`'s meaning: participants or `null`, and indices.
 
 use std::time::Duration;
 
@@ -19,29 +19,29 @@ use crate::report::tiers::TiersAnswer;
 use crate::report::{EngineHealth, Judgement, Judging, Outcome, TargetInfo, json};
 use crate::server_metrics::Account;
 
-/// What the coordinator itself knows of its run.
+/// What the coordinator itself knows about its run.
 pub struct About<'a> {
-    /// The limits of one host, from the flags.
+    /// Limits of one host, from the flags.
     pub plan: &'a Plan,
     pub judging: &'a Judging,
     pub target: &'a TargetInfo,
-    /// Since 1970, by the coordinator's clock.
+    /// Start of the run since 1970, by the coordinator's clock.
     pub started: Duration,
-    /// .. and so far, where it is not over.
+    /// End of the run, or the current time if it is not over.
     pub finished: Duration,
-    /// All vantages together.
+    /// Rows of all vantages together.
     pub series: &'a [SecondRow],
-    /// What the server's pages said, where they were read; known when the run is over.
+    /// Figures from the server's own pages, if they were read. Known when the run is over.
     pub server: Option<&'a Account>,
     pub notes: &'a [String],
 }
 
-/// The report, indented, with a newline at its end.
+/// Formats the report, indented, with a newline at its end.
 pub fn report(merged: &Merged, state: &RunState, about: &About<'_>) -> String {
     json::print(&Document::new(merged, state, about).view())
 }
 
-/// The answer to `GET /result`.
+/// Formats the answer to `GET /result`.
 pub fn result(merged: &Merged, state: &RunState, about: &About<'_>) -> String {
     let mut document = serde_json::to_value(Document::new(merged, state, about).view())
         .expect("plain data serialises");
@@ -55,8 +55,8 @@ pub fn result(merged: &Merged, state: &RunState, about: &About<'_>) -> String {
     json::print(&document)
 }
 
-/// Participants of the last tier that passed before the first that did not; `None` also where all
-/// passed, or the first did not.
+/// Returns the participants of the last tier that passed before the first that did not. `None` also
+/// if all passed, or if the first did not.
 fn knee(merged: &Merged) -> Option<u32> {
     let knee = merged.knee()?;
     let is_last = matches!(knee.answer, TiersAnswer::AllPassed);
@@ -65,7 +65,7 @@ fn knee(merged: &Merged) -> Option<u32> {
         .map(|step| step.participants)
 }
 
-/// What the document is made of.
+/// Parts of the document.
 struct Document<'a> {
     outcome: Outcome,
     judgement: Judgement,
@@ -96,7 +96,7 @@ impl<'a> Document<'a> {
     }
 }
 
-/// The run as if one host had made it.
+/// Returns the outcome as if one host had made the run.
 fn outcome(merged: &Merged, state: &RunState, about: &About<'_>) -> Outcome {
     let mut plan = about.plan.clone();
     if let Some(placed) = state.placed() {
@@ -137,7 +137,7 @@ fn outcome(merged: &Merged, state: &RunState, about: &About<'_>) -> Outcome {
         steps: merged.begun().map(|tier| tier.step.clone()).collect(),
         unmeasured: merged.unmeasured.clone(),
         totals: merged.totals.clone(),
-        // Rows of many hosts stand in its place.
+        // The rows of many hosts take its place.
         series: Vec::new(),
         engine: engine(merged),
         nearness: None,
@@ -152,7 +152,7 @@ fn outcome(merged: &Merged, state: &RunState, about: &About<'_>) -> Outcome {
     }
 }
 
-/// All generators together; what does not add up stands with each vantage.
+/// Sums the health of all generators. Figures that cannot be added are shown with each vantage.
 fn engine(merged: &Merged) -> EngineHealth {
     let shorts: Vec<&EngineShort> = merged
         .vantages
@@ -214,17 +214,17 @@ impl<'a> Hosts<'a> {
     }
 }
 
-/// One tier over all vantages, as `voicegw` has it; times in milliseconds, loss in per cent, each
-/// the worst of any vantage.
+/// One tier over all vantages, with `voicegw`'s names. Times are in milliseconds, loss is in per
+/// cent, and each is the worst of all vantages.
 #[derive(Serialize)]
 struct CombinedView<'a> {
     tier: usize,
     name: &'a str,
-    /// Subscribers that were asked for.
+    /// Number of subscribers that were asked for.
     subscribers: u32,
-    /// Participants of all vantages.
+    /// Number of participants of all vantages.
     clients: u32,
-    /// That took part.
+    /// Number of vantages that took part.
     vantages: usize,
     measured_vantages: usize,
     rtt_ms: Option<f64>,
@@ -304,7 +304,7 @@ struct VantageResultView<'a> {
     version: Option<&'a str>,
     role: &'a str,
     weight: u32,
-    /// Its own; of a prober that has not reported `null`.
+    /// Verdict of this vantage; `null` if the prober has not reported.
     result: Option<&'static str>,
     reasons: &'a [String],
     /// Whether its generator kept up.
@@ -315,12 +315,12 @@ struct VantageResultView<'a> {
     clock: Option<ClockResultView>,
     start_skew_ms: Option<f64>,
     baseline: Option<CellView<'a>>,
-    /// One for each tier that it took part in.
+    /// One entry for each tier that it took part in.
     steps: Vec<CellView<'a>>,
     engine: Option<&'a EngineShort>,
 }
 
-/// The coordinator's clock less the vantage's; the true difference lies within the uncertainty on
+/// The coordinator's clock minus the vantage's. The true difference lies within the uncertainty on
 /// either side.
 #[derive(Serialize)]
 struct ClockResultView {
@@ -383,14 +383,14 @@ impl<'a> VantageResultView<'a> {
     }
 }
 
-/// One vantage in one tier: `voicegw`'s names first.
+/// One vantage in one tier. The fields with `voicegw`'s names come first.
 #[derive(Serialize)]
 struct CellView<'a> {
     clients: u32,
     rtt_ms: Option<f64>,
     loss_pct: Option<f64>,
     quality: &'static str,
-    /// Round trips behind `rtt_ms`.
+    /// Number of round trips that `rtt_ms` is based on.
     samples: u64,
     rtt_stat: &'static str,
     name: &'a str,
@@ -401,7 +401,7 @@ struct CellView<'a> {
     packets_sent: u64,
     packets_received: u64,
     start_skew_ms: Option<f64>,
-    /// Percentiles in microseconds; `null` where nothing was expected.
+    /// Percentiles in microseconds; `null` if nothing was expected.
     join: Option<Times>,
     rtt: Option<Times>,
     audio_one_way_latency: Option<Times>,

@@ -1,20 +1,20 @@
-//! The journal of a run: every [`JournalEntry`] is written before anybody hears that it was taken,
-//! so that a coordinator that was killed goes on where it was.
+//! The journal of a run. Every [`JournalEntry`] is written before anybody is told that it was
+//! accepted, so a coordinator that was killed continues where it was.
 //!
-//! One line an entry: the CRC-32 of the JSON in eight hexadecimal digits, a space, the JSON, a
-//! newline. The first line is the [`Head`]. A line that was cut short at the end is what a crash
-//! leaves, and is dropped: nobody was told that it had been taken. One in the middle is damage, and
-//! is refused.
+//! Each entry is one line: the CRC-32 of the JSON in eight hexadecimal digits, a space, the JSON, a
+//! newline. The first line is the [`Head`]. A truncated line at the end is what a crash leaves. It
+//! is dropped, because nobody was told that it had been accepted. An invalid line in the middle is
+//! damage, and the journal is refused.
 //!
-//! **What it survives.** Whatever ends the process: an entry has been given to the kernel before it
-//! is acknowledged. The loss of the host: all but the beats of the last second, because those are
-//! made durable once a second, and everything else at once.
+//! **What it survives.** The end of the process for any reason, because an entry has been given to
+//! the kernel before it is acknowledged. The loss of the host, except for the beats of the last
+//! second: beats are made durable once a second, and everything else at once.
 //!
-//! **What is in it.** The run and what it measured, but nothing that lets anybody in: of the token
-//! a salted hash, of LiveKit's key nothing. The file is the user's alone (mode 0600).
+//! **What it contains.** The run and what it measured, but nothing that gives access: of the token
+//! only a salted hash, and nothing of LiveKit's key. Only the user can read the file (mode 0600).
 //!
-//! Beats hold cumulative records, so that most of a long journal is past: it is written anew when
-//! it has grown to several times of what it says.
+//! Beats contain cumulative records, so most of a long journal is obsolete. It is rewritten when it
+//! has grown to several times the size of its content.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, BufRead, BufReader, Read};
@@ -28,28 +28,28 @@ use super::access::Seal;
 use super::protocol::REPORT_BYTES_MAX;
 use super::state::{JournalEntry, RunSetup, RunState};
 
-/// The journal format's version. 2: the run is a scenario.
+/// Version of the journal format. 2: the run is a scenario.
 const VERSION: u32 = 2;
-/// No entry is longer than the longest report.
+/// Longest line: the longest report, with a margin.
 const LINE_BYTES_MAX: usize = REPORT_BYTES_MAX + (1 << 20);
-/// A journal is not written anew before it is so long.
+/// Smallest size at which a journal is rewritten.
 const REWRITE_BYTES_MIN: u64 = 64 << 20;
-/// .. nor before it is so many times as long as when it was last written.
+/// Growth since the last rewrite, as a factor, at which a journal is rewritten.
 const REWRITE_FACTOR: u64 = 4;
-/// Beats are made durable at least so often, while there are any.
+/// Longest time until a beat is made durable.
 const SYNC_US: u64 = 1_000_000;
 
-/// The first line: what the run is.
+/// First line of the journal: what the run is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Head {
     pub journal: u32,
     pub created_us: u64,
     pub setup: RunSetup,
-    /// Seal of the token that lets probers in; `None`: everybody may come in.
+    /// Seal of the token that admits probers; `None`: everybody is admitted.
     pub seal: Option<Seal>,
 }
 
-/// As much of a head as every version has.
+/// The part of a head that every version has.
 #[derive(Deserialize)]
 struct JournalFormat {
     journal: u32,
@@ -66,7 +66,7 @@ impl Head {
     }
 }
 
-/// Why there is no journal; each says what to do.
+/// Reason why there is no journal. Each message says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     #[error(
@@ -87,28 +87,28 @@ pub enum JournalError {
     Io { path: String, cause: io::Error },
 }
 
-/// An open journal. Its file is locked while it lives.
+/// An open journal. Its file is locked while this value exists.
 pub struct Journal {
     path: PathBuf,
     file: File,
-    /// Up to here entries are whole.
+    /// Length up to which entries are complete.
     bytes: u64,
-    /// Bytes that were there when the journal was last rewritten.
+    /// Length of the journal when it was last rewritten.
     bytes_rewritten: u64,
-    /// When the first entry came that is not durable yet.
+    /// Time of the first entry that is not durable yet.
     unsynced_since_us: Option<u64>,
 }
 
-/// What an old journal says.
+/// Content of an old journal.
 pub struct Replay {
     pub journal: Journal,
     pub head: Head,
-    /// Length of a line that was cut short.
+    /// Length of a truncated last line.
     pub dropped_bytes: u64,
 }
 
 impl Journal {
-    /// A new one, which must not be there yet.
+    /// Creates a journal. The file must not exist yet.
     pub fn create(path: &Path, head: &Head) -> Result<Journal, JournalError> {
         let made = || {
             let file = options().create_new(true).open(path)?;
@@ -124,7 +124,7 @@ impl Journal {
         Ok(Journal::new(path, file, bytes))
     }
 
-    /// One that is there: `entry` gets what it says, in order, after its head.
+    /// Opens an existing journal. `begin` gets its head, and `entry` gets its entries in order.
     pub fn open(
         path: &Path,
         mut begin: impl FnMut(&Head),
@@ -188,7 +188,7 @@ impl Journal {
         &self.path
     }
 
-    /// Writes one entry. On an error nothing of it is left, and it may be tried again.
+    /// Writes one entry. After an error nothing of it is left, and the caller may try again.
     pub fn append(&mut self, entry: &JournalEntry, now_us: u64) -> io::Result<()> {
         let mut line = Vec::new();
         frame(entry, &mut line)?;
@@ -200,8 +200,8 @@ impl Journal {
                 _ => self.file.sync_data(),
             });
         if let Err(error) = written {
-            // Half a line would be taken for damage once others follow. If it stays, the next one
-            // is written over it.
+            // Half a line would be taken for damage once others follow it. If it stays, the next
+            // entry overwrites it.
             let _ = self.file.set_len(self.bytes);
             return Err(error);
         }
@@ -215,8 +215,8 @@ impl Journal {
         Ok(())
     }
 
-    /// Makes durable what is due, and writes the journal anew where it has grown long. To be called
-    /// about once a second.
+    /// Makes entries durable that are due, and rewrites the journal if it has grown long. To be
+    /// called about once a second.
     pub fn keep(&mut self, state: &RunState, head: &Head, now_us: u64) -> io::Result<()> {
         if self
             .unsynced_since_us
@@ -232,7 +232,8 @@ impl Journal {
         }
     }
 
-    /// Puts a journal of the same state in the place of this one. Fails without a trace.
+    /// Replaces this journal by a shorter one with the same state. On an error the old one stays in
+    /// use.
     fn rewrite(&mut self, state: &RunState, head: &Head) -> io::Result<()> {
         let mut name = self.path.clone().into_os_string();
         name.push(".new");
@@ -266,14 +267,14 @@ impl Journal {
             }
             Err(error) => {
                 let _ = std::fs::remove_file(&beside);
-                // Not again before it has grown as much once more.
+                // The next attempt is made when the journal has grown by the same factor again.
                 self.bytes_rewritten = self.bytes;
                 Err(error)
             }
         }
     }
 
-    /// The run is over and its result is told.
+    /// Removes the journal. To be called when the run is over and its result has been shown.
     pub fn remove(self) -> io::Result<()> {
         std::fs::remove_file(&self.path)
     }
@@ -293,8 +294,8 @@ fn lock(file: &File, path: &Path) -> Result<(), JournalError> {
     }
 }
 
-/// A name is as durable as its directory. Some file systems cannot be asked for it, and need not
-/// be.
+/// Makes a new name in the directory durable. Some file systems do not support this, and do not
+/// need it.
 fn sync_directory(path: &Path) {
     let directory = path
         .parent()
@@ -314,7 +315,7 @@ fn io_error(path: &Path, cause: io::Error) -> JournalError {
     }
 }
 
-/// Appends `message` to `line` as the journal has it.
+/// Appends `message` to `line` in the journal's format.
 fn frame(message: &impl Serialize, line: &mut Vec<u8>) -> io::Result<()> {
     let start = line.len();
     line.extend_from_slice(b"00000000 ");
@@ -331,14 +332,14 @@ fn crc(bytes: &[u8]) -> u32 {
     crc.sum()
 }
 
-/// The JSON of a line that is whole.
+/// Returns the JSON of a complete line.
 fn unframe(line: &[u8]) -> Option<&[u8]> {
     let (sum, json) = line.strip_suffix(b"\n")?.split_at_checked(9)?;
     let sum = u32::from_str_radix(std::str::from_utf8(sum.strip_suffix(b" ")?).ok()?, 16).ok()?;
     (sum == crc(json)).then_some(json)
 }
 
-/// Reads line by line, and remembers how far they were sound.
+/// Reads line by line, and remembers up to where the lines were valid.
 struct Lines<'a> {
     reader: BufReader<&'a File>,
     line: Vec<u8>,
@@ -354,7 +355,7 @@ impl<'a> Lines<'a> {
         }
     }
 
-    /// The next line's JSON; `None` at the end, or where a line is not whole.
+    /// Returns the next line's JSON; `None` at the end, or if the line is not complete.
     fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
         self.read()?;
         let json = unframe(&self.line).map(<[u8]>::to_vec);
@@ -373,7 +374,7 @@ impl<'a> Lines<'a> {
             .map(drop)
     }
 
-    /// After a line that was not whole: whether one follows that is.
+    /// Returns whether a valid line follows after an invalid one.
     fn is_sound_again(&mut self) -> io::Result<bool> {
         while !self.line.is_empty() {
             self.read()?;
@@ -385,7 +386,7 @@ impl<'a> Lines<'a> {
     }
 }
 
-/// Whether others may read what is the user's alone.
+/// Returns whether other users may access the file, which should be the user's alone.
 pub fn is_open_to_others(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|metadata| metadata.permissions().mode() & 0o077 != 0)
 }
@@ -395,7 +396,7 @@ mod tests {
     use super::*;
     use crate::coordinator::state::tests::{entries_of_a_run, setup};
 
-    /// A directory of its own for each test; gone when it ends.
+    /// Test directory of its own, which is removed on drop.
     struct Scratch(PathBuf);
 
     impl Scratch {
@@ -473,7 +474,7 @@ mod tests {
                 (read.len(), dropped),
                 (entries.len() - 1, (length - last) as u64)
             );
-            // What follows is written where the whole lines end.
+            // The next entry is written where the complete lines end.
             let mut replay = Journal::open(&scratch.file(), |_| {}, |_| {}).unwrap();
             replay
                 .journal

@@ -1,5 +1,5 @@
-//! A run over several hosts from start to finish, as the one who leads it: port, journal, rooms,
-//! what there is to tell meanwhile, and the state that it ends with.
+//! The coordinator's side of a run over several hosts, from start to finish: port, journal, rooms,
+//! progress messages, and the final state.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -31,49 +31,49 @@ use crate::server_metrics::{Account, NamedStretch, PageWatch};
 use crate::signal::{ApiKey, Endpoint, Secret};
 use crate::units::{Epoch, Time};
 
-/// How often it is looked whether there is something to tell or to do.
+/// Interval at which the run is checked for news and for work to do.
 const LOOK: Duration = Duration::from_millis(250);
 
 /// A run that is over.
 pub struct Finished {
     pub state: RunState,
     pub exhibit: Exhibit,
-    /// When it was over, in microseconds since 1970.
+    /// End of the run, in microseconds since 1970.
     pub at_us: u64,
-    /// What the reader should know and the state does not say.
+    /// Notes for the reader that the state does not contain.
     pub notes: Vec<String>,
-    /// As far as this process saw them.
+    /// Seconds of the run, as far as this process saw them.
     pub series: Vec<SecondRow>,
-    /// What the server's pages said, where they were read.
+    /// Figures from the server's own pages, if they were read.
     pub server: Option<Account>,
     journal: Option<Journal>,
-    /// It was not asked for by name.
+    /// Whether the journal was made without being asked for by name.
     journal_is_ours: bool,
 }
 
 impl Finished {
-    /// The result has been told: the journal of a whole run has served, unless it was asked for by
-    /// name.
+    /// Call this after the result has been shown. It removes the journal if every prober reported
+    /// and the journal was not asked for by name.
     pub fn told(self) {
         let begun = self.state.all_reported();
         if let Some(journal) = self.journal.filter(|_| self.journal_is_ours && begun) {
-            // A file that stays is litter, and nothing worse.
+            // A file that stays behind is litter, and does no harm.
             let _ = journal.remove();
         }
     }
 }
 
-/// What would be played if hosts of one kind came: each takes any role, and weighs 1.
+/// The run as hosts of one kind would play it: each takes any role and has weight 1.
 pub struct Rehearsal {
     pub placed: PlacedHosts,
-    /// What the first of them plays.
+    /// Plan of the first host.
     pub first: Plan,
 }
 
-/// Looks at what a run comes to, and leads none.
+/// Works out what a run comes to, without leading it.
 ///
 /// # Errors
-/// So many hosts cannot play it.
+/// This number of hosts cannot play the run.
 pub fn rehearse(asked: &Coordinate) -> Result<Rehearsal, UndealtPlan> {
     let placed = setup(asked)
         .load
@@ -89,11 +89,11 @@ pub fn rehearse(asked: &Coordinate) -> Result<Rehearsal, UndealtPlan> {
     Ok(Rehearsal { placed, first })
 }
 
-/// Leads the run to its end. `tell` gets lines for people as things happen; `must_tell` those
-/// without which nobody can take part.
+/// Leads the run to its end. `tell` gets messages for people as things happen. `must_tell` gets the
+/// messages that people need to be able to take part.
 ///
 /// # Errors
-/// What kept the run from beginning; once it has begun there is a state.
+/// Whatever kept the run from beginning. Once it has begun, there is always a state.
 pub fn lead(
     asked: &Coordinate,
     must_tell: &mut dyn FnMut(&str),
@@ -122,7 +122,7 @@ pub fn lead(
     })
 }
 
-/// Where probers knock.
+/// Where probers connect.
 struct Door {
     tls: Option<TlsAcceptor>,
     listener: std::net::TcpListener,
@@ -148,7 +148,7 @@ impl Door {
     }
 }
 
-/// A run that is not over yet.
+/// Leads a run that is not over yet.
 async fn lead_opened(
     asked: &Coordinate,
     mut opened: Opened,
@@ -164,7 +164,7 @@ async fn lead_opened(
             pages
         }
         Err(why) => {
-            // Made just now, and nothing is in it.
+            // The journal was just made, and is empty.
             let _ = opened.journal.remove();
             return Err(why);
         }
@@ -183,7 +183,7 @@ async fn lead_opened(
     let (state, journal, head) = led.close().await?;
     if !state.has_begun() {
         if asked.journal.is_none() {
-            // Nothing is in it that anybody would miss.
+            // The journal contains nothing that anybody would miss.
             let _ = journal.remove();
         }
         return Err(never_begun(&state));
@@ -232,10 +232,10 @@ impl LedRun {
         })
     }
 
-    /// What is left of the run.
+    /// Ends the run's thread and port, and returns what is left of the run.
     async fn close(self) -> Result<(RunState, Journal, Head)> {
         drop(self.desk);
-        // The last answers go out before the port is closed.
+        // The last answers are sent before the port is closed.
         let _ = self.stop.send(true);
         let _ = self.serving.await;
         let (state, journal) = self
@@ -246,7 +246,7 @@ impl LedRun {
     }
 }
 
-/// Why nothing was measured, and what to do.
+/// Returns the error that says why nothing was measured, and what to do.
 fn never_begun(state: &RunState) -> anyhow::Error {
     let why = state.stop_reason().unwrap_or("ended before it began");
     let came: Vec<&str> = state
@@ -265,29 +265,29 @@ fn never_begun(state: &RunState) -> anyhow::Error {
     )
 }
 
-/// A run to begin, or to go on with.
+/// A run to begin, or to resume.
 struct Opened {
     journal: Journal,
     head: Head,
     state: RunState,
     access: CoordinatorAccess,
-    /// Where it was made just now, or given.
+    /// Token that was just made, or given.
     token: Option<ShownToken>,
     resumed: bool,
     notes: Vec<String>,
 }
 
-/// A token for the line to paste.
+/// How the token appears in the line to paste.
 #[derive(Clone)]
 enum ShownToken {
-    /// Nobody else has it.
+    /// The token was made here. Nobody else has it.
     Made(Secret),
-    /// The user has it.
+    /// The user has given it.
     Given,
 }
 
 impl Opened {
-    /// The result of a run that was over before.
+    /// Returns the result of a run that was already over.
     fn finished(self, asked: &Coordinate, epoch: Epoch) -> Finished {
         Finished {
             exhibit: exhibit(asked, &self.head),
@@ -387,7 +387,8 @@ fn reopen(asked: &Coordinate, path: &Path, life: u64, now_us: u64) -> Result<Ope
     })
 }
 
-/// Who may come in is as the journal has it; flags that say otherwise are refused.
+/// Checks that flags and journal agree on who is admitted. The journal decides; flags that differ
+/// are refused.
 fn must_be_asked_for(access: &CoordinatorAccess, asked: &Coordinate, path: &Path) -> Result<()> {
     let shown = path.display();
     match (&asked.token, access.is_open()) {
@@ -449,8 +450,8 @@ fn exhibit(asked: &Coordinate, head: &Head) -> Exhibit {
     }
 }
 
-/// The server's own pages, being read from now on, and what is to be said of them. A run that goes
-/// on is worth more than they are.
+/// Starts to read the server's own pages, and returns warnings about them. If a resumed run cannot
+/// read them, it goes on without them.
 async fn server_pages(
     asked: &Coordinate,
     resumed: bool,
@@ -474,7 +475,7 @@ fn api_key(asked: &Coordinate) -> Option<ApiKey> {
     Some(ApiKey::new(&credentials.api_key, &credentials.api_secret))
 }
 
-/// How others find the way.
+/// How other hosts find the coordinator.
 struct Invitation {
     url: String,
     token: Option<ShownToken>,
@@ -558,8 +559,8 @@ fn warnings(asked: &Coordinate, journal: &Journal) -> Vec<String> {
     warnings
 }
 
-/// What others reach this host by: where it listens, or, on all its addresses, the one that it uses
-/// towards others.
+/// Returns the URL by which other hosts reach this one: the address on which it listens, or, if it
+/// listens on all addresses, the one that it uses towards others.
 fn url(address: SocketAddr, tls: bool) -> String {
     let ip = match address.ip() {
         ip if !ip.is_unspecified() => ip,
@@ -575,7 +576,8 @@ fn url(address: SocketAddr, tls: bool) -> String {
     )
 }
 
-/// Connecting a UDP socket sends nothing; the addresses are for documentation (RFC 5737, RFC 3849).
+/// Returns the address that this host uses towards others. Connecting a UDP socket sends nothing,
+/// and the addresses are reserved for documentation (RFC 5737, RFC 3849).
 fn outward_address(any: IpAddr) -> Option<IpAddr> {
     let far: SocketAddr = match any {
         IpAddr::V4(_) => (Ipv4Addr::new(192, 0, 2, 1), 9).into(),
@@ -586,7 +588,7 @@ fn outward_address(any: IpAddr) -> Option<IpAddr> {
     socket.local_addr().ok().map(|address| address.ip())
 }
 
-/// Follows a run, and does what is to be done outside of it.
+/// Follows a run, and does the work outside of the state machine.
 struct Watcher<'a> {
     asked: &'a Coordinate,
     desk: DeskHandle,
@@ -597,7 +599,7 @@ struct Watcher<'a> {
     epoch: Epoch,
     seconds: Seconds,
     series: Series,
-    /// The server's own, where they were asked for.
+    /// The server's own pages, if they were asked for.
     pages: Option<PageWatch>,
 }
 
@@ -623,7 +625,7 @@ impl<'a> Watcher<'a> {
         }
     }
 
-    /// Until the run is over.
+    /// Follows the run until it is over.
     async fn watch(&mut self, interrupts: &mut Interrupts, tell: &mut dyn FnMut(&str)) {
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -655,7 +657,7 @@ impl<'a> Watcher<'a> {
             );
             (story, lines)
         });
-        // A desk that is gone has nothing more to tell.
+        // A desk that is gone has no more news.
         let Ok((story, lines)) = told.await else {
             return;
         };
@@ -679,7 +681,7 @@ impl<'a> Watcher<'a> {
         }
     }
 
-    /// When everybody has left. A server whose counters lag is waited for.
+    /// Returns the server's account when everybody has left. Waits for a server whose counters lag.
     async fn account_of_server(&mut self) -> Option<Account> {
         let pages = self.pages.take()?;
         let seconds = std::mem::take(&mut self.seconds);
@@ -688,8 +690,8 @@ impl<'a> Watcher<'a> {
             .call(move |desk| (seconds::began_us(&desk.state), seconds.held(&desk.state)))
             .await;
         let (began_us, held) = held.unwrap_or_default();
-        // What lay before this process, or is not known, was not read: a stretch without length has
-        // no figures.
+        // A time before this process started, or an unknown one, was not read. A stretch without
+        // length has no figures.
         let start = self.epoch.instant(Time::ZERO);
         let instant = |us: u64| {
             self.epoch
@@ -717,7 +719,8 @@ impl<'a> Watcher<'a> {
         Some(account)
     }
 
-    /// What cannot be written down does not happen: then the user's second signal ends the process.
+    /// Cancels the run. If this cannot be journaled, the run goes on, and the user's second signal
+    /// ends the process.
     async fn cancel(&mut self, why: &str) {
         let why = why.to_owned();
         let cancelled = self.desk.call(move |desk| desk.cancel(&why)).await;
@@ -726,7 +729,7 @@ impl<'a> Watcher<'a> {
         }
     }
 
-    /// Where everybody is in and there is a key.
+    /// Makes the rooms when everybody is in and there is an API key.
     async fn make_rooms(&mut self, interrupts: &mut Interrupts) {
         let Some(api_key) = self.api_key.clone() else {
             return;
@@ -772,7 +775,7 @@ impl<'a> Watcher<'a> {
         Endpoint::from(plan.target.url.clone()).through(&self.asked.run.gateway)
     }
 
-    /// The plan of all hosts.
+    /// Returns the plan of all hosts.
     async fn plan(&self, scenario: Scenario) -> Result<Plan> {
         let mut plan = self.asked.run.plan.clone();
         let run_tag = self.desk.call(|desk| desk.state.setup().run_tag).await;
@@ -783,7 +786,7 @@ impl<'a> Watcher<'a> {
         Ok(plan)
     }
 
-    /// Those that this run made, in this life or in an earlier one.
+    /// Deletes the rooms that this run made, in this process or in an earlier one.
     async fn delete_rooms(&mut self) {
         let Some(api_key) = self.api_key.clone() else {
             return;

@@ -1,11 +1,11 @@
-//! What becomes of a run, as its coordinator logs it: what the journal has taken.
+//! The coordinator's log of a run: the entries that were written to the journal.
 
 use tracing::{debug, info, trace, warn};
 
 use super::protocol::ProverId;
 use super::state::{JournalEntry, RunState};
 
-/// `state` is from before the entry comes true.
+/// Logs an entry. `state` is the state before the entry is applied.
 pub(super) fn log_entry(entry: &JournalEntry, state: &RunState) {
     match entry {
         JournalEntry::Registered {
@@ -46,8 +46,8 @@ pub(super) fn log_entry(entry: &JournalEntry, state: &RunState) {
     }
 }
 
-/// With the order of a stage the one before it ends. How far clocks are off is what its begin
-/// depends on.
+/// Logs the order of a stage, which ends the stage before it. The clock offsets are logged too,
+/// because the start depends on them.
 fn log_order(state: &RunState, stage: u32, starts_in_us: u64) {
     let ended = state.underway().map(|underway| underway.stage);
     info!(

@@ -1,4 +1,4 @@
-//! Many hosts, one test: a coordinator that gives out the parts, keeps the hosts in step and merges
+//! One test on many hosts. A coordinator hands out the parts, keeps the hosts in step and merges
 //! what they measured.
 
 pub mod access;

@@ -1,8 +1,8 @@
-//! The live page (`GET /`), what it is fed with (`GET /events`), and the page for Prometheus (`GET
+//! The live page (`GET /`), its events (`GET /events`), and the page for Prometheus (`GET
 //! /metrics`).
 //!
-//! The page is one file: style and script stand in it, and it asks for nothing but its events. What
-//! probers say of themselves reaches it as JSON and is shown as text.
+//! The page is one file that contains its style and script, and it requests nothing but its events.
+//! What probers say about themselves reaches it as JSON and is shown as text.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -21,11 +21,11 @@ use crate::measure::{Histogram, Kind, Record, is_measured};
 use crate::metrics_page::{FigureKind, FiguresPage, PageSummary};
 use crate::report::Judging;
 
-/// `text/html; charset=utf-8`.
+/// The page's content, as `text/html; charset=utf-8`.
 pub const HTML: &str = include_str!("page/page.html");
 
-/// The page's Content-Security-Policy: its own style and script by their hashes, its own events,
-/// and nothing else from anywhere.
+/// The page's Content-Security-Policy. It allows the page's own style and script by their hashes,
+/// its own events, and nothing else.
 pub static POLICY: LazyLock<String> = LazyLock::new(|| {
     format!(
         "default-src 'none'; style-src '{}'; script-src '{}'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -34,13 +34,13 @@ pub static POLICY: LazyLock<String> = LazyLock::new(|| {
     )
 });
 
-/// How often an event is sent. The page takes five seconds without one for silence.
+/// Interval between events. The page reports silence after five seconds without one.
 pub const INTERVAL: Duration = Duration::from_secs(1);
-/// A live prober that has not been heard for so long is shown as silent.
+/// Time without a message after which a live prober is shown as silent.
 const SILENT_US: u64 = 5_000_000;
 
-/// One event of a `text/event-stream`: the run as it stands. `merged` is there once the run is
-/// over.
+/// Returns one event of a `text/event-stream` with the current state of the run. `merged` is given
+/// once the run is over.
 pub fn event(
     state: &RunState,
     judging: &Judging,
@@ -70,7 +70,7 @@ pub fn event(
             .collect(),
         result: merged.map(ResultView::new),
     };
-    // JSON has no raw line breaks, so that one line is the whole of it.
+    // JSON has no raw line breaks, so the event is a single line.
     let data = serde_json::to_string(&view).expect("plain data serialises");
     format!("data: {data}\n\n")
 }
@@ -98,7 +98,7 @@ struct VantagePageView<'a> {
     heard_seconds_ago: u64,
     why: Option<&'a str>,
     stage: Option<&'a str>,
-    /// A host that is not live has no figures for this second.
+    /// Figures of this second; a host that is not live has none.
     live: Option<&'a LiveSecond>,
     clock: Option<ClockPageView>,
     start_skew_us: Option<i64>,
@@ -127,7 +127,7 @@ impl<'a> VantagePageView<'a> {
             (Some(_), _) => "missing",
             (None, Some(_)) => "reported",
             (None, None) if *state.phase() == RunPhase::Over => "missing",
-            // It says nothing until it is done.
+            // A legacy prober sends nothing until it is done.
             (None, None) if prober.is_legacy() => "at work",
             (None, None) if silent_us > SILENT_US => "silent",
             (None, None) => "live",
@@ -169,7 +169,7 @@ struct ResultView<'a> {
 #[derive(Serialize)]
 struct TierPageView<'a> {
     name: &'a str,
-    /// `null`: nobody came to it.
+    /// Verdict of the tier; `null` if nobody came to it.
     verdict: Option<&'static str>,
     participants: u32,
     vantages: usize,
@@ -207,10 +207,10 @@ impl<'a> ResultView<'a> {
     }
 }
 
-/// The page for Prometheus: the last second of each vantage as gauges; of the latest baseline or
-/// tier of each, counters and summaries.
+/// Returns the page for Prometheus. It has the last second of each vantage as gauges, and the
+/// counters and summaries of each one's latest baseline or tier.
 ///
-/// Whatever is not known has no sample.
+/// An unknown figure has no sample.
 pub fn metrics(state: &RunState, now_us: u64) -> String {
     let mut page = FiguresPage::default();
     add_run(&mut page, state);
@@ -225,7 +225,7 @@ pub fn metrics(state: &RunState, now_us: u64) -> String {
     page.into_text()
 }
 
-/// Name, explanation and value of what is told of each prober.
+/// Name, help text and value of a gauge that every prober has.
 type ProberGauge = (
     &'static str,
     &'static str,
@@ -342,7 +342,7 @@ fn seconds(micros: Option<u64>) -> Option<f64> {
     micros.map(|us| us as f64 / 1e6)
 }
 
-/// What was counted in the latest baseline or tier of one prober.
+/// Counters of one prober's latest baseline or tier.
 struct Latest<'a> {
     vantage: &'a str,
     stage: &'a str,
@@ -355,8 +355,8 @@ impl Latest<'_> {
     }
 }
 
-/// Counters and summaries of the latest tier of each prober. A summary's count is of what came; a
-/// quantile that falls among what never came is infinite.
+/// Adds counters and summaries of each prober's latest tier. A summary's count is the number of
+/// values that came. A quantile that falls among the missing values is infinite.
 fn add_stages(page: &mut FiguresPage, state: &RunState) {
     let latest: Vec<Latest<'_>> = (state.probers().iter())
         .filter_map(|prober| {
@@ -434,7 +434,7 @@ fn summary<'a>(one: &'a Latest<'_>, histogram: &Histogram) -> PageSummary<'a, 2>
     }
 }
 
-/// The text between a tag and its end tag.
+/// Returns the hash of the text between a tag and its end tag.
 fn hash_of(tag: &str) -> String {
     let (_, rest) = HTML
         .split_once(&format!("<{tag}>"))
@@ -474,7 +474,8 @@ mod tests {
         }
     }
 
-    /// Three of four under way; one is missing, and one has a label that is markup.
+    /// Returns a run with three of four hosts under way. One host is missing, and one has a label
+    /// that is markup.
     fn under_way() -> Canned {
         let mut canned = Canned::armed(
             &[10, 25],
@@ -598,7 +599,7 @@ mod tests {
         );
     }
 
-    /// Families by name, and samples by family, name and labels.
+    /// Parses samples into family, name with labels, and value.
     fn parsed(page: &str) -> Vec<(String, String, f64)> {
         let mut family = String::new();
         let mut seen = BTreeSet::new();
@@ -667,7 +668,7 @@ mod tests {
         assert_eq!(value("throng_run_phase{phase=\"running\"}"), Some(1.0));
     }
 
-    /// Dashboards go by these.
+    /// Dashboards depend on these names.
     #[test]
     fn our_own_reader_finds_every_figure_under_its_name() {
         let canned = under_way();

@@ -1,7 +1,7 @@
-//! What every host is to do, and what that comes to once it is known who the hosts are.
+//! Load of the hosts, and the placement that follows from it once the hosts are known.
 //!
-//! A pure function: the same hosts in the same order give the same placement, so a coordinator that
-//! is started again finds what it had given out.
+//! The placement is a pure function: the same hosts in the same order give the same placement. A
+//! restarted coordinator therefore finds the one that it had handed out.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,14 +9,14 @@ use super::protocol::{SharedStage, StageKind};
 use crate::plan::scenario::{PhaseTimes, Scenario};
 use crate::plan::{Part, Placement, UndealtPlan, VantagePlan};
 
-/// What is asked of the hosts. Counts are per room.
+/// Load that the hosts are to make. Counts are per room.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HostsLoad {
-    /// The run as the flags have it, whatever number of hosts shares it. Its phases have the
-    /// subscribers of one host of weight 1, or, where it is a `total`, of all hosts together;
-    /// how many the groups have follows from that.
+    /// The run as the flags describe it, for any number of hosts. Its phases have the subscribers
+    /// of one host of weight 1, or, if `total` is set, of all hosts together. The sizes of the
+    /// groups follow from that.
     pub scenario: Scenario,
-    /// Each host has rooms of its own: so many as the plan says, or, where it is a `total`, its
+    /// Whether each host has rooms of its own: as many as the plan says, or, if `total` is set, its
     /// share of them.
     pub rooms_apart: bool,
     pub total: bool,
@@ -25,17 +25,17 @@ pub struct HostsLoad {
 /// The hosts and their load.
 #[derive(Clone, Debug)]
 pub struct PlacedHosts {
-    /// Over all hosts together.
+    /// Scenario of all hosts together.
     pub scenario: Scenario,
     pub placement: Placement,
-    /// Whose everybody is.
+    /// Which host plays each participant.
     pub part: Part,
-    /// The stages as each host plays them.
+    /// Stages of each host.
     pub stages: Vec<Vec<SharedStage>>,
 }
 
 impl HostsLoad {
-    /// Subscribers a room, tier by tier.
+    /// Returns the subscribers per room, tier by tier.
     pub fn tiers(&self) -> Vec<u32> {
         let scenario = &self.scenario;
         let phases = scenario.phases.iter();
@@ -44,10 +44,10 @@ impl HostsLoad {
             .collect()
     }
 
-    /// Who plays what.
+    /// Distributes the load over the hosts.
     ///
     /// # Errors
-    /// These hosts cannot play it; says what to do.
+    /// These hosts cannot play the load. The error says what to do.
     pub fn place(&self, vantages: Vec<VantagePlan>) -> Result<PlacedHosts, UndealtPlan> {
         let placement = Placement {
             vantages,
@@ -84,7 +84,7 @@ impl HostsLoad {
         })
     }
 
-    /// Subscribers that a room has in a tier of all hosts.
+    /// Returns the number of subscribers that a room has in a tier, over all hosts.
     fn of_room(&self, placement: &Placement, tier: u32) -> u32 {
         if self.total {
             tier
@@ -93,8 +93,8 @@ impl HostsLoad {
         }
     }
 
-    /// Whoever has fewer joins, or leaves, before a hold than another waits for the others' by a
-    /// longer warm-up.
+    /// Returns the stages of each host. A host with fewer joins or leaves before a hold gets a
+    /// longer warm-up, and so waits for the others.
     fn stages(
         &self,
         scenario: &Scenario,
@@ -130,7 +130,7 @@ impl HostsLoad {
             .collect()
     }
 
-    /// For each host its subscribers in the baseline, and then in each tier.
+    /// Returns for each host its subscribers in the baseline, and then in each tier.
     fn held(&self, scenario: &Scenario, placement: &Placement, part: &Part) -> Vec<Vec<u32>> {
         let in_room: Vec<u32> = self
             .tiers()
@@ -138,7 +138,7 @@ impl HostsLoad {
             .map(|tier| self.of_room(placement, tier))
             .collect();
         let of_hosts = subscribers_of_hosts(scenario, placement.vantages.len(), part, &in_room);
-        // The baseline is one of each host that subscribes at all.
+        // The baseline has one subscriber of each host that subscribes at all.
         let alone = |tiers: &[u32]| tiers.iter().copied().max().unwrap_or(0).min(1);
         of_hosts
             .iter()
@@ -151,7 +151,7 @@ impl HostsLoad {
     }
 }
 
-/// The baseline goes as the first phase does.
+/// Returns the times of a stage. The baseline has those of the first phase.
 fn times_of(scenario: &Scenario, stage: usize) -> PhaseTimes {
     let phase = scenario.phases.get(stage.saturating_sub(1));
     phase.map_or(PhaseTimes::default(), |phase| PhaseTimes {
@@ -161,8 +161,8 @@ fn times_of(scenario: &Scenario, stage: usize) -> PhaseTimes {
     })
 }
 
-/// How long a host's people take to join before a stage, or to leave: whoever leaves does so at the
-/// same pace.
+/// Returns how long the participants of a host take to join or to leave before a stage. Leaving has
+/// the same pace as joining.
 fn moving_us(scenario: &Scenario, held: &[u32], stage: usize) -> u64 {
     let before = if stage == 0 { 0 } else { held[stage - 1] };
     match (
@@ -175,7 +175,8 @@ fn moving_us(scenario: &Scenario, held: &[u32], stage: usize) -> u64 {
     }
 }
 
-/// The baseline, or a tier. `waiting_us`: how much longer others move before it.
+/// Returns the baseline or a tier. `waiting_us` is how much longer other hosts join or leave before
+/// it.
 fn held_stage(stage: usize, subscribers: u32, times: PhaseTimes, waiting_us: u64) -> SharedStage {
     let (kind, name) = if stage == 0 {
         (StageKind::Baseline, "baseline".to_owned())
@@ -192,7 +193,7 @@ fn held_stage(stage: usize, subscribers: u32, times: PhaseTimes, waiting_us: u64
     }
 }
 
-/// Nobody subscribes in it, and it has no length.
+/// Returns a stage without subscribers and without length.
 fn bare_stage(kind: StageKind, name: &str) -> SharedStage {
     SharedStage {
         kind,
@@ -204,7 +205,8 @@ fn bare_stage(kind: StageKind, name: &str) -> SharedStage {
     }
 }
 
-/// For each host, how many of its subscribers are among the first so many of each room.
+/// Returns for each host and each value of `in_room` how many of its subscribers are among that
+/// many first subscribers of each room.
 fn subscribers_of_hosts(
     scenario: &Scenario,
     hosts: usize,
@@ -214,7 +216,7 @@ fn subscribers_of_hosts(
     let mut bounds = in_room.to_vec();
     bounds.sort_unstable();
     bounds.dedup();
-    // Between each bound and the one before it.
+    // Number of subscribers of each host between a bound and the one before it.
     let mut between = vec![vec![0u32; bounds.len()]; hosts];
     let (publishers, rooms) = (scenario.publishers(), scenario.rooms.count);
     let participants = (publishers + scenario.subscribers()) * rooms;
@@ -376,7 +378,7 @@ pub(crate) mod tests {
             if stage > 1 {
                 before = [0, 1, 2].map(|host: usize| placed.stages[host][stage - 1].subscribers);
             }
-            // At ten joins a second.
+            // The rate is ten joins a second.
             let settled: Vec<u64> = placed
                 .stages
                 .iter()

@@ -1,5 +1,5 @@
-//! What coordinator and probers say to each other: JSON over HTTP, the paths and names of `voicegw
-//! livekit sfu` with ours beside them.
+//! Protocol between coordinator and probers: JSON over HTTP, with the paths and names of `voicegw
+//! livekit sfu`, and ours beside them.
 //!
 //! | request | body | answer |
 //! |---|---|---|
@@ -12,23 +12,23 @@
 //! | `POST /cancel` | | [`Cancelled`] |
 //! | `GET /health` | | [`Health`] |
 //!
-//! What is refused is answered with a status of 4xx or 5xx and a [`RefusalMessage`].
+//! A refused request gets a status of 4xx or 5xx and a [`RefusalMessage`].
 //!
-//! **Versions.** A prober of ours names the version of the protocol that it speaks
-//! ([`Register::protocol`]); the coordinator refuses every other than [`VERSION`] with a text that
-//! names both, before it has handed out anything. So does a prober with the version in
-//! [`Job::protocol`]. A prober that names none is `voicegw`'s own: it is asked for nothing but its
-//! steps. Within one version fields are only added: readers leave out what they do not know, and
-//! what is absent has the meaning that its documentation states.
+//! **Versions.** One of our probers names the version of the protocol that it speaks
+//! ([`Register::protocol`]). The coordinator refuses every version except [`VERSION`], with a text
+//! that names both, before it hands out anything. A prober does the same with the version in
+//! [`Job::protocol`]. A prober without a version is `voicegw`'s own, and is asked only for its
+//! steps. Within one version fields are only added. Readers skip fields that they do not know, and
+//! an absent field has the meaning that its documentation states.
 //!
 //! **Clocks.** A time is in microseconds since 1970, a duration in microseconds, unless its name
-//! says otherwise. Whose clock it is stands with each: nobody's is trusted, and none is read here.
-//! A process derives all its times from one reading of the wall clock and the monotonic clock, so
-//! that they never step while it lives; the coordinator's next life ([`BeatReply::life`]) may tell
-//! other times.
+//! says otherwise. The documentation of each time says whose clock it is by. No clock is trusted,
+//! and none is read here. A process derives all its times from one reading of the wall clock and
+//! the monotonic clock, so they never step while it lives. The coordinator's next process
+//! ([`BeatReply::life`]) may have other times.
 //!
-//! **Hostile input.** [`read`] is the only way in: what it returns lies within the bounds of this
-//! module. JSON knows no NaN and no infinity.
+//! **Hostile input.** [`read`] is the only way in. What it returns lies within the bounds of this
+//! module. JSON has no NaN and no infinity.
 
 use std::fmt;
 use std::str::FromStr;
@@ -46,43 +46,44 @@ use crate::words;
 /// Version of the protocol that this program speaks.
 pub const VERSION: u32 = 2;
 
-/// Where a prober finds its coordinator, and what lets it in, if no flag says so.
+/// Environment variables with the coordinator's address and token, used if no flag gives them.
 pub const URL_VARIABLE: &str = "COORDINATOR_URL";
 pub const TOKEN_VARIABLE: &str = "COORDINATOR_TOKEN";
 
-/// As many hosts as one plan is dealt to.
+/// Largest number of probers, which is the number of hosts that a plan can be dealt to.
 pub const PROBERS_MAX: usize = VANTAGES_MAX;
-/// A ramp of more tiers than these is no ramp.
+/// Largest number of tiers in a ramp.
 pub const TIERS_MAX: usize = 100;
 pub const STAGES_MAX: usize = TIERS_MAX + 4;
-/// Tokens in one request.
+/// Largest number of tokens in one request.
 pub const TOKENS_MAX: u32 = 1_000;
-/// A prober bears so many times the silence after which a coordinator calls a prober missing.
+/// Factor between the silence after which the coordinator calls a prober missing and the time that
+/// a prober waits for a silent coordinator.
 pub const PATIENCE_SILENCES: u32 = 4;
-/// Frame counts in one message: origins, tracks and layers.
+/// Largest number of frame counts in one message, over origins, tracks and layers.
 pub const FRAME_COUNTS_MAX: usize = 200_000;
 /// Longest name, label or other short text, in bytes.
 pub const LABEL_BYTES_MAX: usize = 128;
-/// Longest reason, note or other sentence, in bytes; and how many of them a message may have.
+/// Longest reason, note or other sentence, in bytes, and the largest number of them in a message.
 pub const TEXT_BYTES_MAX: usize = 2_048;
 pub const TEXTS_MAX: usize = 1_000;
-/// Whole numbers that every reader of JSON keeps exactly.
+/// Largest whole number that every JSON reader keeps exactly.
 pub const WHOLE_MAX: u64 = (1 << 53) - 1;
-/// The longest run or part of it.
+/// Longest run, or part of a run.
 const SECONDS_MAX: f64 = 366.0 * 24.0 * 3600.0;
 
-/// Bodies of requests, in bytes. Of a beat most is one [`RecordWire`], some 30 KiB.
+/// Longest bodies of requests, in bytes. Most of a beat is one [`RecordWire`] of about 30 KiB.
 pub const REGISTER_BYTES_MAX: usize = 4 << 10;
 pub const BEAT_BYTES_MAX: usize = 8 << 20;
 pub const REPORT_BYTES_MAX: usize = 64 << 20;
 
-/// A message that comes from the other side.
+/// Message that is received from the other side.
 pub trait ProtocolMessage: DeserializeOwned {
-    /// What its fields mean together, and the bounds of each.
+    /// Checks the bounds of each field, and what the fields mean together.
     fn check(&self) -> Result<(), MalformedMessage>;
 }
 
-/// Why a message was refused; says which field.
+/// Error returned when a message is refused. It names the field.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct MalformedMessage(String);
@@ -93,12 +94,13 @@ impl MalformedMessage {
     }
 }
 
-/// Reads a message, and refuses what no prober or coordinator of this version says.
+/// Reads a message. Refuses what no prober or coordinator of this version would send.
 pub fn read<M: ProtocolMessage>(body: &[u8]) -> Result<M, MalformedMessage> {
     let mut message: M = serde_json::from_slice(body).map_err(MalformedMessage::new)?;
     message.check()?;
     if may_move_a_cursor(body) {
-        // Texts are shown to people. Read again, because only values can be gone through.
+        // Texts are shown to people. The message is read again, because only JSON values can be
+        // iterated.
         let mut value = serde_json::from_slice(body).map_err(MalformedMessage::new)?;
         put_on_lines(&mut value);
         message = serde_json::from_value(value).map_err(MalformedMessage::new)?;
@@ -107,13 +109,13 @@ pub fn read<M: ProtocolMessage>(body: &[u8]) -> Result<M, MalformedMessage> {
     Ok(message)
 }
 
-/// Whether there is more in a message than plain ASCII: JSON writes control characters with a
+/// Returns whether a message contains more than plain ASCII. JSON writes control characters with a
 /// backslash.
 fn may_move_a_cursor(body: &[u8]) -> bool {
     body.iter().any(|byte| *byte == b'\\' || !byte.is_ascii())
 }
 
-/// Each text on one line, without what moves a terminal's cursor.
+/// Puts each text on one line, without characters that move a terminal's cursor.
 fn put_on_lines(value: &mut serde_json::Value) {
     match value {
         serde_json::Value::String(text) => *text = words::one_line(text),
@@ -123,10 +125,10 @@ fn put_on_lines(value: &mut serde_json::Value) {
     }
 }
 
-/// The answer to what was refused.
+/// Answer to a refused request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RefusalMessage {
-    /// For people: what is wrong and what to do.
+    /// Text for people: what is wrong, and what to do.
     pub error: String,
 }
 
@@ -136,13 +138,14 @@ impl ProtocolMessage for RefusalMessage {
     }
 }
 
-/// How the coordinator calls a prober. Opaque: ours are random, `voicegw`'s coordinator counts from
-/// 0.
+/// Id that the coordinator gives a prober. It is opaque: ours are random, `voicegw`'s coordinator
+/// counts from 0.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct ProverId(String);
 
 impl ProverId {
-    /// `None`: longer than any that is given out, or not of letters, digits, `-` and `_`.
+    /// Returns `None` if the text is longer than any id that is given out, or has characters other
+    /// than letters, digits, `-` and `_`.
     pub fn new(text: impl Into<String>) -> Option<ProverId> {
         let text = text.into();
         let plain = text
@@ -179,27 +182,27 @@ impl<'de> Deserialize<'de> for ProverId {
     }
 }
 
-/// `POST /register`: a prober wants to take part.
+/// `POST /register`: a prober asks to take part.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Register {
-    /// Where the prober stands, as the result names it; two must not share one. `voicegw` allows
-    /// `null`: such a prober gets a label.
+    /// Label of the prober's location in the result. Two probers must not share one. `voicegw`
+    /// allows `null`; such a prober is given a label.
     pub vantage: Option<String>,
-    /// [`VERSION`] of the prober; absent: it is `voicegw`'s.
+    /// [`VERSION`] of the prober. Absent in `voicegw`'s probers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protocol: Option<u32>,
-    /// The program's version, for people to read.
+    /// Version of the program, for people to read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
-    /// Random, of this process: who registers again with it gets what it got before.
+    /// Random id of this process. A process that registers again with it gets what it got before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instance: Option<String>,
     #[serde(default)]
     pub role: HostRole,
-    /// This host counts as so many of weight 1.
+    /// Weight of this host: it counts as this many hosts of weight 1.
     #[serde(default = "one")]
     pub weight: u32,
-    /// The prober has no API key and wants its room tokens from the coordinator.
+    /// Whether the prober has no API key and needs room tokens from the coordinator.
     #[serde(default)]
     pub wants_tokens: bool,
 }
@@ -231,13 +234,13 @@ impl ProtocolMessage for Register {
     }
 }
 
-/// The answer to [`Register`].
+/// Answer to [`Register`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registered {
     pub prover_id: ProverId,
-    /// Probers that the run waits for.
+    /// Number of probers that the run waits for.
     pub expected: u32,
-    /// [`VERSION`] of the coordinator; absent: it is `voicegw`'s.
+    /// [`VERSION`] of the coordinator. Absent in `voicegw`'s coordinators.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub protocol: Option<u32>,
 }
@@ -248,7 +251,7 @@ impl ProtocolMessage for Registered {
     }
 }
 
-/// `GET /job/{prover_id}`: what there is to do, once everybody is in.
+/// `GET /job/{prover_id}`: the prober's job, once everybody is in.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct JobReply {
     pub room: String,
@@ -256,16 +259,17 @@ pub struct JobReply {
     pub ramp: Vec<u32>,
     /// Length of a tier, in seconds.
     pub duration: f64,
-    /// `voicegw`'s probers want a number: its own default where round-trip times are not judged.
+    /// Target round-trip time. `voicegw`'s probers need a number; it is `voicegw`'s own default if
+    /// round-trip times are not judged.
     pub target_rtt_ms: f64,
-    /// Per cent.
+    /// Largest permitted loss, in per cent.
     pub max_loss: f64,
-    /// In seconds since 1970 by the coordinator's clock; `null` until everybody is in. Ours wait
-    /// for [`Order::Start`] instead.
+    /// Start time in seconds since 1970 by the coordinator's clock; `null` until everybody is in.
+    /// Our probers wait for [`Order::Start`] instead.
     pub start_at: Option<f64>,
-    /// Everybody is in.
+    /// Whether everybody is in.
     pub ready: bool,
-    /// For probers of ours, once everybody is in.
+    /// Job for our own probers, once everybody is in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub throng: Option<Job>,
 }
@@ -287,35 +291,36 @@ impl ProtocolMessage for JobReply {
     }
 }
 
-/// The run as a prober of ours plays its part in it. The same for all but `me` and `stages`.
+/// The run with the prober's part in it. All fields except `me` and `stages` are the same for all
+/// probers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Job {
     /// [`VERSION`] of the coordinator.
     pub protocol: u32,
-    /// Tells runs apart in identities and room names.
+    /// Tag that distinguishes runs in identities and room names.
     pub run_tag: u32,
-    /// The labels of all that play the plan; elsewhere a vantage is its index in here.
+    /// Labels of all vantages that play the plan. Elsewhere a vantage is an index into this list.
     pub vantages: Vec<String>,
-    /// The index of this prober.
+    /// Index of this prober.
     pub me: u32,
-    /// The run, with the participants of all vantages. Unlike elsewhere, a field of it that is not
-    /// known is refused: who left it out would play another run.
+    /// The run with the participants of all vantages. Unlike in other messages, an unknown field in
+    /// it is refused, because a prober that skipped the field would play another run.
     pub scenario: Scenario,
-    /// Which of them are whose ([`crate::plan::Part::new`]): one entry each of `vantages`, in the
-    /// same order.
+    /// Which participants belong to which vantage ([`crate::plan::Part::new`]): one entry for each
+    /// of `vantages`, in the same order.
     pub placement: Placement,
-    /// From the first to the last, as this prober plays them.
+    /// Stages in order, as this prober plays them.
     pub stages: Vec<SharedStage>,
     pub judging: WireJudging,
-    /// The server under test; `null`: the prober's own. One that the prober was given itself goes
-    /// before it.
+    /// Server under test; `null`: the prober's own. A server that was given to the prober itself
+    /// takes precedence.
     pub url: Option<String>,
-    /// The coordinator can make room tokens.
+    /// Whether the coordinator can make room tokens.
     pub tokens: bool,
-    /// The coordinator makes the rooms and deletes them; if not, the server makes them when the
-    /// first one joins.
+    /// Whether the coordinator makes and deletes the rooms. If not, the server makes a room when
+    /// the first participant joins.
     pub rooms_made: bool,
-    /// How long the load may go on without an answer of the coordinator, in microseconds.
+    /// How long the load may go on without an answer from the coordinator, in microseconds.
     pub patience_us: u64,
 }
 
@@ -380,48 +385,50 @@ impl Job {
     }
 }
 
-/// What all hosts do at the same time, one after the other; before each there is a barrier.
+/// One step of the run, which all hosts do at the same time. Before each stage there is a barrier.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedStage {
     pub kind: StageKind,
-    /// As the result names it; of a tier its number from 1 and its subscribers.
+    /// Name in the result. For a tier it consists of its number, from 1, and its subscribers.
     pub name: String,
-    /// Of this host, over all rooms, in a baseline or a tier: the first so many in its joining
-    /// order.
+    /// Subscribers of this host in a baseline or a tier, over all rooms. They are the first ones in
+    /// its joining order.
     pub subscribers: u32,
-    /// From the end of this host's joining to its hold. A host with fewer joins than another has a
-    /// longer one, so that all hold at the same time.
+    /// Time from the end of this host's joining to its hold. A host with fewer joins than another
+    /// has a longer one, so that all hosts hold at the same time.
     pub warmup_us: u64,
-    /// What is measured.
+    /// Time that is measured.
     pub hold_us: u64,
-    /// Its joins, or leaves, are spread over this; `null`: they go at the scenario's rate.
+    /// Time over which its joins or leaves are spread; `null`: they go at the scenario's rate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spread_us: Option<u64>,
 }
 
-/// In the order in which they come.
+/// Kinds of stages, in the order in which they occur.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum StageKind {
     /// Publishers join and publish.
     Publish,
-    /// One subscriber of each vantage besides the publishers. At most one such stage.
+    /// One subscriber of each vantage joins, besides the publishers. There is at most one such
+    /// stage.
     Baseline,
     Tier,
-    /// Publishers stop sending and stay connected; what is under way arrives.
+    /// Publishers stop sending and stay connected, so that packets under way arrive.
     Stop,
-    /// Publishers' final frame counts are known to all: accounts are closed, and everybody leaves.
+    /// Everybody knows the publishers' final frame counts. Accounts are closed, and everybody
+    /// leaves.
     Leave,
 }
 
-/// What a run is held to.
+/// Limits that a run is judged by.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WireJudging {
-    /// Per cent.
+    /// Largest permitted loss, in per cent.
     pub max_loss_pct: f64,
-    /// `null`: not judged.
+    /// Target round-trip time; `null`: not judged.
     pub target_rtt_us: Option<u64>,
-    /// As they are written on the command line.
+    /// Thresholds as they are written on the command line.
     pub thresholds: Vec<String>,
     #[serde(default)]
     pub allow_unjudged: bool,
@@ -467,7 +474,8 @@ impl WireJudging {
 /// `POST /tokens/{prover_id}`: room tokens for the prober's own participants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokensRequest {
-    /// The position in its joining order ([`crate::plan::ParticipantPlan::position`]), from 0.
+    /// Position of the first participant in the joining order
+    /// ([`crate::plan::ParticipantPlan::position`]), from 0.
     pub from: u32,
     pub count: u32,
 }
@@ -478,11 +486,12 @@ impl ProtocolMessage for TokensRequest {
     }
 }
 
-/// The answer to [`TokensRequest`], in the same order. Never printed.
+/// Answer to [`TokensRequest`], in the same order. Never printed.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct TokensReply {
     pub tokens: Vec<String>,
-    /// From now on, in seconds. Reaches past the next tier's joins; who joins later asks again.
+    /// Lifetime from now on, in seconds. It is long enough for the next tier's joins; for later
+    /// joins the prober asks again.
     pub lifetime_seconds: u64,
 }
 
@@ -501,39 +510,39 @@ impl ProtocolMessage for TokensReply {
     }
 }
 
-/// `POST /beat/{prover_id}`: once a second, at each change of stage, and more often while the
+/// `POST /beat/{prover_id}`: sent once a second, at each change of stage, and more often while the
 /// prober waits at a barrier.
 ///
-/// Everything in it is cumulative, so that it may be lost, or come twice, or late: the highest
-/// `seq` holds.
+/// All its content is cumulative, so a beat may be lost, repeated or late. The beat with the
+/// highest `seq` holds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BeatMessage {
-    /// From 1, one more each time.
+    /// Sequence number, starting at 1.
     pub seq: u64,
-    /// By the prober's clock, when this left.
+    /// When this beat was sent, by the prober's clock.
     pub sent_at_us: u64,
-    /// The exchange before this one, as far as there was one. With it the coordinator knows the
-    /// prober's clock.
+    /// The previous exchange, if there was one. It tells the coordinator the prober's clock.
     #[serde(default)]
     pub exchange: Option<Exchange>,
-    /// The stage under way, an index into [`Job::stages`]; `null` before the first.
+    /// Stage under way, as an index into [`Job::stages`]; `null` before the first.
     pub stage: Option<u32>,
-    /// Done with all stages before this one, and ready for it.
+    /// Stage that the prober is ready for, having finished all stages before it.
     pub ready_for: Option<u32>,
-    /// Those of which there is more than in the last beat that was answered.
+    /// Tiers with more data than in the last beat that was answered.
     #[serde(default)]
     pub tiers: Vec<TierSoFar>,
     pub live: LiveSecond,
-    /// Frame counts of this prober's publishers: all that changed since the last answered beat.
+    /// All frame counts of this prober's publishers that changed since the last answered beat.
     #[serde(default)]
     pub frames: Vec<FrameCountEntry>,
-    /// By how much the stages began later than ordered, on this host and by its clock.
+    /// Delay of each stage's start behind the ordered time, on this host and by its clock.
     #[serde(default)]
     pub starts: Vec<Start>,
-    /// Why this generator is the limit, as far as it is known by now; empty while it keeps up.
+    /// Reasons why this generator is the limit, as far as they are known; empty while it keeps up.
     #[serde(default)]
     pub invalid: Vec<String>,
-    /// The threshold that ends the run for all, and what it came to: on this host it did not hold.
+    /// Threshold that failed on this host and ends the run for all, with the value that was
+    /// measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub broken: Option<String>,
 }
@@ -558,18 +567,18 @@ impl ProtocolMessage for BeatMessage {
     }
 }
 
-/// Four time stamps of one beat and its answer, as NTP has them (RFC 5905, section 8).
+/// Four time stamps of one beat and its answer, as in NTP (RFC 5905, section 8).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exchange {
-    /// The coordinator's that answered.
+    /// [`BeatReply::life`] of the coordinator that answered.
     pub life: u64,
-    /// By the prober's clock.
+    /// When the beat was sent, by the prober's clock.
     pub sent_at_us: u64,
-    /// By the coordinator's clock.
+    /// When the beat was received, by the coordinator's clock.
     pub received_at_us: u64,
-    /// By the coordinator's clock.
+    /// When the answer was sent, by the coordinator's clock.
     pub replied_at_us: u64,
-    /// By the prober's clock.
+    /// When the answer was received, by the prober's clock.
     pub heard_at_us: u64,
 }
 
@@ -595,19 +604,19 @@ impl Exchange {
     }
 }
 
-/// What one host measured of a baseline or a tier so far.
+/// What one host has measured so far of a baseline or a tier.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TierSoFar {
-    /// An index into [`Job::stages`].
+    /// Index into [`Job::stages`].
     pub stage: u32,
-    /// Participants of this host that the tier has.
+    /// Number of this host's participants in the tier.
     pub participants: u32,
-    /// Length of the tier's hold; in totals, of the whole run.
+    /// Length of the tier's hold; in totals, length of the whole run.
     pub seconds: f64,
-    /// The hold is over: this is all.
+    /// Whether the hold is over, so that no more data follows.
     #[serde(default)]
     pub complete: bool,
-    /// Counted since the hold began.
+    /// Counts since the hold began.
     pub record: RecordWire,
 }
 
@@ -623,11 +632,11 @@ impl TierSoFar {
     }
 }
 
-/// The last second of one host. `null` is unknown, which is not zero.
+/// Last second of one host. `null` is unknown, which is not zero.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LiveSecond {
-    /// In their rooms now.
+    /// Number of participants that are in their rooms now.
     pub participants: u32,
     pub packets_sent_per_second: Option<f64>,
     pub packets_received_per_second: Option<f64>,
@@ -635,11 +644,11 @@ pub struct LiveSecond {
     pub bits_received_per_second: Option<f64>,
     /// Share of all media lost so far, 0 to 1.
     pub loss: Option<f64>,
-    /// The median.
+    /// Median round-trip time.
     pub rtt_us: Option<u64>,
-    /// The 99th percentile of one-way latency.
+    /// 99th percentile of one-way latency.
     pub latency_us_p99: Option<u64>,
-    /// How late the engine's beat came, the 99th percentile.
+    /// 99th percentile of the lateness of the engine's ticks.
     pub tick_late_us_p99: Option<u64>,
 }
 
@@ -670,9 +679,9 @@ impl LiveSecond {
     }
 }
 
-/// How many frames one layer of one track has sent since it began: origin
-/// ([`crate::plan::ParticipantPlan::index`]), track (0: audio, 1: video), layer, frames, and those
-/// that it owes and never sent, because its source is gone.
+/// Frame count of one layer of one track since it began. The fields are: origin
+/// ([`crate::plan::ParticipantPlan::index`]), track (0: audio, 1: video), layer, frames sent, and
+/// frames that it owes and never sent because its source is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FrameCountEntry(pub u32, pub u8, pub u8, pub u64, #[serde(default)] pub u64);
 
@@ -680,7 +689,8 @@ pub struct FrameCountEntry(pub u32, pub u8, pub u8, pub u64, #[serde(default)] p
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
     pub stage: u32,
-    /// After the ordered time as the prober knew it; negative: before.
+    /// Time from the ordered start, as the prober knew it, to the actual start. Negative: it began
+    /// early.
     pub skew_us: i64,
 }
 
@@ -691,16 +701,16 @@ impl Start {
     }
 }
 
-/// The answer to [`BeatMessage`]: what it holds is in the journal.
+/// Answer to [`BeatMessage`]. The beat's content is in the journal.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BeatReply {
     /// Sequence number of the beat that is answered.
     pub seq: u64,
-    /// Random, of this process of the coordinator. Times of different lives do not compare.
+    /// Random id of this coordinator process. Times of different lives cannot be compared.
     pub life: u64,
-    /// By the coordinator's clock.
+    /// When the beat was received, by the coordinator's clock.
     pub received_at_us: u64,
-    /// By the coordinator's clock.
+    /// When this answer was sent, by the coordinator's clock.
     pub replied_at_us: u64,
     pub order: Order,
     /// Frame counts of other vantages' publishers: all of them, or, once the prober has some, at
@@ -710,7 +720,7 @@ pub struct BeatReply {
     /// Clock offsets of the vantages whose clock is known.
     #[serde(default)]
     pub clocks: Vec<VantageClock>,
-    /// Vantages without which the run goes on: their publishers' counts stay what they are.
+    /// Vantages that the run goes on without. The counts of their publishers no longer change.
     #[serde(default)]
     pub missing: Vec<u32>,
 }
@@ -737,10 +747,10 @@ impl ProtocolMessage for BeatReply {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "lowercase")]
 pub enum Order {
-    /// Go on with the stage under way; at its end keep what it reached, and wait.
+    /// Go on with the stage under way. At its end keep the state that it reached, and wait.
     Wait,
-    /// Begin this stage at this time by the coordinator's clock; at once if that has passed.
-    /// Repeated until the prober says that it is in it.
+    /// Begin this stage at this time by the coordinator's clock, or at once if the time has passed.
+    /// The order is repeated until the prober says that it is in the stage.
     Start { stage: u32, at_us: u64 },
     /// End the load now, and report.
     Stop { reason: String },
@@ -757,14 +767,14 @@ impl Order {
     }
 }
 
-/// A vantage's clock against the coordinator's.
+/// Offset of a vantage's clock from the coordinator's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VantageClock {
-    /// An index into [`Job::vantages`].
+    /// Index into [`Job::vantages`].
     pub vantage: u32,
-    /// The coordinator's clock less the vantage's.
+    /// The coordinator's clock minus the vantage's.
     pub offset_us: i64,
-    /// The true offset lies within so much on either side.
+    /// Largest distance of the true offset from `offset_us`, on either side.
     pub uncertainty_us: u64,
 }
 
@@ -776,16 +786,16 @@ impl VantageClock {
     }
 }
 
-/// `POST /report/{prover_id}`: all that a prober has found.
+/// `POST /report/{prover_id}`: everything that a prober has found.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ProberReport {
     pub vantage: Option<String>,
-    /// As `voicegw` has them, one a tier.
+    /// One step for each tier, as `voicegw` has them.
     pub steps: Vec<ClientStep>,
-    /// The same of one participant alone.
+    /// The same for one participant alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<ClientStep>,
-    /// Only probers of ours send this.
+    /// Report of our own probers; absent in others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub throng: Option<FinalReport>,
 }
@@ -808,17 +818,17 @@ impl ProtocolMessage for ProberReport {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClientStep {
     pub clients: u32,
-    /// `voicegw` writes 0 where it measured nothing: then `samples` is 0.
+    /// Round-trip time. `voicegw` writes 0 if it measured none; then `samples` is 0.
     pub rtt_ms: Option<f64>,
-    /// Per cent. Of `voicegw` always 0: it does not measure loss.
+    /// Loss in per cent. `voicegw` always sends 0, because it does not measure loss.
     pub loss_pct: Option<f64>,
     /// `Excellent`, `Good`, `Unknown`, `Poor` or `Lost`.
     #[serde(default)]
     pub quality: Option<String>,
-    /// Round trips behind `rtt_ms`.
+    /// Number of round trips that `rtt_ms` is based on.
     #[serde(default)]
     pub samples: Option<u64>,
-    /// Which statistic `rtt_ms` is.
+    /// Statistic that `rtt_ms` is.
     #[serde(default)]
     pub rtt_stat: Option<String>,
 }
@@ -843,25 +853,25 @@ impl ClientStep {
     }
 }
 
-/// A whole run on one host.
+/// Result of a whole run on one host.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FinalReport {
     pub verdict: WireVerdict,
-    /// Empty for a PASS.
+    /// Reasons for the verdict; empty for a PASS.
     pub reasons: Vec<String>,
     /// Why the run ended before its time on this host; `null` if it did not.
     pub partial: Option<String>,
-    /// The generator kept up. If not, nothing that this host measured says anything about the
-    /// server.
+    /// Whether the generator kept up. If not, nothing that this host measured says anything about
+    /// the server.
     pub valid: bool,
     pub invalid: Vec<String>,
-    /// Baseline and tiers, as far as they came.
+    /// Baseline and tiers, as far as they took place.
     pub tiers: Vec<TierReport>,
-    /// The whole run.
+    /// Totals of the whole run.
     pub totals: TierSoFar,
     pub engine: EngineShort,
     pub notes: Vec<String>,
-    /// Why joins failed, with counts.
+    /// Reasons why joins failed, with counts.
     pub failures: Vec<(String, u64)>,
 }
 
@@ -888,7 +898,7 @@ impl FinalReport {
     }
 }
 
-/// One tier of one host, judged.
+/// One tier of one host with its verdict.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TierReport {
     pub measured: TierSoFar,
@@ -896,7 +906,7 @@ pub struct TierReport {
     pub reasons: Vec<String>,
 }
 
-/// What a generator took. `null` is unknown.
+/// Load of a generator. `null` is unknown.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EngineShort {
@@ -922,7 +932,7 @@ impl EngineShort {
     }
 }
 
-/// [`Verdict`] by its name.
+/// A [`Verdict`] that is sent by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WireVerdict(pub Verdict);
 
@@ -948,7 +958,7 @@ impl<'de> Deserialize<'de> for WireVerdict {
     }
 }
 
-/// The answer to [`ProberReport`].
+/// Answer to [`ProberReport`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reported {
     pub ok: bool,
@@ -961,8 +971,8 @@ impl ProtocolMessage for Reported {
     }
 }
 
-/// The answer to `POST /leave/{prover_id}`: the prober takes no part. Before all are in its place
-/// is free again, after that it is missing from now on.
+/// Answer to `POST /leave/{prover_id}`: the prober no longer takes part. If not everybody is in
+/// yet, its place is free again. Otherwise it counts as missing from now on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Departed {
     pub ok: bool,
@@ -974,10 +984,10 @@ impl ProtocolMessage for Departed {
     }
 }
 
-/// The answer to `POST /cancel`.
+/// Answer to `POST /cancel`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cancelled {
-    /// Probers that are told to stop with their next beat.
+    /// Number of probers that are told to stop with their next beat.
     pub stopping: u32,
 }
 
@@ -987,10 +997,10 @@ impl ProtocolMessage for Cancelled {
     }
 }
 
-/// The answer to `GET /health`, for whoever asks.
+/// Answer to `GET /health`, for anybody who asks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Health {
-    /// Beats and reports are being journaled. If not, the answer's status is 503.
+    /// Whether beats and reports are being journaled. If not, the answer's status is 503.
     pub ok: bool,
     pub version: String,
     pub protocol: u32,
@@ -998,7 +1008,7 @@ pub struct Health {
     pub phase: String,
     pub registered: u32,
     pub expected: u32,
-    /// What is wrong; `null` if nothing is.
+    /// Description of the problem; `null` if there is none.
     pub problem: Option<String>,
 }
 
@@ -1009,7 +1019,7 @@ impl ProtocolMessage for Health {
     }
 }
 
-/// Why two programs of different versions do not work together.
+/// Returns the error that says why two programs of different versions do not work together.
 pub fn other_version(whose: &str, protocol: u32, other: &str) -> MalformedMessage {
     MalformedMessage::new(format!(
         "the {whose} speaks version {protocol} of the protocol, this {other} (throng {}) speaks version {VERSION}: run the same throng on all hosts",
@@ -1017,7 +1027,7 @@ pub fn other_version(whose: &str, protocol: u32, other: &str) -> MalformedMessag
     ))
 }
 
-/// A short text without control characters.
+/// Checks a short text, which must not contain control characters.
 fn label(name: &str, text: &str) -> Result<(), MalformedMessage> {
     let fits = (1..=LABEL_BYTES_MAX).contains(&text.len()) && !text.chars().any(char::is_control);
     if fits {
@@ -1050,7 +1060,7 @@ fn at_most(name: &str, value: u64, most: u64) -> Result<(), MalformedMessage> {
     }
 }
 
-/// NaN is within nothing.
+/// Checks that a value lies in a range. NaN lies in none.
 fn within(
     name: &str,
     value: f64,
@@ -1127,7 +1137,7 @@ mod tests {
         }
     }
 
-    /// A job that a prober takes.
+    /// Returns a job that a prober accepts.
     fn job() -> Job {
         let placed = crate::coordinator::place::tests::load(&[2]);
         let placed = placed.place(vec![Default::default()]).unwrap();

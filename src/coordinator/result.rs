@@ -1,21 +1,22 @@
-//! What all vantages measured together: merged tier by tier, judged, and side by side.
+//! Merged result of all vantages: merged tier by tier, judged, and compared side by side.
 //!
-//! **What counts.** Into the figures of a tier go the records of those vantages that held it to its
-//! end with a generator that kept up: the *measured* ones. What a vantage sent before it went
-//! missing, and what one measured whose generator was the limit, stands beside them under its own
-//! name, and is in the totals of the run.
+//! **What counts.** The figures of a tier contain the records of the *measured* vantages: those
+//! that held the tier to its end with a generator that kept up. Two kinds of records are shown
+//! beside them under their own name, and are included in the totals of the run: what a vantage sent
+//! before it went missing, and what a vantage measured whose generator was the limit.
 //!
-//! **The verdict of a tier**, from what makes all else unknowable to what does not:
-//! 1. PARTIAL: a vantage that plays a part in it did not hold it to its end; unless it was a
-//!    threshold that ended it, which is FAIL.
-//! 2. FAIL: what was measured, merged or by one vantage alone, breaks a limit. Only if a generator
-//!    that was the limit sent media into the same rooms, the others' failures may be its own, and
-//!    prove nothing: then it is INVALID.
+//! **The verdict of a tier.** The first case that applies decides, from the one that leaves most
+//! unknown to the one that leaves least:
+//! 1. PARTIAL: a vantage with a part in the tier did not hold it to its end. If a threshold ended
+//!    the tier, it is FAIL instead.
+//! 2. FAIL: the measurements, merged or of one vantage alone, exceed a limit. There is one
+//!    exception. If a generator that was the limit sent media into the same rooms, it may have
+//!    caused the failures of the others, so they prove nothing. Then the verdict is INVALID.
 //! 3. INVALID: a vantage's generator was the limit.
-//! 4. PASS: every vantage measured it, and all limits hold.
+//! 4. PASS: every vantage measured the tier, and all limits hold.
 //!
 //! **The verdict of the run**: FAIL if a tier failed; else PARTIAL if something was not held that
-//! ought to have been; else INVALID, else PASS.
+//! should have been; else INVALID, else PASS.
 
 use std::time::Duration;
 
@@ -29,47 +30,47 @@ use crate::report::judge::{LossShares, judge_tier};
 use crate::report::tiers::Knee;
 use crate::report::{Judgement, Judging, Step, TierFacts, Unmeasured, Verdict};
 
-/// A run over many hosts, as far as it is.
+/// Result of a run over many hosts, as far as it has come.
 pub struct Merged {
     pub phase: RunPhase,
     pub judgement: Judgement,
-    /// All that were planned, in their order.
+    /// All planned tiers, in order.
     pub tiers: Vec<TierResult>,
-    /// Those that nobody came to.
+    /// Tiers that nobody came to.
     pub unmeasured: Vec<Unmeasured>,
-    /// In the order of their registration.
+    /// Vantages in the order of their registration.
     pub vantages: Vec<VantageResult>,
     pub missing: Vec<Missing>,
-    /// Everything that was acknowledged, whatever it is worth.
+    /// Sum of everything that was acknowledged, even if it does not count.
     pub totals: Step,
 }
 
 /// One tier over all vantages.
 pub struct TierResult {
-    /// What was asked for ([`super::place::HostsLoad::tiers`]).
+    /// Number of subscribers that were asked for ([`super::place::HostsLoad::tiers`]).
     pub subscribers: u32,
-    /// Whether anybody came to it.
+    /// Whether anybody came to the tier.
     pub begun: bool,
-    /// Merged over the measured vantages; `participants` is of all that took part.
+    /// Figures merged over the measured vantages. `participants` counts all that took part.
     pub step: Step,
     pub judgement: Judgement,
-    /// One for each vantage.
+    /// One cell for each vantage.
     pub cells: Vec<Cell>,
 }
 
-/// What one vantage has of one tier, or of the baseline.
+/// Figures of one vantage in one tier, or in the baseline.
 #[derive(Clone, Debug)]
 pub struct Cell {
     pub standing: Standing,
     pub participants: u32,
     pub seconds: f64,
-    /// By itself.
+    /// Judgement of this vantage alone.
     pub judgement: Judgement,
-    /// Round trips by RTCP, the 95th percentile; of `voicegw` what it says.
+    /// 95th percentile of round trips by RTCP; for a `voicegw` prober the value that it reported.
     pub rtt_us: Option<f64>,
     pub round_trips: u64,
-    /// 0 to 1: the worse of residual packet loss and undelivered frames, of the worse kind of
-    /// media; `None` where that is not known, or nothing is received.
+    /// Loss, 0 to 1: the worse of residual packet loss and undelivered frames, of the worse kind of
+    /// media. `None` if it is not known, or if nothing is received.
     pub loss: Option<f64>,
     pub quality: QualityRank,
     pub join: Times,
@@ -78,37 +79,37 @@ pub struct Cell {
     pub video_latency: Times,
     pub packets_sent: u64,
     pub packets_received: u64,
-    /// How late this vantage began it, by its own clock; negative: early.
+    /// How late this vantage began the stage, by its own clock; negative: early.
     pub start_skew_us: Option<i64>,
 }
 
-/// What a vantage's part in a tier is worth.
+/// How much of a tier a vantage measured, and whether it counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Standing {
-    /// Held to its end, and the generator kept up.
+    /// The vantage held the tier to its end, and its generator kept up.
     Measured,
-    /// The generator was the limit.
+    /// The generator of this vantage was the limit.
     Invalid,
-    /// Broken off.
+    /// The tier was broken off.
     Incomplete,
-    /// Nothing came.
+    /// Nothing came from the vantage.
     Absent,
-    /// Not over yet, or still to come.
+    /// The tier is not over yet, or still to come.
     Awaited,
 }
 
-/// From best to worst, as `voicegw` ranks what LiveKit's clients say of their connections.
+/// Ranks from best to worst, as `voicegw` ranks what LiveKit's clients say about their connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub enum QualityRank {
-    /// Loss is at most a tenth of what is allowed, and round trips half.
+    /// Loss is at most a tenth of the limit, and round trips are at most half of it.
     Excellent,
-    /// All within the limits.
+    /// All figures are within the limits.
     Good,
     Unknown,
-    /// Loss or round trips beyond the limit.
+    /// Loss or round trips exceed the limit.
     Poor,
-    /// Nobody got in, or nothing came.
+    /// Nobody got in, or nothing was received.
     Lost,
 }
 
@@ -122,43 +123,44 @@ pub struct Times {
     pub p99: Option<u64>,
 }
 
-/// One host.
+/// Result of one host.
 pub struct VantageResult {
     pub label: String,
     pub prober_id: String,
-    /// `voicegw`'s own prober: it reports round trips and plays no media.
+    /// Whether it is `voicegw`'s own prober, which reports round trips and plays no media.
     pub is_legacy: bool,
     pub version: Option<String>,
     pub role: &'static str,
     pub weight: u32,
-    /// Alone, before the first tier.
+    /// One subscriber alone, before the first tier.
     pub baseline: Option<Cell>,
     pub clock: Option<Offset>,
-    /// The value furthest from zero over all stages.
+    /// The start skew furthest from zero, over all stages.
     pub start_skew_us: Option<i64>,
     pub last_heard: Duration,
-    /// Why its generator was the limit; empty where it was not.
+    /// Reasons why its generator was the limit; empty if it was not.
     pub invalid: Vec<String>,
     pub report: Option<FinalReport>,
 }
 
-/// A host that was expected, and is not there to the end.
+/// An expected host that did not stay to the end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Missing {
-    /// `null`: one or several that never came, so nobody knows their names.
+    /// Label of the host; `null` for one or several hosts that never came, so that their names are
+    /// unknown.
     pub vantage: Option<String>,
-    /// Since 1970, by the coordinator's clock.
+    /// Time since 1970, by the coordinator's clock.
     #[serde(rename = "last_heard_at", serialize_with = "moment")]
     pub last_heard: Option<Duration>,
-    /// The stage that it was in.
+    /// Stage that the host was in.
     pub stage: Option<String>,
     pub why: String,
 }
 
-/// Loss by host.
+/// Loss, compared between hosts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LossByHost<'a> {
-    /// Over hosts, each counted alike.
+    /// Average over hosts, each with the same weight.
     pub average: f64,
     pub maximum: (f64, &'a str),
     pub minimum: (f64, &'a str),
@@ -218,12 +220,13 @@ impl Merged {
         }
     }
 
-    /// Those that somebody came to.
+    /// Returns the tiers that somebody came to.
     pub fn begun(&self) -> impl Iterator<Item = &TierResult> {
         self.tiers.iter().filter(|tier| tier.begun)
     }
 
-    /// The last tier that passed before the first one that did not; `None` for a run without tiers.
+    /// Returns the knee: the last tier that passed before the first one that did not; `None` for a
+    /// run without tiers.
     pub fn knee(&self) -> Option<Knee<'_>> {
         let tiers = self
             .begun()
@@ -232,7 +235,7 @@ impl Merged {
     }
 }
 
-/// A cell with its record.
+/// A cell with its vantage's label and its record.
 struct SeenCell {
     label: String,
     cell: Cell,
@@ -254,7 +257,7 @@ impl SeenCell {
         SeenCell::held(prober, stage, state, judging)
     }
 
-    /// A baseline or a tier of a prober of ours.
+    /// Returns the cell of one of our probers in a baseline or a tier.
     fn held(
         prober: &ProberState,
         stage: Option<u32>,
@@ -309,7 +312,8 @@ impl SeenCell {
         }
     }
 
-    /// A tier of `voicegw`'s prober; `Some(None)`: its report is there and the tier is not in it.
+    /// Returns the cell of a `voicegw` prober in a tier. A `step` of `Some(None)` means that its
+    /// report exists and does not contain the tier.
     fn legacy(
         prober: &ProberState,
         step: Option<Option<&ClientStep>>,
@@ -325,7 +329,7 @@ impl SeenCell {
             };
             return SeenCell::without_record(prober, standing, None);
         };
-        // It writes 0 where no round trip came back.
+        // `voicegw` writes 0 if no round trip came back.
         let rtt_ms = step
             .rtt_ms
             .filter(|rtt_ms| *rtt_ms > 0.0 && step.samples != Some(0));
@@ -377,7 +381,8 @@ impl SeenCell {
         }
     }
 
-    /// Media of an invalid generator comes late or not at all, and the others count it as missing.
+    /// Returns whether this generator may have spoilt the others' figures. The media of an invalid
+    /// generator comes late or not at all, and the others count it as missing.
     fn may_spoil_others(&self) -> bool {
         let sent = |record: &Record| record.audio.packets_sent + record.video.packets_sent > 0;
         self.cell.standing == Standing::Invalid && self.record.as_ref().is_some_and(sent)
@@ -433,7 +438,7 @@ impl Cell {
         }
     }
 
-    /// Latency of the kind of media with the higher one.
+    /// Returns the latency of the kind of media with the higher one.
     pub fn latency(&self) -> Times {
         if self.audio_latency.p99.unwrap_or(0) >= self.video_latency.p99.unwrap_or(0)
             && self.audio_latency.expected > 0
@@ -468,7 +473,7 @@ impl QualityRank {
         }
     }
 
-    /// As `voicegw` writes it; what it does not know is unknown.
+    /// Parses `voicegw`'s name of a rank. An unknown name is `Unknown`.
     fn of_name(name: Option<&str>) -> QualityRank {
         let all = [
             QualityRank::Excellent,
@@ -481,7 +486,7 @@ impl QualityRank {
             .unwrap_or(QualityRank::Unknown)
     }
 
-    /// From what was counted in a tier.
+    /// Ranks the counts of a tier.
     pub fn of_record(record: &Record, loss: Option<f64>, judging: &Judging) -> QualityRank {
         let Record {
             session,
@@ -498,7 +503,7 @@ impl QualityRank {
         }
         let rtt = session.rtt_rtcp.quantile(0.95).map(|us| us as f64);
         let target = judging.target_rtt.map(|target| target.as_secs_f64() * 1e6);
-        // What is judged and not known leaves the quality unknown.
+        // If a judged figure is unknown, the quality is unknown.
         let of_limit = |value: Option<f64>, limit: Option<f64>, applies: bool| match (value, limit)
         {
             (_, None) => Some(0.0),
@@ -557,7 +562,8 @@ impl VantageResult {
 }
 
 impl TierResult {
-    /// `ended_by`: the vantage that ended the run in it, and the threshold that did not hold there.
+    /// `ended_by` has the vantage that ended the run in this tier, and the threshold that failed
+    /// there.
     fn new(
         name: String,
         subscribers: u32,
@@ -598,7 +604,7 @@ impl TierResult {
         }
     }
 
-    /// Whether it says something of the server.
+    /// Returns whether the tier says anything about the server.
     pub fn is_known(&self) -> bool {
         matches!(self.judgement.verdict, Verdict::Pass | Verdict::Fail)
     }
@@ -617,7 +623,7 @@ impl TierResult {
             .filter(|(_, cell)| cell.standing == Standing::Measured)
     }
 
-    /// The slowest round trips of any vantage; `None` where none was measured.
+    /// Returns the slowest round trips of any vantage; `None` if none was measured.
     pub fn worst_rtt_us(&self) -> Option<f64> {
         self.measured()
             .filter_map(|(_, cell)| cell.rtt_us)
@@ -637,7 +643,7 @@ impl TierResult {
             .unwrap_or(QualityRank::Unknown)
     }
 
-    /// Over the measured vantages whose loss is known; `None` where there is none.
+    /// Returns the loss over the measured vantages whose loss is known; `None` if there are none.
     pub fn loss_by_host<'a>(&self, vantages: &'a [VantageResult]) -> Option<LossByHost<'a>> {
         let known: Vec<(f64, &str)> = self
             .measured()
@@ -651,8 +657,8 @@ impl TierResult {
         })
     }
 
-    /// The vantage that fared worst, and in what: one that fails, else the one that loses most,
-    /// else the one with the slowest round trips.
+    /// Returns the vantage with the worst result, and what was worst: a vantage that fails, else
+    /// the one that loses most, else the one with the slowest round trips.
     pub fn worst_vantage(&self) -> Option<(usize, String)> {
         let fails = |cell: &Cell| cell.judgement.verdict == Verdict::Fail;
         let (loss, rtt_us) = (
@@ -679,7 +685,8 @@ impl TierResult {
     }
 }
 
-/// What a record does not show, and its host has judged: who stayed and dropped out.
+/// Adds a failure that only the host itself can judge, because the record does not show it: who
+/// stayed and who dropped out.
 fn add_own_failure(judgement: &mut Judgement, judged: &TierReport) {
     if judged.verdict.0 != Verdict::Fail {
         return;
@@ -694,7 +701,7 @@ fn add_own_failure(judgement: &mut Judgement, judged: &TierReport) {
     judgement.reasons.extend(unknown);
 }
 
-/// What speaks against a tier, by what it makes of the verdict.
+/// Grounds against a tier, grouped by the verdict that they lead to.
 #[derive(Default)]
 struct VerdictGrounds {
     broken_off: Vec<String>,
@@ -703,7 +710,8 @@ struct VerdictGrounds {
 }
 
 impl VerdictGrounds {
-    /// What each vantage says of itself; those that are `expected` and did not come say nothing.
+    /// Collects the grounds of each vantage. Vantages that were `expected` and did not come have
+    /// none of their own.
     fn of_cells(seen: &[SeenCell], expected: usize) -> VerdictGrounds {
         let mut grounds = VerdictGrounds::default();
         let VerdictGrounds {
@@ -734,7 +742,8 @@ impl VerdictGrounds {
     }
 }
 
-/// What breaks a limit only merged. Of a single vantage it would say the same twice.
+/// Returns the limits that are broken by the merged figures. Empty for a single vantage, because it
+/// would repeat its own.
 fn failures_together(seen: &[SeenCell], merged: &Step, judging: &Judging) -> Vec<String> {
     let recorded = seen
         .iter()
@@ -764,7 +773,7 @@ fn judge_merged(
     } = VerdictGrounds::of_cells(seen, state.setup().expect as usize);
     failed.splice(0..0, failures_together(seen, merged, judging));
     let spoilt = !state.setup().load.rooms_apart && seen.iter().any(SeenCell::may_spoil_others);
-    // What a generator that was the limit ends proves nothing either.
+    // If the ending vantage's generator was the limit, the end proves nothing either.
     let is_valid = |vantage: &str| {
         seen.iter()
             .any(|seen| seen.label == vantage && seen.cell.standing != Standing::Invalid)
@@ -800,8 +809,8 @@ fn judge_merged(
     Judgement { verdict, reasons }
 }
 
-/// Where a threshold has ended the run, the vantage and that threshold, if it was in this stage:
-/// nothing is ordered after it.
+/// Returns the vantage and the threshold that ended the run, if that was in this stage. No stage is
+/// ordered after it.
 fn broken_in(state: &RunState, stage: Option<u32>) -> Option<(&str, &str)> {
     state
         .broken()
@@ -826,8 +835,8 @@ fn overall(
             invalid.extend(limits.iter().map(|reason| format!("{label}: {reason}")));
         }
     }
-    // What no tier shows: a generator that was the limit while people joined, a run that failed as
-    // a whole.
+    // What no tier shows: a generator that was the limit while participants joined, or a run that
+    // failed as a whole.
     let spoilt = !state.setup().load.rooms_apart
         && vantages.iter().any(|vantage| !vantage.invalid.is_empty());
     let (failed, failed_as_a_whole) = (of_tiers(Verdict::Fail), failures_as_a_whole(vantages));
@@ -854,7 +863,7 @@ fn overall(
     Judgement { verdict, reasons }
 }
 
-/// Why the run, or a host's part in it, ended before its time.
+/// Returns the reasons why the run, or a host's part in it, ended early.
 fn early_ends(state: &RunState, vantages: &[VantageResult], missing: &[Missing]) -> Vec<String> {
     let stopped = state.stop_reason().filter(|_| state.broken().is_none());
     let mut early: Vec<String> = stopped
@@ -875,7 +884,7 @@ fn early_ends(state: &RunState, vantages: &[VantageResult], missing: &[Missing])
             report
                 .iter()
                 .filter_map(|report| report.partial.as_ref())
-                // What all were told stands there already.
+                // The reason that all hosts were told is already in the list.
                 .filter(|why| Some(why.as_str()) != state.stop_reason())
                 .map(|why| format!("{label} ended early: {why}")),
         );
@@ -899,7 +908,7 @@ fn reasons_of_tiers(tiers: &[TierResult], verdict: Verdict) -> Vec<String> {
     .collect()
 }
 
-/// By the hosts' own reports of the whole run.
+/// Returns the failures in the hosts' own reports of the whole run.
 fn failures_as_a_whole(vantages: &[VantageResult]) -> Vec<String> {
     let mut failures = Vec::new();
     for VantageResult { label, report, .. } in vantages {
@@ -915,7 +924,8 @@ fn failures_as_a_whole(vantages: &[VantageResult]) -> Vec<String> {
     failures
 }
 
-/// Why the generator was the limit, in the tier that was `judged`, or in the run.
+/// Returns the reasons why the generator was the limit, in the tier that was `judged`, or in the
+/// run.
 fn invalid(prober: &ProberState, judged: Option<&TierReport>) -> Vec<String> {
     let full = prober
         .report
@@ -975,8 +985,8 @@ fn missing(state: &RunState) -> Vec<Missing> {
     gone.chain(unnamed).collect()
 }
 
-/// The whole run of vantages that reported; from the others, the baseline and tiers that they had
-/// sent.
+/// Sums the whole run of the vantages that reported. For the others it adds the baseline and the
+/// tiers that they had sent.
 fn totals(state: &RunState) -> Step {
     let mut totals = Step {
         name: "totals".to_owned(),
@@ -1028,8 +1038,8 @@ fn judgement(reasons: Vec<String>) -> Judgement {
     }
 }
 
-/// The worse of the kinds of media that somebody subscribes to; `None` if nobody does, or if one is
-/// unknown.
+/// Returns the loss of the worse kind of media that somebody subscribes to. `None` if nobody
+/// subscribes, or if one is unknown.
 fn worse_loss(media: [&Media; 2]) -> Option<f64> {
     let subscribed = media.into_iter().filter(|media| media.tracks_expected > 0);
     let losses: Option<Vec<f64>> = subscribed
@@ -1063,8 +1073,8 @@ mod tests {
         Merged::new(&canned.state, &canned::judging())
     }
 
-    /// Two vantages, of which each saw these tiers; the second one's generator was the limit in
-    /// those named.
+    /// Returns the result of two vantages with these figures per tier. The second one's generator
+    /// was the limit in the `invalid` tiers.
     fn of_two(first: &[Saw], second: &[Saw], invalid: &[usize]) -> Merged {
         let tiers: Vec<u32> = first.iter().map(|_| 10).collect();
         let mut canned = Canned::armed(
@@ -1307,7 +1317,7 @@ mod tests {
             };
             assert_eq!(reason, format!("'sin': {broken}"));
             canned.apply(JournalEntry::Stopping { at_us, reason });
-            // Another host found the same, too late to end anything.
+            // Another host found the same failure, too late to end anything.
             canned.breaks(0, TIER, "the same");
             canned.reports(1, &[QUIET], invalid);
             canned.reports(0, &[], &[]);
@@ -1335,7 +1345,7 @@ mod tests {
                 .any(|reason| reason.starts_with("ended early"))
         );
         assert_eq!(failed.knee().unwrap().answer, TiersAnswer::FirstFailed);
-        // If the generator was the limit, this says nothing about the server.
+        // If the generator was the limit, the failure says nothing about the server.
         assert_eq!(verdicts(&ended(&[0]))[0], Verdict::Partial);
     }
 

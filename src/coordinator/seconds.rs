@@ -1,7 +1,7 @@
-//! What is noted of a run over several hosts beside its state, second by second: rows of the
-//! series, and when each tier was held by the coordinator's clock.
+//! Records about a run over several hosts, second by second, that its state does not contain: rows
+//! of the series, and when each tier was held by the coordinator's clock.
 //!
-//! None of it is journaled: of what lay before a coordinator was started again there are no rows.
+//! They are not journaled. A restarted coordinator has no rows of the time before.
 
 use std::collections::BTreeMap;
 
@@ -9,21 +9,21 @@ use super::protocol::{LiveSecond, ProverId, StageKind};
 use super::state::{ProberState, RunPhase, RunState};
 use crate::server_metrics::book;
 
-/// Rows that are kept; beyond that every second one goes, and from then on half as many come. Two
-/// hours of a row each second.
+/// Largest number of rows: two hours with a row each second. Beyond it every second row is removed,
+/// and from then on half as many are kept.
 const ROWS_MAX: usize = 7_200;
-/// What a host said so long ago is of another second.
+/// Age at which a host's last message belongs to another second.
 const STALE_US: u64 = 3_000_000;
 
-/// One second of all hosts that are there, by what each said last. `None`: not known of all of
-/// them.
+/// One second of all hosts that are present, by what each said last. `None` means that a figure is
+/// not known of all of them.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct SecondRow {
     /// Seconds since publishers began to join.
     pub t: f64,
     /// The stage under way: `publish`, `baseline`, `tier 1`, .., `stop`, `leave`.
     pub stage: Option<String>,
-    /// Hosts that were neither lost nor done.
+    /// Number of hosts that were neither lost nor done.
     pub hosts: usize,
     pub participants: Option<u64>,
     pub packets_sent_per_second: Option<f64>,
@@ -31,18 +31,18 @@ pub struct SecondRow {
     pub bytes_sent_per_second: Option<f64>,
     pub bytes_received_per_second: Option<f64>,
     /// Share of all media lost so far, 0 to 1, at the host that lost most. A host that receives
-    /// nothing has none.
+    /// nothing has no loss.
     pub loss_worst: Option<f64>,
-    /// As in the series of one host.
+    /// Rows of the server's nodes, as in the series of one host.
     pub server: Option<Vec<Option<book::NodeRow>>>,
 }
 
-/// The rows of a run, of bounded number.
+/// Bounded number of rows of a run.
 #[derive(Debug)]
 pub struct Series {
     rows: Vec<SecondRow>,
     most: usize,
-    /// One of so many rows is kept.
+    /// Only every `stride`-th row is kept.
     stride: usize,
     offered: usize,
 }
@@ -85,20 +85,20 @@ impl Series {
     }
 }
 
-/// When one tier was held, in microseconds since 1970 by the coordinator's clock; `None` where
-/// nobody said.
+/// When one tier was held, in microseconds since 1970 by the coordinator's clock; `None` if no host
+/// said so.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldTier {
     pub name: String,
     pub between_us: Option<(u64, u64)>,
 }
 
-/// Looks at a state several times a second.
+/// Collects rows and holds from a state that it is shown several times a second.
 #[derive(Default)]
 pub struct Seconds {
-    /// The run's last second that has a row.
+    /// Last second of the run that has a row.
     second: u64,
-    /// By stage and host.
+    /// Holds by stage and host.
     holds: BTreeMap<u32, BTreeMap<ProverId, HeldSpan>>,
 }
 
@@ -109,7 +109,7 @@ struct HeldSpan {
 }
 
 impl Seconds {
-    /// A row, where a second has gone by.
+    /// Returns a row if a new second has begun.
     pub fn look(&mut self, state: &RunState, now_us: u64) -> Option<SecondRow> {
         self.note_holds(state);
         let began_us = began_us(state)?;
@@ -155,8 +155,9 @@ impl Seconds {
         })
     }
 
-    /// A host says for how long it has held, some time after it looked: the earliest beginning that
-    /// follows is the nearest.
+    /// Notes when each host's hold began. A host says for how long it has held, some time after it
+    /// looked, so each message gives a begin that is too late. The earliest one is the most
+    /// accurate.
     fn note_holds(&mut self, state: &RunState) {
         let under_way = state.underway().map(|underway| underway.stage);
         for prober in state.probers() {
@@ -174,7 +175,7 @@ impl Seconds {
         }
     }
 
-    /// When all hosts held each of the tiers that began, to about a second.
+    /// Returns when all hosts held each of the tiers that began, to about a second.
     pub fn held(&self, state: &RunState) -> Vec<HeldTier> {
         let begun = state
             .orders()
@@ -201,7 +202,7 @@ impl Seconds {
     }
 }
 
-/// When publishers began to join, in microseconds since 1970.
+/// Returns when publishers began to join, in microseconds since 1970.
 pub fn began_us(state: &RunState) -> Option<u64> {
     state.orders().first().map(|order| order.start_us)
 }
@@ -235,7 +236,7 @@ mod tests {
         });
     }
 
-    /// Both are in, and publishers join.
+    /// Returns a run with two hosts in which publishers join.
     fn two() -> Canned {
         let mut canned = Canned::armed(
             &[10],
@@ -283,7 +284,7 @@ mod tests {
             (Some(7), Some(100.0), Some(20_000.0))
         );
         assert_eq!(row.loss_worst, Some(0.04));
-        // One falls silent; then it is lost, and the others are all that there is.
+        // One host falls silent. Then it is lost, and only the other one is left.
         let later = canned.now_us + STALE_US + 1;
         assert_eq!(
             seconds.look(&canned.state, later).unwrap().participants,
@@ -319,7 +320,8 @@ mod tests {
         };
         hear(&mut canned, 0, 0.5, false);
         hear(&mut canned, 1, 0.2, false);
-        // It looked a tenth of a second before it said so; then it took its time over its account.
+        // The host looked a tenth of a second before it sent the beat, and later took time for its
+        // account.
         hear(&mut canned, 0, 2.6, false);
         hear(&mut canned, 0, 3.0, true);
         hear(&mut canned, 1, 3.0, true);
@@ -330,7 +332,7 @@ mod tests {
                 between_us: Some((START_US + 1_800_000, START_US + 3_400_000)),
             }]
         );
-        // By a process that has seen nothing of it.
+        // A process that has seen nothing of the tier.
         assert_eq!(Seconds::default().held(&canned.state)[0].between_us, None);
     }
 

@@ -1,8 +1,8 @@
-//! The coordinator's port: HTTP, with TLS where a certificate is given.
+//! The coordinator's port: HTTP, with TLS if a certificate is given.
 //!
-//! A stranger costs little and bounded memory: [`crate::http`] has the connections and their times.
-//! A body has its time, too. Whoever has no token is answered before a byte of a body is read, and
-//! a body that says how long it is, and is too long, is refused by that.
+//! A stranger costs little and bounded memory. [`crate::http`] limits the number of connections and
+//! their times. A body has a time limit, too. A request without a token is answered before a byte
+//! of its body is read. A body whose declared length is too long is refused at once.
 
 use std::convert::Infallible;
 use std::io;
@@ -46,17 +46,19 @@ use crate::metrics_page;
 use crate::plan::Plan;
 use crate::report::{Judging, TargetInfo};
 
-/// Two for each prober that there can be, and as many people who look on.
+/// Largest number of connections: two for each prober of the largest run, and as many again for
+/// viewers.
 pub const CONNECTIONS_MAX: usize = 1_024;
 const LISTEN_BACKLOG: i32 = 1_024;
-/// Bytes of all requests that are being read, together: four of the longest reports.
+/// Largest number of bytes of all bodies that are being read: four of the longest reports.
 const BODIES_BYTES_MAX: usize = 4 * REPORT_BYTES_MAX;
-/// For all of a body: a report of megabytes from a host whose uplink is full of its own media.
+/// Time limit for a whole body. It allows for a report of megabytes from a host whose uplink is
+/// full of its own media.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
-/// A result is merged anew after so long.
+/// Age at which a result is merged again.
 const RESULT_FRESH: Duration = Duration::from_secs(1);
 
-/// Why the coordinator does not listen; each says what to do.
+/// Reason why the coordinator does not listen. Each message says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     #[error(
@@ -76,7 +78,7 @@ pub enum ListenError {
     },
 }
 
-/// Takes the port.
+/// Binds the port.
 pub fn listen(address: SocketAddr) -> Result<std::net::TcpListener, ListenError> {
     let bind = || {
         let socket = Socket::new(
@@ -84,8 +86,7 @@ pub fn listen(address: SocketAddr) -> Result<std::net::TcpListener, ListenError>
             Type::STREAM,
             Some(Protocol::TCP),
         )?;
-        // A coordinator that is started again finds the connections of the one before it still
-        // closing.
+        // A restarted coordinator finds connections of its predecessor that are still closing.
         socket.set_reuse_address(true)?;
         socket.set_nonblocking(true)?;
         socket.bind(&address.into())?;
@@ -100,7 +101,7 @@ pub fn listen(address: SocketAddr) -> Result<std::net::TcpListener, ListenError>
     })
 }
 
-/// Why TLS cannot be spoken with the files that were named.
+/// Reason why the given files cannot be used for TLS.
 #[derive(Debug, thiserror::Error)]
 pub enum UnusableTls {
     #[error("--tls-cert {}: {cause}", certificate.display())]
@@ -124,10 +125,10 @@ pub enum UnusableTls {
     },
 }
 
-/// What TLS is spoken with.
+/// Creates the TLS acceptor.
 ///
 /// # Errors
-/// A file that cannot be read, or that is not what its flag says.
+/// A file cannot be read, or is not what its flag says.
 pub fn tls(certificate: &Path, key: &Path) -> Result<TlsAcceptor, UnusableTls> {
     let (certificate, key) = (certificate.to_owned(), key.to_owned());
     let chain = CertificateDer::pem_file_iter(&certificate)
@@ -157,32 +158,32 @@ pub fn tls(certificate: &Path, key: &Path) -> Result<TlsAcceptor, UnusableTls> {
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
-/// What request handlers need.
+/// State that request handlers need.
 #[derive(Clone)]
 pub struct Site {
     pub desk: DeskHandle,
     access: Arc<CoordinatorAccess>,
-    /// `None`: there is no API key to sign with.
+    /// Signs room tokens. `None`: there is no API key to sign with.
     mint: Option<Arc<Mint>>,
-    /// A permit for each byte of a body that is being read.
+    /// One permit for each byte of a body that is being read.
     bodies: Arc<Semaphore>,
     refused_connections: Arc<AtomicU64>,
     exhibit: Arc<Exhibit>,
     shown: Arc<Mutex<Option<ShownResult>>>,
 }
 
-/// What a result says of the run beside what the hosts measured.
+/// What a result says about the run besides the hosts' measurements.
 pub struct Exhibit {
-    /// The limits of one host, from the flags.
+    /// Limits of one host, from the flags.
     pub plan: Plan,
     pub judging: Judging,
     pub target: TargetInfo,
-    /// Since 1970.
+    /// Start of the run since 1970.
     pub started: Duration,
 }
 
 impl Exhibit {
-    /// `now_us`: or when the run was over.
+    /// `now_us` is the current time, or the end of the run if it is over.
     pub fn about<'a>(&'a self, now_us: u64, notes: &'a [String]) -> About<'a> {
         About {
             plan: &self.plan,
@@ -197,8 +198,8 @@ impl Exhibit {
     }
 }
 
-/// A result that has been merged: to merge takes time, and whoever asks in the same second gets the
-/// same.
+/// A result that has been merged. Merging takes time, so requests within the same second get the
+/// same result.
 struct ShownResult {
     at: Instant,
     body: Bytes,
@@ -222,7 +223,7 @@ impl Site {
         }
     }
 
-    /// What there is so far. One at a time merges, on a thread that may take its time.
+    /// Returns the result so far. Only one request merges at a time, on a blocking thread.
     async fn result(&self) -> Result<Bytes, RefusalAnswer> {
         let mut shown = self.shown.lock().await;
         if let Some(shown) = shown
@@ -258,7 +259,8 @@ impl Site {
         Ok(body)
     }
 
-    /// The whole body, unless it is too long, too slow, or one too many.
+    /// Reads the whole body. Refuses it if it is too long, too slow, or too much together with the
+    /// others.
     async fn body(&self, request: Request, most: usize) -> Result<ReceivedBody, RefusalAnswer> {
         let too_long = || {
             RefusalAnswer::refusal(
@@ -317,14 +319,14 @@ impl Site {
     }
 }
 
-/// A body, and its share of what may be read at once.
+/// A body with its permits for bytes that are read at once.
 #[derive(Default)]
 struct ReceivedBody {
     bytes: Vec<u8>,
     room: Vec<OwnedSemaphorePermit>,
 }
 
-/// An answer that is not what was asked for.
+/// An answer to a request that was refused or failed.
 struct RefusalAnswer {
     status: StatusCode,
     refusal: RefusalMessage,
@@ -404,7 +406,7 @@ fn json(message: &impl Serialize) -> Response {
 
 type Answered = Result<Response, RefusalAnswer>;
 
-/// All that is served.
+/// All routes of the port.
 pub fn routes(site: Site) -> Router {
     let guarded = Router::new()
         .route("/register", post(register))
@@ -440,7 +442,8 @@ async fn must_be_admitted(
     }
 }
 
-/// Nothing of the run is in it: that comes with the events, for which it asks the token.
+/// Serves the live page. It contains nothing of the run. The run's state comes with the events, for
+/// which the page needs the token.
 async fn live_page() -> Response {
     let headers = [
         (header::CONTENT_TYPE, "text/html; charset=utf-8"),
@@ -452,7 +455,7 @@ async fn live_page() -> Response {
     (headers, page::HTML).into_response()
 }
 
-/// One event a second, until the run is over.
+/// Sends one event a second until the run is over.
 async fn events(extract::State(site): extract::State<Site>) -> Response {
     let mut interval = tokio::time::interval(page::INTERVAL);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -632,7 +635,7 @@ async fn health(extract::State(site): extract::State<Site>) -> Answered {
     Ok((status, json(&health)).into_response())
 }
 
-/// Serves until `stop` says so, or its sender is gone; then ends what is under way.
+/// Serves until `stop` is set or its sender is dropped. Then it finishes the requests under way.
 pub async fn serve(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
@@ -642,7 +645,7 @@ pub async fn serve(
     let limits = Limits {
         connections: CONNECTIONS_MAX,
         head_timeout: http::HEAD_TIMEOUT,
-        // Whoever watches the page has nothing to say.
+        // A viewer of the page sends nothing.
         sending_is_life: true,
         refused: site.refused_connections.clone(),
     };

@@ -1,4 +1,4 @@
-//! What one who leads is asked for.
+//! Parameters of a coordinator.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,21 +11,22 @@ use crate::secrets::Secret;
 /// A run that other hosts play.
 #[derive(Debug)]
 pub struct Coordinate {
-    /// The load of each host, or of all.
+    /// Load of each host, or of all hosts.
     pub run: RunSpec,
     pub expect: u32,
     pub bind: SocketAddr,
-    /// `None`: one is made, unless `no_auth`.
+    /// Token that admits probers. `None`: one is made, unless `no_auth` is set.
     pub token: Option<Secret>,
     pub no_auth: bool,
-    /// Names with a dot that lead here, for who is let in without a token.
+    /// Names with a dot that lead here, for access without a token.
     pub names: Vec<String>,
     pub on_missing: OnMissing,
-    /// `None`: one in the working directory, which goes when the result has been told.
+    /// Path of the journal. `None`: one in the working directory, which is removed when the result
+    /// has been shown.
     pub journal: Option<PathBuf>,
     pub rooms_per_vantage: bool,
     pub total: bool,
-    /// Certificate and key.
+    /// Certificate and key files.
     pub tls: Option<(PathBuf, PathBuf)>,
     pub missing_after: Duration,
     pub wait_for_probers: Duration,

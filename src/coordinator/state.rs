@@ -1,16 +1,16 @@
-//! A run over many hosts as a state machine: without sockets, files or clocks.
+//! A run over many hosts as a state machine, without sockets, files or clocks.
 //!
-//! What probers say is looked at first ([`RunState::register`], [`RunState::beat`], ..), which
-//! changes nothing and says what is to be remembered: an [`JournalEntry`]. The caller writes it to
-//! the journal and only then lets it come true ([`RunState::apply`]). So does it with what time
-//! brings about ([`RunState::due`]). A state is therefore what its entries make it, and the same
-//! entries make the same state: that is how a coordinator that was killed goes on. What need not
-//! outlive the process (who was heard when, the last second's figures) takes the shorter
-//! way of [`RunState::hear`].
+//! A prober's message is first checked ([`RunState::register`], [`RunState::beat`], ..). The check
+//! changes nothing and returns what is to be remembered: a [`JournalEntry`]. The caller writes it
+//! to the journal, and only then applies it ([`RunState::apply`]). Entries that become due with
+//! time ([`RunState::due`]) are handled in the same way. The state is therefore a result of its
+//! entries alone, and the same entries make the same state. That is how a coordinator that was
+//! killed continues. What need not outlive the process (when each prober was heard, the last
+//! second's figures) goes directly through [`RunState::hear`].
 //!
 //! Times are microseconds since 1970 by the coordinator's clock, which never steps while it lives.
 //!
-//! Time-outs count silence. How long a run takes is nobody's business but the user's.
+//! Time-outs only count silence. The duration of a run is not limited: it is the user's decision.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -25,23 +25,24 @@ use super::protocol::{
 };
 use crate::plan::VantagePlan;
 
-/// A stage is ordered so much ahead, that everybody hears of it in time: waiting probers ask five
-/// times a second.
+/// Time between the order of a stage and its start, so that everybody hears of it in time: waiting
+/// probers ask five times a second.
 const LEAD_US: u64 = 2_000_000;
-/// What `voicegw`'s probers get, who ask once a second.
+/// The same for `voicegw`'s probers, which ask once a second.
 const LEGACY_LEAD_US: u64 = 3_000_000;
-/// `voicegw`'s probers say nothing while they work: they have twice as long as their tiers take,
-/// and this.
+/// `voicegw`'s probers send nothing while they work. They may be silent for twice the length of
+/// their tiers, and this time in addition.
 const LEGACY_SLACK_US: u64 = 300_000_000;
-/// A round-trip time that nobody judges: `voicegw`'s own default, for probers that want a number.
+/// Target round-trip time if none is judged, for `voicegw`'s probers, which need a number. It is
+/// `voicegw`'s own default.
 const LEGACY_TARGET_RTT_MS: f64 = 50.0;
-/// An order that lies further ahead than this was given by a clock that has been set back since.
+/// An order further ahead than this was given by a clock that has been set back since.
 const AHEAD_US_MAX: u64 = 60_000_000;
-/// Whoever keeps the state looks at it so often, or was kept from it: what nobody could hear then
-/// is no silence.
+/// Longest time between two calls of [`RunState::look`] by a healthy caller. A longer one means
+/// that the caller was held up, and that silence in it does not count.
 pub const LOOK_US_MAX: u64 = 2_000_000;
 
-/// What becomes of a run that loses a prober.
+/// What happens to a run that loses a prober.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnMissing {
@@ -49,7 +50,7 @@ pub enum OnMissing {
     Stop,
 }
 
-/// All that is fixed before the first prober comes.
+/// Everything that is fixed before the first prober comes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunSetup {
     pub run_tag: u32,
@@ -57,28 +58,28 @@ pub struct RunSetup {
     pub on_missing: OnMissing,
     pub load: HostsLoad,
     pub judging: WireJudging,
-    /// The server under test, where probers need not know it by themselves.
+    /// Server under test, if probers need not know it by themselves.
     pub url: Option<String>,
-    /// The coordinator can make room tokens.
+    /// Whether the coordinator can make room tokens.
     pub tokens: bool,
-    /// The coordinator makes the rooms, and deletes them.
+    /// Whether the coordinator makes and deletes the rooms.
     pub rooms_made: bool,
-    /// Who says nothing for so long is missing.
+    /// Silence after which a prober is missing.
     pub silence_us: u64,
-    /// So long after the last one that came, the next prober is waited for.
+    /// Time since the last prober came for which the next one is waited for.
     pub gather_us: u64,
 }
 
 impl RunSetup {
-    /// A prober that hears nothing of its coordinator for so long ends its load. Longer than
-    /// [`RunSetup::silence_us`]: a coordinator has to be started again by somebody.
+    /// Returns the time without a message from the coordinator after which a prober ends its load.
+    /// It is longer than [`RunSetup::silence_us`], because somebody has to restart the coordinator.
     pub fn patience_us(&self) -> u64 {
         self.silence_us
             .saturating_mul(protocol::PATIENCE_SILENCES.into())
     }
 }
 
-/// What is remembered: a line of the journal.
+/// Event that is remembered as a line of the journal.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "entry", rename_all = "snake_case")]
 pub enum JournalEntry {
@@ -88,7 +89,7 @@ pub enum JournalEntry {
         vantage: String,
         register: Register,
     },
-    /// Before everybody was in. Its place is free.
+    /// A prober left before everybody was in. Its place is free again.
     Left {
         at_us: u64,
         prover_id: ProverId,
@@ -97,7 +98,7 @@ pub enum JournalEntry {
     Armed {
         at_us: u64,
     },
-    /// The rooms are there; those that the coordinator made, it deletes.
+    /// The rooms exist. `rooms` are those that the coordinator made, and will delete.
     Prepared {
         at_us: u64,
         rooms: Vec<String>,
@@ -107,7 +108,7 @@ pub enum JournalEntry {
         stage: u32,
         start_us: u64,
     },
-    /// What a beat brought that is not to be lost.
+    /// The part of a beat that must not be lost.
     Beat {
         at_us: u64,
         prover_id: ProverId,
@@ -134,33 +135,33 @@ pub enum JournalEntry {
         prover_id: ProverId,
         report: Box<ProberReport>,
     },
-    /// Nothing more is to come.
+    /// Nothing more will come.
     Over {
         at_us: u64,
     },
 }
 
-/// Why something is refused, by what the asker can do about it.
+/// Reason why a request is refused, by what the sender can do about it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RefusedRequest {
-    /// It cannot be understood, or contradicts itself.
+    /// The request cannot be understood, or contradicts itself.
     #[error("{0}")]
     Malformed(String),
-    /// Nobody of that name.
+    /// There is no prober of that id.
     #[error("{0}")]
     Unknown(String),
-    /// Not as things stand.
+    /// The request does not fit the present state.
     #[error("{0}")]
     Conflict(String),
 }
 
-/// Where a run is.
+/// Phase of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RunPhase {
-    /// Probers are being waited for.
+    /// Waiting for probers.
     Gathering,
     Running,
-    /// Everybody is told to stop, and reports are being waited for.
+    /// Everybody is told to stop. Waiting for reports.
     Stopping,
     Over,
 }
@@ -183,46 +184,45 @@ pub struct Underway {
     pub start_us: u64,
 }
 
-/// A prober, and all that it has said.
+/// A prober, and everything that it has reported.
 #[derive(Clone, Debug)]
 pub struct ProberState {
     pub id: ProverId,
     pub vantage: String,
     pub register: Register,
     pub registered_us: u64,
-    /// Its index among those who play the plan ([`Job::vantages`]); `None` before everybody is in,
-    /// and for `voicegw`'s.
+    /// Its index among the probers that play the plan ([`Job::vantages`]). `None` before everybody
+    /// is in, and for `voicegw`'s probers.
     pub player: Option<u32>,
     pub seq: u64,
     pub stage: Option<u32>,
     pub ready_for: Option<u32>,
-    /// By stage.
+    /// Measurements by stage.
     pub tiers: BTreeMap<u32, TierSoFar>,
-    /// By origin, track and layer.
+    /// Frame counts by origin, track and layer.
     pub frames: BTreeMap<(u32, u8, u8), Counted>,
-    /// Answers that it may yet say it heard, the latest last.
+    /// Answers that it may still confirm to have heard, the latest last.
     answers: VecDeque<BeatAnswer>,
-    /// The state of all frame counts that it is known to have heard.
+    /// Version of all frame counts that it is known to have heard.
     frames_heard: u64,
-    /// By how much it began each stage late, in microseconds.
+    /// How late it began each stage, in microseconds.
     pub starts: BTreeMap<u32, i64>,
     pub invalid: Vec<String>,
-    /// The threshold that did not hold on this host, and ends the run.
+    /// Threshold that failed on this host and ends the run.
     pub broken: Option<String>,
     pub live: LiveSecond,
     pub clock: ClockEstimate,
-    /// Its last sign of life.
+    /// Time of its last sign of life.
     pub heard_us: u64,
-    /// What silence counts from: its last sign of life, or later, where there was a time in which
-    /// nobody listened.
+    /// Start of its silence: its last sign of life, or later if nobody listened for some time.
     silent_since_us: u64,
     pub gone: Option<GoneProber>,
     pub report: Option<ProberReport>,
-    /// It reported before the others had finished.
+    /// Whether it reported before the others had finished.
     pub left_early: bool,
 }
 
-/// Why the run goes on without a prober.
+/// Reason why the run goes on without a prober.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GoneProber {
     pub at_us: u64,
@@ -230,8 +230,8 @@ pub struct GoneProber {
     pub why: String,
 }
 
-/// How many frames a layer has sent, how many it owes and never sent, and since which version of
-/// all counts that is known.
+/// Frames that a layer has sent, frames that it owes and never sent, and the version of all counts
+/// since which this is known.
 #[derive(Clone, Copy, Debug)]
 pub struct Counted {
     pub count: u64,
@@ -239,15 +239,15 @@ pub struct Counted {
     version: u64,
 }
 
-/// One answer to a beat: its time is how the prober names it, in the next beat's exchange.
+/// An answer to a beat. The prober identifies it by its time, in the next beat's exchange.
 #[derive(Clone, Copy, Debug)]
 struct BeatAnswer {
     replied_at_us: u64,
     frames_version: u64,
 }
 
-/// Answers under way to one prober. It waits for one before it asks again, so one is enough where
-/// none is lost.
+/// Largest number of unconfirmed answers to one prober. A prober waits for an answer before it asks
+/// again, so one would be enough if no answer was ever lost.
 const ANSWERS_MAX: usize = 8;
 
 fn frame_count((origin, track, layer): &(u32, u8, u8), counted: &Counted) -> FrameCountEntry {
@@ -255,12 +255,13 @@ fn frame_count((origin, track, layer): &(u32, u8, u8), counted: &Counted) -> Fra
 }
 
 impl ProberState {
-    /// `voicegw`'s: it is told where and when, and reports.
+    /// Returns whether this is a `voicegw` prober. It is told where and when to begin, and only
+    /// reports.
     pub fn is_legacy(&self) -> bool {
         self.register.protocol.is_none()
     }
 
-    /// Has a part in what is to come.
+    /// Returns whether the prober takes part in what is still to come.
     pub fn is_live(&self) -> bool {
         self.gone.is_none() && self.report.is_none()
     }
@@ -269,8 +270,8 @@ impl ProberState {
         self.clock.offset()
     }
 
-    /// What its beat says of our answers. One that was lost, or that another life gave, is none:
-    /// then it hears again what may have been in that.
+    /// Notes which answer the beat confirms. If the answer was lost, or was sent by another life,
+    /// none is confirmed, and the prober gets again what that answer may have contained.
     fn take_heard(&mut self, life: u64, exchange: Option<&Exchange>) {
         let heard = exchange
             .filter(|exchange| exchange.life == life)
@@ -288,7 +289,7 @@ impl ProberState {
         self.answers.push_back(answer);
     }
 
-    /// Silence counts from here.
+    /// Notes a sign of life. Silence counts from here.
     fn note_life(&mut self, at_us: u64) {
         (self.heard_us, self.silent_since_us) = (at_us, at_us);
     }
@@ -298,7 +299,7 @@ impl ProberState {
             .extend(tiers.into_iter().map(|tier| (tier.stage, tier)));
     }
 
-    /// `version`: what a count becomes part of where it has changed.
+    /// Stores frame counts. `version` is the version of all counts that a changed count belongs to.
     fn keep_frames(&mut self, frames: Vec<FrameCountEntry>, version: u64) {
         for FrameCountEntry(origin, track, layer, count, unsent) in frames {
             let key = (origin, track, layer);
@@ -319,7 +320,7 @@ impl ProberState {
             .extend(starts.into_iter().map(|start| (start.stage, start.skew_us)));
     }
 
-    /// All its beats in one.
+    /// Returns one entry with the content of all its beats.
     fn said(&self) -> JournalEntry {
         let frames = self.frames.iter();
         JournalEntry::Beat {
@@ -365,15 +366,15 @@ impl ProberState {
 #[derive(Clone)]
 pub struct RunState {
     setup: RunSetup,
-    /// Of this process.
+    /// Id of this process.
     life: u64,
-    /// Goes up with every change of any frame count, in this process.
+    /// Increases with every change of any frame count in this process.
     frames_version: u64,
     probers: Vec<ProberState>,
     phase: RunPhase,
     placed: Option<PlacedHosts>,
     rooms: Option<Vec<String>>,
-    /// The last one is under way.
+    /// Stages ordered so far. The last one is under way.
     orders: Vec<Underway>,
     stop_reason: Option<String>,
     /// When everybody was in.
@@ -404,8 +405,8 @@ impl RunState {
         }
     }
 
-    /// After the journal of an earlier life was applied: silence counts from now, and so does what
-    /// was ordered by another clock.
+    /// Resumes after the journal of an earlier life was applied. Silence counts from now. An order
+    /// whose start is too far ahead was given by another clock, and is moved to shortly after now.
     pub fn resume(&mut self, now_us: u64) {
         self.quiet_since_us = now_us;
         self.looked_us = now_us;
@@ -433,12 +434,12 @@ impl RunState {
         &self.phase
     }
 
-    /// In the order of their registration.
+    /// Returns the probers in the order of their registration.
     pub fn probers(&self) -> &[ProberState] {
         &self.probers
     }
 
-    /// Once everybody is in.
+    /// Returns the placement once everybody is in.
     pub fn placed(&self) -> Option<&PlacedHosts> {
         self.placed.as_ref()
     }
@@ -447,17 +448,17 @@ impl RunState {
         self.orders.last().copied()
     }
 
-    /// The one that was ordered last, with the subscribers of the first player.
+    /// Returns the stage that was ordered last, with the subscribers of the first player.
     pub fn stage_underway(&self) -> Option<&SharedStage> {
         self.stages().get(self.underway()?.stage as usize)
     }
 
-    /// The stages that have begun, and when.
+    /// Returns the stages that were ordered, with their start times.
     pub fn orders(&self) -> &[Underway] {
         &self.orders
     }
 
-    /// Everybody is in, and the rooms are not there yet.
+    /// Returns whether everybody is in and the rooms do not exist yet.
     pub fn wants_rooms(&self) -> bool {
         self.setup.rooms_made
             && self.phase == RunPhase::Running
@@ -465,13 +466,13 @@ impl RunState {
             && self.rooms.is_none()
     }
 
-    /// Those that the coordinator made.
+    /// Returns the rooms that the coordinator made.
     pub fn rooms(&self) -> &[String] {
         self.rooms.as_deref().unwrap_or_default()
     }
 
-    /// The vantage on which a threshold did not hold that ends the run, and what it came to. Where
-    /// the run was ended for another reason before that came, there is none.
+    /// Returns the vantage on which a threshold failed that ends the run, and the threshold with
+    /// the value that was measured. `None` if the run was already ended for another reason.
     pub fn broken(&self) -> Option<(&str, &str)> {
         let mut broken = self
             .probers
@@ -485,12 +486,12 @@ impl RunState {
         }
     }
 
-    /// Why the run ends before its time; `None` while it does not.
+    /// Returns why the run ends early; `None` if it does not.
     pub fn stop_reason(&self) -> Option<&str> {
         self.stop_reason.as_deref()
     }
 
-    /// The stages, with the subscribers of the first player.
+    /// Returns the stages, with the subscribers of the first player.
     pub fn stages(&self) -> &[SharedStage] {
         self.placed
             .as_ref()
@@ -498,8 +499,9 @@ impl RunState {
             .map_or(&[], Vec::as_slice)
     }
 
-    /// Whoever keeps the state is awake, and hears. To be called at least once a second; time in
-    /// which it was not is added to everybody's patience, and returned.
+    /// Notes that the caller is awake and can hear probers. To be called at least once a second.
+    /// After a longer gap than [`LOOK_US_MAX`] the gap is added to everybody's patience and
+    /// returned.
     pub fn look(&mut self, now_us: u64) -> Option<u64> {
         let away_us = now_us.saturating_sub(self.looked_us);
         self.looked_us = now_us;
@@ -513,12 +515,13 @@ impl RunState {
         Some(away_us)
     }
 
-    /// Everybody was in: there is a run, whatever became of it.
+    /// Returns whether everybody was in, so that there is a run, whatever happened to it
+    /// afterwards.
     pub fn has_begun(&self) -> bool {
         self.armed_us.is_some()
     }
 
-    /// Everybody who came has reported.
+    /// Returns whether everybody who came has reported.
     pub fn all_reported(&self) -> bool {
         self.armed_us.is_some() && self.probers.iter().all(|prober| prober.report.is_some())
     }
@@ -533,10 +536,10 @@ impl RunState {
         })
     }
 
-    /// Somebody wants to take part. `fresh` is the id that a new prober gets.
+    /// Handles a prober's request to take part. `fresh` is the id that a new prober gets.
     ///
     /// # Errors
-    /// Which leave everything as it is.
+    /// The request is refused, and the state is unchanged.
     pub fn register(
         &self,
         now_us: u64,
@@ -578,7 +581,7 @@ impl RunState {
         Ok((answer(&fresh), entries))
     }
 
-    /// Who has registered before, and does so again.
+    /// Returns the prober if the same process registers again.
     fn same_process<'a>(
         &'a self,
         register: &Register,
@@ -588,12 +591,13 @@ impl RunState {
             register.instance.is_some() && prober.register.instance == register.instance
         };
         let known = self.probers.iter().find(is_known);
-        // `voicegw`'s names no process: who comes with its label is taken for it.
+        // `voicegw`'s probers have no process id. One with the same label is taken for the same
+        // process.
         known
             .or_else(|| namesake.filter(|prober| prober.is_legacy() && register.protocol.is_none()))
     }
 
-    /// Whoever takes a label over must not take it from somebody who is alive.
+    /// Refuses to let a prober take over the label of one that is alive.
     fn must_be_silent(&self, now_us: u64, namesake: &ProberState) -> Result<(), RefusedRequest> {
         if now_us.saturating_sub(namesake.silent_since_us) < self.setup.silence_us {
             return Err(RefusedRequest::Conflict(format!(
@@ -641,8 +645,8 @@ impl RunState {
         }
     }
 
-    /// The last one who comes decides whether there are publishers and subscribers: nobody is let
-    /// in who would leave a run that cannot be.
+    /// Checks with the last prober to come that there are publishers and subscribers. A prober that
+    /// would make the run impossible is not admitted.
     fn must_be_playable(
         &self,
         register: &Register,
@@ -671,10 +675,10 @@ impl RunState {
         }
     }
 
-    /// What a beat brings that is not to be lost; nothing if it brings nothing new.
+    /// Returns the part of a beat that must not be lost; `None` if there is nothing new.
     ///
     /// # Errors
-    /// Which leave everything as it is.
+    /// The beat is refused, and the state is unchanged.
     pub fn beat(
         &self,
         now_us: u64,
@@ -746,8 +750,8 @@ impl RunState {
         Ok(())
     }
 
-    /// A sign of life, and what is known from it for as long as this process lives. Comes after the
-    /// beat's entry was applied.
+    /// Notes a sign of life, and what is known from the beat as long as this process lives. To be
+    /// called after the beat's entry was applied.
     pub fn hear(&mut self, now_us: u64, who: usize, beat: &BeatMessage) {
         let life = self.life;
         let prober = &mut self.probers[who];
@@ -768,16 +772,16 @@ impl RunState {
         }
     }
 
-    /// A sign of life without a beat.
+    /// Notes a sign of life without a beat.
     pub fn hear_of(&mut self, now_us: u64, who: usize) {
         let prober = &mut self.probers[who];
         prober.note_life(now_us);
     }
 
-    /// A final report; nothing if it has come before.
+    /// Returns the entry of a final report; `None` if it has come before.
     ///
     /// # Errors
-    /// Which leave everything as it is.
+    /// The report is refused, and the state is unchanged.
     pub fn report(
         &self,
         now_us: u64,
@@ -815,8 +819,8 @@ impl RunState {
         }))
     }
 
-    /// A prober was ended before it had anything to report; nothing if that makes no difference any
-    /// more.
+    /// Handles a prober that was ended before it had anything to report. Returns `None` if this
+    /// makes no difference any more.
     pub fn leave(&self, now_us: u64, who: usize) -> Option<JournalEntry> {
         let prober = &self.probers[who];
         match self.phase {
@@ -843,7 +847,7 @@ impl RunState {
         }
     }
 
-    /// Somebody wants the run to end; nothing if it is ending already.
+    /// Handles a request to end the run. Returns `None` if it is already ending.
     pub fn cancel(&self, now_us: u64, reason: &str) -> Option<JournalEntry> {
         matches!(self.phase, RunPhase::Gathering | RunPhase::Running).then(|| {
             JournalEntry::Stopping {
@@ -853,8 +857,8 @@ impl RunState {
         })
     }
 
-    /// What is to happen by now. To be asked again after it has been applied, until nothing is
-    /// left.
+    /// Returns the next entry that is due by now. The caller applies it and calls again, until
+    /// there is none.
     pub fn due(&self, now_us: u64) -> Option<JournalEntry> {
         match self.phase {
             RunPhase::Gathering => self.gather(now_us),
@@ -902,7 +906,7 @@ impl RunState {
         })
     }
 
-    /// Who has been silent for too long.
+    /// Returns the entry for a prober that has been silent for too long.
     fn lose(&self, now_us: u64) -> Option<JournalEntry> {
         let lost = self
             .probers
@@ -986,7 +990,7 @@ impl RunState {
                 at_us: now_us,
                 stage,
                 start_us: match kind {
-                    // Nobody need begin at the same moment: all are ready.
+                    // A common start is not needed, because all are ready.
                     StageKind::Stop | StageKind::Leave => now_us,
                     StageKind::Publish | StageKind::Baseline | StageKind::Tier => now_us + LEAD_US,
                 },
@@ -998,7 +1002,7 @@ impl RunState {
         nobody_left.then_some(JournalEntry::Over { at_us: now_us })
     }
 
-    /// Lets an entry come true. Takes those of a journal as well as those that were just written.
+    /// Applies an entry that was just written, or that was read from a journal.
     pub fn apply(&mut self, entry: JournalEntry) {
         match entry {
             JournalEntry::Registered {
@@ -1082,7 +1086,7 @@ impl RunState {
 
     fn stop(&mut self, reason: String) {
         self.stop_reason.get_or_insert(reason);
-        // Who waits for others has nothing to stop, and nothing to report.
+        // While probers are being waited for, there is nothing to stop and nothing to report.
         self.phase = if self.phase == RunPhase::Gathering {
             RunPhase::Over
         } else {
@@ -1103,7 +1107,7 @@ impl RunState {
         self.probers.iter_mut().find(|prober| prober.id == *id)
     }
 
-    /// All tiers are over for everybody.
+    /// Returns whether all tiers are over for everybody.
     fn is_leaving(&self) -> bool {
         self.stage_underway()
             .is_some_and(|stage| stage.kind == StageKind::Leave)
@@ -1151,8 +1155,8 @@ impl RunState {
         }
     }
 
-    /// Entries that make the same state, as far as it outlives a process: all that counts of those
-    /// that made it.
+    /// Returns entries that make the same state, except for what does not outlive a process. They
+    /// replace the entries that made the state.
     pub fn entries(&self) -> Vec<JournalEntry> {
         let registered = self.probers.iter().map(|prober| JournalEntry::Registered {
             at_us: prober.registered_us,
@@ -1166,7 +1170,7 @@ impl RunState {
             at_us: self.armed_us.unwrap_or(0),
             rooms: rooms.clone(),
         }));
-        // What makes a report an early one is that the others went on.
+        // These reports are early because they precede the remaining entries.
         entries.extend(
             self.probers
                 .iter()
@@ -1207,7 +1211,7 @@ impl RunState {
         entries
     }
 
-    /// What a prober has to do, as far as it is known yet.
+    /// Returns a prober's job, as far as it is known.
     pub fn job(&self, who: usize) -> JobReply {
         let (prober, scenario) = (&self.probers[who], &self.setup.load.scenario);
         let start_us = self.legacy_start_us.filter(|_| prober.is_legacy());
@@ -1254,12 +1258,12 @@ impl RunState {
         }
     }
 
-    /// In the order of [`Job::vantages`].
+    /// Returns the players in the order of [`Job::vantages`].
     fn players(&self) -> impl Iterator<Item = &ProberState> {
         self.probers.iter().filter(|prober| prober.player.is_some())
     }
 
-    /// The answer to a beat that has been journaled and heard.
+    /// Returns the answer to a beat that has been journaled and heard.
     pub fn reply(
         &mut self,
         who: usize,
@@ -1332,7 +1336,7 @@ impl RunState {
     }
 }
 
-/// Why a run ends that a threshold on this vantage ends.
+/// Returns the stop reason of a run that a threshold on this vantage ends.
 fn ended_by(vantage: &str, threshold: &str) -> String {
     format!("'{vantage}': {threshold}")
 }
@@ -1347,7 +1351,7 @@ fn must_speak_ours(register: &Register) -> Result<(), RefusedRequest> {
     })
 }
 
-/// The vantages that play the plan.
+/// Returns the vantages that play the plan.
 fn vantages<'a>(registers: impl Iterator<Item = &'a Register>) -> Vec<VantagePlan> {
     registers
         .filter(|register| register.protocol.is_some())
@@ -1413,7 +1417,7 @@ pub(crate) mod tests {
         ProverId::new(format!("p{number}")).unwrap()
     }
 
-    /// A record of that many joins (up to 99), with a round trip each.
+    /// Returns a record of that many joins (up to 99), with one round trip each.
     fn record(joins: u64) -> RecordWire {
         static RECORDS: LazyLock<Vec<RecordWire>> = LazyLock::new(|| {
             let mut record = Record::default();
@@ -1473,8 +1477,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// A state that does what is due, as its keeper has it do, and remembers what it was told to
-    /// remember.
+    /// A state whose owner does what is due and keeps the journal.
     struct Kept {
         state: RunState,
         journal: Vec<JournalEntry>,
@@ -1493,7 +1496,7 @@ pub(crate) mod tests {
         }
 
         fn remember(&mut self, entry: JournalEntry) {
-            // What is remembered has been a line of text.
+            // Entries pass through the journal's text form.
             let entry: JournalEntry =
                 serde_json::from_str(&serde_json::to_string(&entry).unwrap()).unwrap();
             self.journal.push(entry.clone());
@@ -1541,7 +1544,7 @@ pub(crate) mod tests {
             Ok(())
         }
 
-        /// Killed, and started again on its journal.
+        /// Simulates a coordinator that is killed and restarted on its journal.
         fn restart(&mut self) {
             self.life += 1;
             let mut state = RunState::new(self.state.setup.clone(), self.life, self.now_us);
@@ -1557,7 +1560,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// What a run of two leaves in its journal.
+    /// Returns the entries that a run of two probers leaves in its journal.
     pub(crate) fn entries_of_a_run() -> Vec<JournalEntry> {
         let mut kept = Kept::new(setup(2));
         let ids = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
@@ -1569,7 +1572,7 @@ pub(crate) mod tests {
                     frames: vec![FrameCountEntry(player as u32, 0, 0, seq, 0)],
                     ..quiet(seq)
                 };
-                // Who plays the first two publishers is for the deal to say.
+                // The deal decides who plays the first two publishers.
                 let _ = kept.beat(id, &beat);
             }
         }
@@ -1646,7 +1649,7 @@ pub(crate) mod tests {
             assert_eq!(heard.frames, [FrameCountEntry(first, 0, 0, count, 0)]);
         }
         assert_eq!(kept.prober(&fra).answers.len(), ANSWERS_MAX);
-        // Neither a prober nor a coordinator that has begun anew takes anything for heard.
+        // After a restart of the prober or of the coordinator, nothing counts as heard.
         assert_eq!(ask(&mut kept, None).frames.len(), ours.len());
         kept.restart();
         assert_eq!(ask(&mut kept, Some(&heard)).frames.len(), ours.len());
@@ -1772,7 +1775,7 @@ pub(crate) mod tests {
                     "{order:?}"
                 ),
             }
-            // It returns: what it brings is kept, and it is told that it is too late.
+            // The lost prober returns. Its data is kept, and it is told that it is too late.
             let late = BeatMessage {
                 tiers: vec![tier(2, 55)],
                 ..quiet(2)
@@ -1791,7 +1794,7 @@ pub(crate) mod tests {
         let ids = ["ams", "fra"].map(|vantage| kept.register(&prober(vantage)).unwrap());
         ids.iter()
             .for_each(|id| drop(kept.beat(id, &quiet(1)).unwrap()));
-        // Stopped for ten minutes, and the first thing that it does is to look.
+        // The coordinator was stopped for ten minutes, and its first action is to look.
         kept.now_us += 600 * SECOND;
         kept.settle();
         assert!(kept.state.probers.iter().all(ProberState::is_live));
@@ -1844,7 +1847,7 @@ pub(crate) mod tests {
         ));
         kept.register(&prober("fra")).unwrap();
         assert_eq!(*kept.state.phase(), RunPhase::Running);
-        // During the run neither a new one comes in nor one that was started again.
+        // During the run neither a new prober nor a restarted one is admitted.
         for late in [prober("ams"), prober("sin")] {
             assert!(matches!(
                 kept.register(&late),
@@ -1916,7 +1919,7 @@ pub(crate) mod tests {
             (true, true, &[2, 5, 3][..])
         );
         assert_eq!(job.start_at, Some((kept.now_us + 3 * SECOND) as f64 / 1e6));
-        // They say nothing while they work.
+        // They send nothing while they work.
         kept.wait(120);
         let report = ProberReport {
             throng: None,
@@ -2041,26 +2044,27 @@ pub(crate) mod tests {
         );
     }
 
-    /// A prober of the simulation: does what it is told, over a network that loses, delays, doubles
-    /// and reorders.
+    /// A simulated prober. It follows its orders, over a network that loses, delays, duplicates and
+    /// reorders messages.
     struct Simulated {
         register: Register,
         id: Option<ProverId>,
         seq: u64,
-        /// None: waits for stage `next`.
+        /// `None`: it waits for stage `next`.
         stage: Option<u32>,
         next: u32,
         stage_ends_us: u64,
         begin: Option<(u32, u64)>,
         measured: BTreeMap<u32, u64>,
-        /// By stage, what the coordinator has said that it took.
+        /// By stage, what the coordinator has acknowledged.
         acknowledged: BTreeMap<u32, u64>,
         sent: BTreeMap<u64, Vec<(u32, u64)>>,
         exchange: Option<Exchange>,
         clock_ahead_us: i64,
-        /// What was said before its clock was set tells nothing of it: no process has two clocks.
+        /// Exchanges before its clock was set say nothing about it, because no process has two
+        /// clocks.
         set_at_seq: u64,
-        /// The first beat that told of it.
+        /// The first beat since then that contained an exchange.
         told_at_seq: Option<u64>,
         stopped: bool,
         reported: bool,
@@ -2094,7 +2098,7 @@ pub(crate) mod tests {
             }
         }
 
-        /// `ahead_us` more than before.
+        /// Sets the clock forward by `ahead_us`.
         fn set_clock(&mut self, ahead_us: i64) {
             self.clock_ahead_us += ahead_us;
             (self.exchange, self.told_at_seq) = (None, None);
@@ -2105,7 +2109,7 @@ pub(crate) mod tests {
             now_us.checked_add_signed(self.clock_ahead_us).unwrap()
         }
 
-        /// Goes on with its stages, and says how it goes.
+        /// Goes on with its stages, and returns the next beat.
         fn beat(&mut self, now_us: u64, stages: usize) -> BeatMessage {
             if let Some((stage, at_us)) = self
                 .begin
@@ -2171,8 +2175,9 @@ pub(crate) mod tests {
         }
     }
 
-    /// One run with everything that a seed has go wrong. Every acknowledged record is in the state,
-    /// and the run ends. Returns whether all reported, and whether somebody was missed.
+    /// Simulates one run with every failure that a seed brings. Checks that every acknowledged
+    /// record is in the state and that the run ends. Returns whether all reported, and whether
+    /// somebody was missed.
     fn simulate(seed: u64) -> (bool, bool) {
         let mut chance = Seeded::new(seed);
         let expect = 1 + chance.below(4) as u32;
@@ -2197,7 +2202,7 @@ pub(crate) mod tests {
             (chance.below(40), chance.below(30), chance.below(4) * SECOND);
         let calamities = chance.below(16);
         let stages = kept.setup_stages();
-        // What is under way: when it arrives, whose it is, and what it says.
+        // Messages under way: arrival time, sender and content.
         let mut under_way: Vec<(u64, usize, BeatMessage)> = Vec::new();
         let mut ended = false;
         for step in 0..6_000 {
@@ -2211,12 +2216,12 @@ pub(crate) mod tests {
                     2 => probers[who].cut_until_us = now_us + 15 * SECOND,
                     3 => kept.restart(),
                     4 => {
-                        // Its clock is set, as that of a host that slept would be.
+                        // Its clock is set, as on a host that slept.
                         probers[who].set_clock(-3_600 * SECOND.cast_signed());
                     }
                     _ => {
-                        // The coordinator's is set while it is down; nothing that is under way
-                        // survives that.
+                        // The coordinator's clock is set while the coordinator is down. No message
+                        // under way survives that.
                         let back = chance.chance(50);
                         kept.now_us = if back {
                             now_us - 3_600 * SECOND
@@ -2267,7 +2272,7 @@ pub(crate) mod tests {
                     || prober.next as usize >= stages && now_us >= prober.stage_ends_us;
                 if over && reachable && !chance.chance(loss) {
                     kept.report(&id, &report(None)).unwrap();
-                    // The answer may be lost: then it comes again.
+                    // The answer may be lost. Then the report is sent again.
                     prober.reported = !chance.chance(loss);
                     continue;
                 }
@@ -2351,7 +2356,7 @@ pub(crate) mod tests {
         )
     }
 
-    /// All that outlives a process.
+    /// Returns the part of the state that outlives a process.
     fn essence(state: &RunState) -> impl PartialEq + use<> {
         let of_prober = |prober: &ProberState| {
             let tiers: Vec<(u32, u64)> = prober

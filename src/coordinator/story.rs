@@ -1,5 +1,5 @@
-//! What there is to tell of a run over several hosts while it goes on: who comes, what begins, who
-//! is lost, and now and then how it goes.
+//! Messages about a run over several hosts while it goes on: who comes, what begins, who is lost,
+//! and from time to time how it goes.
 
 use std::collections::BTreeMap;
 
@@ -8,12 +8,12 @@ use super::protocol::{ProverId, StageKind};
 use super::state::{ProberState, RunPhase, RunState};
 use crate::words;
 
-/// How it goes is told so often, where nothing else was ..
+/// Interval between status messages if there was no other message.
 const QUIET_US: u64 = 5_000_000;
-/// .. and while hosts are waited for, which may take long.
+/// The same interval while hosts are waited for, which may take long.
 const QUIET_GATHERING_US: u64 = 30_000_000;
 
-/// Knows what has been told.
+/// Remembers what has been told.
 #[derive(Default)]
 pub struct Story {
     told: BTreeMap<ProverId, Told>,
@@ -33,7 +33,7 @@ struct Told {
 }
 
 impl Story {
-    /// What is new since the last time. Lines fit 80 columns where labels do.
+    /// Returns what is new since the last call. Lines fit 80 columns if labels are short enough.
     pub fn lines(
         &mut self,
         state: &RunState,
@@ -185,7 +185,8 @@ impl Story {
     }
 }
 
-/// `tier 2: 3 of 3 hosts, 75 participants, in 12,000/s, out 800/s, loss 0.01%`
+/// Returns a status line such as `tier 2: 3 of 3 hosts, 75 participants, in 12,000/s, out 800/s,
+/// loss 0.01%`.
 fn status(state: &RunState) -> Option<String> {
     let live = || state.probers().iter().filter(|prober| prober.is_live());
     if *state.phase() == RunPhase::Gathering {

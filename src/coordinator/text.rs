@@ -1,5 +1,5 @@
-//! The merged result on a terminal of 80 columns: tiers, vantages side by side, what one
-//! participant alone saw, who is missing, the knee, the verdict.
+//! The merged result as text for a terminal of 80 columns: tiers, vantages side by side, the
+//! baseline of one participant alone, missing hosts, the knee, the verdict.
 
 use std::cmp::Ordering;
 use std::fmt::Write as _;
@@ -14,17 +14,17 @@ use crate::report::server_cost::{self, Ours};
 use crate::report::{Style, Verdict};
 use crate::words::{self, count, maybe, micros, number, percent};
 
-/// Vantages in a table. The worst come first, so that the others are those that nothing is wrong
-/// with.
+/// Largest number of vantages in a table. The worst come first, so the vantages left out are the
+/// better ones.
 const VANTAGES_MAX: usize = 12;
 const REASONS_MAX: usize = 8;
 const NOTES_MAX: usize = 4;
 /// Width of a label, in columns.
 const LABEL_WIDTH: usize = 16;
-/// Longest word in a sentence: a label may be any text, and words are not broken.
+/// Longest word in a sentence. A label may be any text, and words are not broken.
 const WORD_WIDTH: usize = 60;
 
-/// The result, of lines of at most 80 columns.
+/// Formats the result in lines of at most 80 columns.
 pub fn render(merged: &Merged, about: &About<'_>, style: Style) -> String {
     let mut text = head(merged, about, style);
     text.push_str(&tiers(merged, style));
@@ -48,8 +48,8 @@ pub fn render(merged: &Merged, about: &About<'_>, style: Style) -> String {
     text
 }
 
-/// What a run would be, of lines of at most 80 columns: its stages, with the subscribers of all
-/// hosts and of each.
+/// Formats what a run would be, in lines of at most 80 columns: its stages, with the subscribers of
+/// all hosts and of each.
 pub fn rehearsal(rehearsal: &Rehearsal) -> String {
     let hosts = &rehearsal.placed.stages;
     let mut text = format!(
@@ -150,7 +150,7 @@ fn tiers(merged: &Merged, style: Style) -> String {
     text
 }
 
-/// The one that tells most: the first that did not pass, else the last.
+/// Returns the tier that tells most: the first that did not pass, else the last.
 fn tier_to_show(merged: &Merged) -> Option<&TierResult> {
     let failed = merged
         .begun()
@@ -217,7 +217,7 @@ fn vantage_cells(vantage: &VantageResult, cell: &Cell) -> [String; 6] {
     ]
 }
 
-/// How the hosts that measured a tier differ; nothing of a single one.
+/// Compares the hosts that measured a tier. Empty for a single one.
 fn comparison(tier: &TierResult, merged: &Merged) -> String {
     let mut text = String::new();
     if tier.measured().count() <= 1 {
@@ -243,7 +243,7 @@ fn comparison(tier: &TierResult, merged: &Merged) -> String {
     text
 }
 
-/// Figures of other hosts: whatever they are, they have an order.
+/// Orders two cells by badness. Other hosts' figures can be any number, and still have an order.
 pub(super) fn by_badness(a: &Cell, b: &Cell) -> Ordering {
     let ((rank, loss, rtt), (other_rank, other_loss, other_rtt)) = (badness(a), badness(b));
     rank.cmp(&other_rank)
@@ -251,7 +251,8 @@ pub(super) fn by_badness(a: &Cell, b: &Cell) -> Ordering {
         .then(rtt.total_cmp(&other_rtt))
 }
 
-/// What did not come to its end is worst, then what failed, then who loses most.
+/// Returns the sort key of a cell: its standing (absent is worst, then incomplete, invalid,
+/// awaited, measured), then whether it failed, then loss, then round trips.
 fn badness(cell: &Cell) -> ((u8, bool), f64, f64) {
     let rank = match cell.standing {
         Standing::Absent => 4,
@@ -278,7 +279,7 @@ fn standing(cell: &Cell, style: Style) -> String {
     }
 }
 
-/// One participant alone, and how well each clock is known.
+/// Formats the baselines of one participant alone, and how well each clock is known.
 fn baselines(merged: &Merged, style: Style) -> String {
     let alone = |vantage: &'_ VantageResult| {
         vantage
@@ -332,7 +333,7 @@ fn baselines(merged: &Merged, style: Style) -> String {
     text
 }
 
-/// What the server's own pages said.
+/// Formats the figures from the server's own pages.
 fn server(merged: &Merged, about: &About<'_>, style: Style) -> String {
     let Some(account) = about.server else {
         return String::new();
@@ -435,7 +436,7 @@ fn signed(us: i64) -> String {
     format!("{sign}{}", micros(us.unsigned_abs() as f64))
 }
 
-/// What fits the column, with a space behind it.
+/// Shortens a label to its column, with a space behind it.
 fn shortened(label: &str) -> String {
     cut(label, LABEL_WIDTH - 1)
 }
@@ -448,7 +449,7 @@ fn cut(word: &str, most: usize) -> String {
     }
 }
 
-/// In lines of at most 80 columns.
+/// Breaks a sentence into lines of at most 80 columns.
 fn wrapped(sentence: &str, indent: usize) -> String {
     let words: Vec<String> = sentence
         .split_whitespace()
@@ -501,7 +502,7 @@ mod tests {
         }
     }
 
-    /// The words of the line that starts with `start`.
+    /// Returns the words of the line that starts with `start`.
     fn line<'a>(text: &'a str, start: &str) -> Vec<&'a str> {
         let found = text.lines().find(|line| line.starts_with(start));
         found

@@ -1,5 +1,5 @@
-//! Room tokens for probers that have no API key: each gets those of its own participants,
-//! short-lived, and never the secret that signs them.
+//! Room tokens for probers without an API key. Each prober gets short-lived tokens of its own
+//! participants, and never the secret that signs them.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,15 +10,16 @@ use super::state::RefusedRequest;
 use crate::plan::{Part, Plan};
 use crate::signal::{ApiKey, Permissions};
 
-/// A token is asked for just before a join, and LiveKit renews it for those who are in.
+/// Lifetime of a token. It is asked for just before a join, and LiveKit renews it for joined
+/// participants.
 const LIFETIME: Duration = Duration::from_secs(600);
 
 /// Signs tokens.
 pub struct Mint {
     api_key: ApiKey,
-    /// Whatever the coordinator was asked for; a job says the rest.
+    /// The plan that the coordinator was asked for. A job adds the rest.
     base: Plan,
-    /// By player: to deal a plan takes time.
+    /// Plans by player, because dealing a plan takes time.
     plans: Mutex<BTreeMap<u32, Arc<Plan>>>,
 }
 
@@ -31,10 +32,10 @@ impl Mint {
         }
     }
 
-    /// Tokens for participants of the prober whose job this is.
+    /// Returns tokens for participants of the prober with this job.
     ///
     /// # Errors
-    /// It has no such participants.
+    /// The prober has no such participants.
     pub fn tokens(&self, job: &Job, request: TokensRequest) -> Result<TokensReply, RefusedRequest> {
         let plan = self.plan(job)?;
         let end = request
@@ -69,7 +70,7 @@ impl Mint {
     }
 
     fn plan(&self, job: &Job) -> Result<Arc<Plan>, RefusedRequest> {
-        // A plan is put in whole or not at all.
+        // A plan is inserted as a whole or not at all, so a poisoned lock is harmless.
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(plan) = plans.get(&job.me) {
             return Ok(plan.clone());
