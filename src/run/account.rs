@@ -1,5 +1,5 @@
-//! What a run's record says once it is over: how much there ought to have been, and how each
-//! participant fared.
+//! Completes a run's record when the run is over: how much was expected, and how each participant
+//! fared.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,10 +15,10 @@ use super::dues::{Dues, OwedTracks};
 
 const KINDS: [Kind; 2] = [Kind::Audio, Kind::Video];
 
-/// How many tracks there ought to be, and how many went live: a track that came twice, on another
+/// Sets how many tracks were expected, and how many went live. A track that came twice, on another
 /// SSRC, does not stand for one that never came.
 ///
-/// `admitted`: who ought to have been in, at one time or another.
+/// `admitted`: participants that were due at one time or another.
 pub(super) fn state_tracks(
     record: &mut Record,
     dues: &Dues<'_>,
@@ -55,7 +55,8 @@ pub(super) fn by_participant(outcomes: &[PeerOutcome]) -> BTreeMap<u32, Vec<&Pee
     peers
 }
 
-/// Tracks that nobody of this run sends. Everybody in a room is to get what anybody there got.
+/// Counts tracks published by nobody of this run. Every subscriber in a room is expected to get as
+/// many as any other there got.
 pub(super) fn foreign_tracks<'a>(
     people: impl Iterator<Item = (u32, Vec<&'a PeerOutcome>)>,
 ) -> [ForeignTracks; 2] {
@@ -94,8 +95,8 @@ impl ForeignTracks {
     }
 }
 
-/// Tracks that a participant ought to have received: those that it was owed, and more where its
-/// layout had room for others later.
+/// Tracks that a participant should have received: those that it was owed, or more if its layout
+/// had room for others later.
 pub(super) fn expected_tracks(owed: &OwedTracks, kind: Kind, ended: Option<&Ended>) -> u32 {
     let shown = ended
         .filter(|_| kind == Kind::Video)
@@ -103,11 +104,11 @@ pub(super) fn expected_tracks(owed: &OwedTracks, kind: Kind, ended: Option<&Ende
     owed.count.max(shown)
 }
 
-/// States how many frames ought to have been timed and how many streams heard, so that those that
-/// never came count as worse than everything.
+/// Sets how many frames should have been timed and how many streams heard. Missing ones then count
+/// as worse than everything.
 pub(super) fn expect_frames(record: &mut Record) {
     for media in [&mut record.audio, &mut record.video] {
-        // Frames from a host of unknown clock are left out: they did come.
+        // Frames from a host whose clock is unknown are left out, because they did arrive.
         media
             .one_way_latency
             .expect(media.frames_expected.saturating_sub(media.frames_untimed));
@@ -115,18 +116,18 @@ pub(super) fn expect_frames(record: &mut Record) {
     record.audio.mos.expect(record.audio.tracks_expected);
 }
 
-/// Joins that were wanted, and what each of them was to bring.
+/// Number of joins that were wanted, and the tracks that they should bring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Joins {
     pub count: u32,
     /// Joins of participants that should receive a track.
     pub receivers: u32,
-    /// Subscriptions of those.
+    /// Subscriptions of these participants, to audio and to video.
     pub tracks: [u64; 2],
 }
 
 impl Joins {
-    /// One that is to join at that time, or is there.
+    /// Adds a participant that joins at this time, or is present.
     pub fn add(&mut self, dues: &Dues<'_>, participant: &ParticipantPlan, since: Time) {
         let tracks = KINDS.map(|kind| u64::from(dues.of(participant, kind, since).count));
         self.count += 1;
@@ -135,8 +136,8 @@ impl Joins {
     }
 }
 
-/// States how often what happens once for each join, or for each subscription of one who joined,
-/// ought to have happened.
+/// Sets how many values are expected in each histogram that gets one value for each join, or for
+/// each subscription of a joining participant.
 pub(super) fn expect_joins(record: &mut Record, joins: &Joins) {
     let (receivers, [audio_tracks, video_tracks]) = (joins.receivers.into(), joins.tracks);
     let session = &mut record.session;
@@ -164,8 +165,8 @@ pub(super) fn expect_joins(record: &mut Record, joins: &Joins) {
     }
 }
 
-/// Tracks and participants are a state, not a flow: a step shows how many there are, not how many
-/// came during it.
+/// Copies the numbers of tracks and participants. They are states and not flows, so a step shows
+/// how many there are, and not how many came during it.
 pub(super) fn state_of_all(step: &mut Record, all: &Record) {
     let (from, to) = (&all.session, &mut step.session);
     (
@@ -198,8 +199,8 @@ pub(super) fn state_of_all(step: &mut Record, all: &Record) {
     }
 }
 
-/// What a participant received of one kind of media, over all its connections. Tracks of those who
-/// owe it none, by index, do not stand for others.
+/// Returns what a participant received of one kind of media, over all its connections. `is_owed`
+/// takes a publisher's index: tracks of publishers that owe it none do not stand for others.
 pub fn quality(
     peers: &[&PeerOutcome],
     kind: Kind,

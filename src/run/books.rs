@@ -1,5 +1,5 @@
-//! What a run has learned: counts from the engine, notices from sessions, who ought to be in, and
-//! the tiers that are over.
+//! Data that a run collects: counts from the engine, notices from sessions, who is due when, and
+//! finished tiers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -21,53 +21,54 @@ use crate::units::Time;
 use crate::words;
 
 pub(super) struct Books {
-    /// All that was counted since the start.
+    /// All counts since the start.
     pub record: Record,
     pub series: Vec<RunSample>,
     pub second: SecondBook,
     pub sessions: SessionBook,
-    /// Who ought to be in when, and which sources are gone.
+    /// When each participant is due, and which publishers are gone.
     pub presence: Presence,
-    /// How connections fared: those that were there at the end, what the threads have told since
-    /// they were asked for a survey, and those that were left.
+    /// Outcomes of connections: those that existed at the end, those that the threads have reported
+    /// since the last request for a survey, and former ones.
     pub outcomes: Vec<PeerOutcome>,
     pub surveyed: Vec<PeerOutcome>,
     pub former: Former,
-    /// Joins that were wanted, over the run, and since the tier before.
+    /// Wanted joins, over the whole run, and below it, since the tier before.
     pub joins_all: Joins,
     pub joins_new: Joins,
     pub tiers: Vec<FinishedTier>,
     pub notes: Vec<String>,
 }
 
-/// What sessions have reported.
+/// Reports of the sessions.
 #[derive(Default)]
 pub(super) struct SessionBook {
-    /// Joins that succeeded, and those that failed.
+    /// Number of joins that succeeded, and below it, that failed.
     pub joined: u32,
     pub failed: u32,
-    /// Of those that failed: something in the way was why, and neither the server nor its load.
+    /// Number of failed joins whose cause lay on the path to the server, and not in the server or
+    /// its load.
     pub kept_out: u32,
-    /// Joins that were told to come back later, by what they were told.
+    /// Number of joins that were told to come back later, by the reason given.
     pub held_back: BTreeMap<String, u64>,
-    /// Who is in.
+    /// Participants that are present.
     pub present: BTreeSet<u32>,
-    /// Who was told to leave, and is still here.
+    /// Participants that were told to leave and are still present.
     pub leaving: BTreeSet<u32>,
     pub server_version: Option<String>,
     pub embedded_sfu: bool,
     pub failures: BTreeMap<String, u64>,
     pub outages: Outages,
-    /// Why joins were tried again, and what else the server refused.
+    /// Why joins were tried again, and below it, what else the server refused.
     retried: BTreeMap<String, u64>,
     refused: BTreeMap<String, u64>,
-    /// Those who lost their connection and came back, by whether they resumed their session and
-    /// why they had lost it.
+    /// Participants that lost their connection and came back, by whether they resumed their
+    /// session, and by the reason for the loss.
     back: BTreeMap<(bool, String), CameBack>,
-    /// Why media did not go over UDP, and of how many participants.
+    /// Reasons why media did not use UDP, each with its number of participants.
     fallbacks: BTreeMap<String, u64>,
     pub ended: BTreeMap<u32, Ended>,
-    /// Earlier visits of those who have come again.
+    /// Earlier visits of participants that have come again.
     pub earlier: BTreeMap<u32, Ended>,
 }
 
@@ -95,13 +96,13 @@ impl Books {
         }
     }
 
-    /// Puts what became of former connections beside what became of the last ones.
+    /// Adds the outcomes of former connections to those of the last ones.
     pub fn join_former(&mut self) {
         let former = self.former.outcomes().cloned();
         self.outcomes.extend(former);
     }
 
-    /// Returns the record, which its thread fills again.
+    /// Takes a report, and returns its record for the thread to fill again.
     pub fn take_report(&mut self, report: WorkerReport) -> Box<Record> {
         self.second.record.merge(&report.record);
         self.record.merge(&report.record);
@@ -125,7 +126,8 @@ impl Books {
         *joins_by_mut(&mut self.record.session, transport) += 1;
     }
 
-    /// Returns who has lost its session, or a track of its own.
+    /// Returns the participant that lost its session or one of its own tracks, or was harmed by the
+    /// server.
     pub fn take_notice(&mut self, notice: Notice, now: Time) -> Option<u32> {
         let session = &mut self.record.session;
         match notice {
@@ -184,7 +186,8 @@ impl Books {
         None
     }
 
-    /// What the server has done to somebody who is in. Returns who is not what the plan says.
+    /// Takes notices of what the server did to a participant. Returns the participant if it no
+    /// longer is as planned.
     fn take_moderation(&mut self, notice: Notice) -> Option<u32> {
         match notice {
             Notice::TrackLost {
@@ -246,7 +249,7 @@ fn joins_by_mut(session: &mut Session, transport: MediaTransport) -> &mut u64 {
 }
 
 impl SessionBook {
-    /// A participant is to join; if it was here before, that is kept.
+    /// Notes that a participant will join. An earlier visit of it is kept.
     pub fn come(&mut self, index: u32) {
         if let Some(ended) = self.ended.remove(&index) {
             let all = self.whole_of(ended);
@@ -254,8 +257,8 @@ impl SessionBook {
         }
     }
 
-    /// Why most of those have gone who are: `: the server ended the session: room_deleted (5
-    /// participants)`.
+    /// Returns the most frequent reason why participants have gone, for example `: the server ended
+    /// the session: room_deleted (5 participants)`.
     pub fn why_gone(&self) -> String {
         let gone = self
             .failures
@@ -266,7 +269,7 @@ impl SessionBook {
         })
     }
 
-    /// Why nothing of the server was measured, where something in the way kept everybody out.
+    /// Returns why nothing of the server was measured, if something on the path kept everybody out.
     pub fn why_nobody_came(&self) -> Option<String> {
         if self.joined > 0 || self.failed == 0 || self.kept_out < self.failed {
             return None;
@@ -279,14 +282,14 @@ impl SessionBook {
         ))
     }
 
-    /// What was no reason to fail, and is worth knowing.
+    /// Remarks for the report that are no reason to fail.
     pub fn notes(&self, session: &Session) -> Vec<String> {
         let path = self.path_notes(session);
         let trouble = self.trouble_notes().into_iter();
         path.chain(trouble).chain(self.limit_notes()).collect()
     }
 
-    /// What went wrong on the way and was got over.
+    /// Troubles that were overcome.
     fn trouble_notes(&self) -> Vec<String> {
         let retried = self.retried.iter().map(|(why, count)| {
             let joins = if *count == 1 {
@@ -315,7 +318,7 @@ impl SessionBook {
         retried.chain(back).chain(refused).collect()
     }
 
-    /// What limits there were to joins.
+    /// Limits of the server that held joins back.
     fn limit_notes(&self) -> impl Iterator<Item = String> {
         self.held_back.iter().map(|(why, count)| {
             format!(
@@ -325,7 +328,7 @@ impl SessionBook {
         })
     }
 
-    /// Nobody comes any more: what is known of everybody is of all visits.
+    /// Joins each participant's visits into one. Called when nobody joins any more.
     pub fn join_visits(&mut self) {
         let ended = std::mem::take(&mut self.ended);
         self.ended = ended
@@ -334,7 +337,7 @@ impl SessionBook {
             .collect();
     }
 
-    /// A visit together with those before it.
+    /// Joins a visit with those before it.
     fn whole_of(&mut self, visit: Ended) -> Ended {
         match self.earlier.remove(&visit.index) {
             None => visit,
@@ -355,7 +358,7 @@ impl SessionBook {
         back.longest = back.longest.max(after);
     }
 
-    /// `server_reason`: the server has ended the session itself, and said so.
+    /// `server_reason` is set if the server ended the session itself and said why.
     fn note_lost(
         &mut self,
         index: u32,
@@ -382,12 +385,13 @@ impl SessionBook {
         *self.failures.entry(why).or_default() += 1;
     }
 
-    /// The reasons are as many as the server's addresses.
+    /// There are as many different reasons as the server has addresses.
     fn note_fallback(&mut self, why: String) {
         *self.fallbacks.entry(why).or_default() += 1;
     }
 
-    /// What media met on its way: datagrams that were not sent, and who did not go over UDP.
+    /// Notes about the media path: datagrams that were not sent, and participants that did not use
+    /// UDP.
     fn path_notes(&self, session: &Session) -> impl Iterator<Item = String> + '_ {
         let fallbacks = self.fallbacks.iter().map(|(why, count)| {
             let people = if *count == 1 {

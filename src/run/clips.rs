@@ -10,23 +10,23 @@ use crate::media::opus::{AudioClip, AudioContent, OpusSpec};
 use crate::media::vp8::{VideoClip, Vp8Spec};
 use crate::plan::{self, Plan};
 
-/// The shared media that the plan asks for. A clone shares it, too.
+/// Media that the plan asks for. A clone shares it.
 #[derive(Clone)]
 pub struct Clips {
     pub(super) audio: Option<MediaSource>,
-    /// What those whose turn it is not to speak send.
+    /// Audio of publishers whose turn to speak it is not.
     pub(super) silence: Option<Arc<AudioClip>>,
-    /// The layers of video tracks, the lowest first.
+    /// Layers of a video track, the lowest first.
     pub(super) video: Vec<MediaSource>,
 }
 
 impl Clips {
-    /// Takes a second or so of every thread for each layer; `progress` hears what is being made.
-    /// Nothing is connected to, so a plan that no clip can fulfil is refused before any server
-    /// hears of it.
+    /// Generates the media. This takes about a second of every thread for each layer. `progress` is
+    /// called with what is being made. No connection is opened yet, so a plan that no clip can
+    /// fulfil is refused before any server hears of it.
     ///
     /// # Errors
-    /// The flags that cannot be fulfilled, and what to ask instead.
+    /// Names the flags that cannot be fulfilled, and says what to ask instead.
     pub fn generate(plan: &Plan, threads: usize, mut progress: impl FnMut(&str)) -> Result<Clips> {
         let mut clips = Clips {
             audio: None,
@@ -82,7 +82,7 @@ fn video_spec(plan: &Plan, layer: &plan::VideoSpec) -> Vp8Spec {
     }
 }
 
-/// What to change where a layer cannot be made.
+/// Flags to change if a layer cannot be made.
 fn video_flags(layers: usize) -> &'static str {
     match layers {
         1 => "--video-resolution, --video-bitrate, --video-fps",

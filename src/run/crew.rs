@@ -1,4 +1,4 @@
-//! Those who take part: their sessions, and how they are sent in and asked to leave.
+//! The participants' sessions: how they are started, and how they are asked to leave.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -24,18 +24,18 @@ use crate::signal::{Endpoint, JoinAccess};
 use crate::units::{Epoch, Time};
 
 pub(super) struct Crew {
-    /// Until nobody joins any more; then the sessions share it among themselves.
+    /// Set as long as anybody may still join. After that only the sessions share it.
     context: Option<Arc<SessionContext>>,
     pub notices: mpsc::UnboundedReceiver<Notice>,
     leave: watch::Sender<bool>,
     requests: BTreeMap<u32, mpsc::UnboundedSender<Request>>,
 }
 
-/// When each of a row of participants is to join, or to leave.
+/// Pace at which a row of participants joins or leaves.
 #[derive(Clone, Copy)]
 struct JoinPace {
     first_at: Time,
-    /// Seconds.
+    /// Time between two joins or leaves, in seconds.
     interval: f64,
 }
 
@@ -45,7 +45,7 @@ impl JoinPace {
     }
 }
 
-/// A participant that is to join.
+/// A participant that will join.
 struct Entrance {
     intended: Time,
     participant: ParticipantPlan,
@@ -55,7 +55,7 @@ struct Entrance {
     requests: mpsc::UnboundedReceiver<Request>,
 }
 
-/// A participant that is to leave.
+/// A participant that will leave.
 struct Exit {
     at: Time,
     requests: mpsc::UnboundedSender<Request>,
@@ -99,18 +99,19 @@ impl Crew {
         }
     }
 
-    /// Asks everybody to leave, and lets nobody else in.
+    /// Asks every participant to leave, and starts no more sessions.
     pub fn dismiss_all(&mut self) {
         self.context = None;
-        // Nobody listens where every session has ended already.
+        // The send fails if every session has ended already.
         let _ = self.leave.send(true);
     }
 }
 
 impl Test<'_> {
-    /// Has so many subscribers be in, and all publishers. Who joins does so at its intended moment,
-    /// whatever became of the earlier ones; who leaves does so in the reverse order. The first
-    /// one not before `start`, and all of them within `spread`, or at the plan's pace.
+    /// Changes the number of participants to that many subscribers and all publishers. Each joins
+    /// at its intended moment, whatever became of earlier ones. Leaving goes in the reverse order.
+    /// The first join or leave is not before `start`, and all of them lie within `spread`, or
+    /// follow the plan's pace.
     pub(super) fn admit(
         &mut self,
         subscribers: Subscribers,
@@ -124,7 +125,7 @@ impl Test<'_> {
             Some(spread) => spread.as_secs_f64() / f64::from(moves.max(1)),
             None => 1.0 / self.plan.scenario.joins_per_second,
         };
-        // Only the first ones join in a row with the publishers.
+        // Only the first tier joins in one row with the publishers.
         let after = if self.books.tiers.is_empty() {
             self.stages.next_join_at
         } else {
@@ -140,7 +141,7 @@ impl Test<'_> {
         }
     }
 
-    /// Starts the sessions of those who join, each at its moment.
+    /// Starts the sessions of joining participants, each at its moment.
     fn invite(&mut self, joining: Range<u32>, pace: JoinPace) {
         let Some(context) = self.crew.context.clone() else {
             return;
@@ -153,7 +154,7 @@ impl Test<'_> {
             let participant = self.plan.participant(*position);
             self.books.presence.invite(&participant, *intended);
         }
-        // What each is owed follows from when all of them are to be there.
+        // The tracks owed to each participant depend on when all of them are to be present.
         self.expect(&joining);
         let entrances = joining.into_iter();
         let entrances: Vec<Entrance> = entrances
@@ -163,7 +164,7 @@ impl Test<'_> {
         tokio::spawn(let_in(context, entrances, leave));
     }
 
-    /// Notes what the joins of those at these positions are to bring.
+    /// Notes the tracks that the joins at these positions should bring.
     fn expect(&mut self, joining: &[(u32, Time)]) {
         let books = &mut self.books;
         let window = Span::since(Time::ZERO);
@@ -175,7 +176,7 @@ impl Test<'_> {
         }
     }
 
-    /// Notes that a participant is to join.
+    /// Notes a participant as joining, and returns what its session needs.
     fn entrance(&mut self, position: u32, intended: Time) -> Entrance {
         let participant = self.plan.participant(position);
         let books = &mut self.books;
@@ -194,12 +195,13 @@ impl Test<'_> {
         }
     }
 
-    /// Has all but the first so many leave, each at its moment, the last one first.
+    /// Makes all but the first `stayers` participants leave, each at its moment, the last one
+    /// first.
     fn dismiss(&mut self, stayers: u32, pace: JoinPace) {
         let first = self.plan.participant(stayers).index;
         let leaving = self.crew.requests.split_off(&first);
         let sessions = &mut self.books.sessions;
-        // Who has gone by itself is not waited for.
+        // Do not wait for participants that have ended on their own.
         let here = leaving
             .keys()
             .filter(|index| !sessions.ended.contains_key(index));
@@ -251,8 +253,8 @@ async fn see_out(epoch: Epoch, exits: Vec<Exit>, mut leave: watch::Receiver<bool
             () = tokio::time::sleep_until(at) => {}
             () = session::leaving(&mut leave) => return,
         }
-        // Nobody listens where the session has ended already: then its shard has to hear that from
-        // now on nothing is owed.
+        // The send fails if the session has ended already. Then the shard has to be told that
+        // nothing is owed from now on.
         if requests.send(Request::Leave).is_err() {
             home.leave();
         }

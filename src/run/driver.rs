@@ -1,10 +1,10 @@
-//! The server that a run is played against, as the run sees it: rooms are made ready, participants
-//! join, rooms are tidied away.
+//! The kind of server that a run is made against: how rooms are prepared, how participants join,
+//! and how rooms are deleted.
 //!
-//! A run asks of a driver only what every kind of server has: a way in for participants. Whether
-//! there is a key, or a service that makes rooms, is the driver's own; what could not be done is a
-//! note. Another kind of server is another variant of [`Driver`], and what its sessions are told
-//! and asked is [`crate::signal::session::Notice`] and [`crate::signal::session::Request`].
+//! A run asks a driver only for what every kind of server has: a way in for participants. Whether
+//! there is a key, or a service that makes rooms, is private to the driver. Whatever could not be
+//! done becomes a note. Another kind of server is another variant of [`Driver`]. Its sessions send
+//! [`crate::signal::session::Notice`] and take [`crate::signal::session::Request`].
 
 use anyhow::{Context, Result};
 
@@ -16,12 +16,12 @@ use crate::report::Outcome;
 use crate::signal::{AddressUse, ApiKey, Endpoint, JoinAccess};
 use crate::words;
 
-/// What a run is played against.
+/// The kind of server of a run.
 pub(super) enum Driver {
     LiveKit(LiveKit),
 }
 
-/// LiveKit, or what speaks as it does: the embedded SFU.
+/// LiveKit, or the embedded SFU, which speaks the same protocol.
 pub(super) struct LiveKit {
     endpoint: Endpoint,
     access: JoinAccess,
@@ -29,8 +29,8 @@ pub(super) struct LiveKit {
     notes: Vec<String>,
 }
 
-/// How the server was reached: which of its addresses were there, through which proxy, and whether
-/// anybody looked at certificates.
+/// Adds how the server was reached to the outcome: which of its addresses answered, through which
+/// proxy, and whether certificates were checked.
 pub(super) fn tell_way(endpoint: &Endpoint, run: &RunSpec, outcome: &mut Outcome) {
     let addresses = endpoint.address_uses();
     let notes = &mut outcome.notes;
@@ -67,7 +67,7 @@ fn of_address(used: &AddressUse) -> String {
 
 impl Driver {
     /// # Errors
-    /// Where the server's name has no address, or nothing lets participants in.
+    /// Returned if the server's name has no address, or if there are neither tokens nor a key.
     pub(super) async fn open(run: &RunSpec) -> Result<Driver> {
         let key = run
             .credentials
@@ -91,11 +91,11 @@ impl Driver {
         }))
     }
 
-    /// Makes the rooms of the plan, where this server has a service for that and there is a key for
-    /// it. Else they are made by joining.
+    /// Makes the rooms of the plan, if the server has a room service and there is an API key for
+    /// it. Otherwise rooms are made by joining.
     ///
     /// # Errors
-    /// Where the service refuses, or a signal comes first.
+    /// Returned if the service refuses, or if a signal arrives first.
     pub(super) async fn prepare(&mut self, plan: &Plan, interrupts: &mut Interrupts) -> Result<()> {
         let Driver::LiveKit(livekit) = self;
         let Some(api_key) = livekit.access.key() else {
@@ -109,13 +109,13 @@ impl Driver {
         Ok(())
     }
 
-    /// Where participants join, and with what.
+    /// Returns the endpoint that participants join, and their access to it.
     pub(super) fn way_in(&self) -> (Endpoint, JoinAccess) {
         let Driver::LiveKit(livekit) = self;
         (livekit.endpoint.clone(), livekit.access.clone())
     }
 
-    /// Deletes the rooms that this run made. Returns what was noted before and now.
+    /// Deletes the rooms that this run made. Returns the earlier notes, and those of the deletion.
     pub(super) async fn tidy_up(self, plan: &Plan) -> (Vec<String>, Vec<String>) {
         let Driver::LiveKit(LiveKit {
             rooms, mut notes, ..

@@ -1,8 +1,8 @@
-//! Whose tracks each participant is owed: what follows from the overlap of two presences.
+//! Which publishers' tracks each participant is owed, from the overlap of two planned presences.
 //!
-//! A track is owed where its publisher is intended to send while the subscriber is intended to be
-//! there. What really happened does not matter: a publisher that was thrown out is owed as before.
-//! A host that was lost is not: from then on its participants are intended to be away.
+//! A track is owed while its publisher is planned to send and the subscriber is planned to be
+//! present. What really happened does not matter: a publisher that was thrown out still owes its
+//! tracks. A lost host does not: from its loss on, its participants are planned to be away.
 
 use std::time::Duration;
 
@@ -10,16 +10,16 @@ use crate::measure::Kind;
 use crate::plan::{ParticipantPlan, Plan, ScheduleBook, Span, Spans};
 use crate::units::Time;
 
-/// An overlap that the plan ends after less than this does not owe a live track: joining,
-/// subscribing and the first frame take their time.
+/// An overlap that the plan ends sooner than this owes no live track, because joining, subscribing
+/// and the first frame take time.
 const SHORTEST_OVERLAP: Duration = Duration::from_secs(2);
 
-/// What is owed within one stretch of a run.
+/// Owed tracks within one stretch of a run.
 pub(super) struct Dues<'a> {
     plan: &'a Plan,
     book: &'a ScheduleBook,
     window: Span,
-    /// By room: who publishes audio there, and who publishes video.
+    /// By room: publishers of audio, and publishers of video.
     sources: Vec<[Vec<Source>; 2]>,
 }
 
@@ -30,9 +30,9 @@ struct Source {
 
 /// The tracks of one kind that one participant is owed.
 pub(super) struct OwedTracks {
-    /// Their publishers, in order.
+    /// Indices of their publishers, in order.
     publishers: Vec<u32>,
-    /// How many its layout has room for.
+    /// Number of tracks that its layout has room for.
     pub count: u32,
 }
 
@@ -70,7 +70,7 @@ impl<'a> Dues<'a> {
         }
     }
 
-    /// From the beginning of the run up to `end`.
+    /// Dues from the start of the run up to `end`.
     pub fn until(plan: &'a Plan, book: &'a ScheduleBook, end: Time) -> Dues<'a> {
         let window = Span {
             from: Time::ZERO,
@@ -79,7 +79,7 @@ impl<'a> Dues<'a> {
         Dues::within(plan, book, window)
     }
 
-    /// What `subscriber` is owed of one kind, from `since` on.
+    /// Returns the tracks of one kind that `subscriber` is owed from `since` on.
     pub fn of(&self, subscriber: &ParticipantPlan, kind: Kind, since: Time) -> OwedTracks {
         let presence = match self.book.schedule(subscriber.index) {
             Some(schedule) if subscriber.subscribes => schedule.presence(),
@@ -106,7 +106,7 @@ impl<'a> Dues<'a> {
     }
 }
 
-/// Whether both last long enough in the window for a track to be live.
+/// Returns whether both overlap in the window, long enough for a track to be live.
 fn is_owed(presence: &Spans, sending: &Spans, window: Span) -> bool {
     presence.common(sending).any(|both| {
         let is_within = both.from.max(window.from) < both.to.min(window.to);
@@ -137,7 +137,7 @@ mod tests {
         plan
     }
 
-    /// The same plan as every host sees it.
+    /// The same plan from each host's point of view.
     fn dealt_to_hosts(plan: &Plan, hosts: usize) -> Vec<Plan> {
         let placement = Placement {
             vantages: vec![VantagePlan::default(); hosts],
@@ -152,8 +152,8 @@ mod tests {
             .collect()
     }
 
-    /// Everybody of the plan, as all hosts play them: publishers from the beginning, the others
-    /// from `subscribers_at` on.
+    /// Schedules of all participants on all hosts: publishers from the start, the others from
+    /// `subscribers_at` on.
     fn book(plan: &Plan, subscribers_at: Time) -> ScheduleBook {
         let mut book = ScheduleBook::default();
         for (index, member) in (0..).zip(plan.everybody()) {
@@ -198,7 +198,7 @@ mod tests {
         }
     }
 
-    /// What the first subscriber is owed of audio, of publishers 0 and 1.
+    /// Audio publishers, out of 0 and 1, that owe the first subscriber a track.
     fn owed(book: &ScheduleBook, window: [u64; 2], since: u64) -> Vec<u32> {
         let plan = plan_of_people(1, [2, 0, 1], false);
         let [from, to] = window.map(at);
@@ -212,7 +212,7 @@ mod tests {
         let plan = plan_of_people(1, [2, 0, 1], false);
         let mut book = book(&plan, at(10_000));
         assert_eq!(owed(&book, [0, 20_000], 0), [0, 1]);
-        // Who was to join after the end was not tried.
+        // A participant that was to join after the end was not tried.
         assert_eq!(owed(&book, [0, 10_000], 0), [0; 0]);
         book.intend(0, at(10_000), Intent::Leave);
         assert_eq!(owed(&book, [0, 20_000], 0), [1]);
@@ -220,7 +220,7 @@ mod tests {
         assert_eq!(owed(&book, [0, 20_000], 0), [1]);
         assert_eq!(owed(&book, [0, 40_000], 0), [0, 1]);
         assert_eq!(owed(&book, [0, 25_000], 0), [1]);
-        // From a visit on, or from the beginning of a tier, only what is there then.
+        // From a visit on, or from the start of a tier, only tracks that exist then are owed.
         book.intend(1, at(15_000), Intent::Leave);
         assert_eq!(owed(&book, [0, 20_000], 14_000), [1]);
         assert_eq!(owed(&book, [0, 20_000], 15_000), [0; 0]);
@@ -238,7 +238,7 @@ mod tests {
         let mut longer = self::book(&plan, at(10_000));
         longer.intend(0, at(12_000), Intent::Mute(Kind::Audio));
         assert_eq!(owed(&longer, [0, 20_000], 0), [0, 1]);
-        // The end of the run is no end by plan: a track that is late for it is missing.
+        // The end of the run is not an end by plan: a track that is late for it is missing.
         assert_eq!(owed(&longer, [0, 10_001], 0), [0, 1]);
     }
 

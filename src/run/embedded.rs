@@ -1,4 +1,4 @@
-//! The SFU that a run starts for itself where no server was named.
+//! The SFU that a run starts for itself if no server was named.
 
 use anyhow::{Context, Result};
 use base64::Engine as _;
@@ -13,7 +13,7 @@ use crate::sfu::server::{DEV_KEY, ServerConfig, SfuServer};
 use crate::sfu::{self, SendMode};
 use crate::signal::Secret;
 
-/// An embedded SFU at work. Dropping it ends it.
+/// A running embedded SFU. Dropping it ends it.
 pub struct Embedded {
     server: SfuServer,
     send: SendMode,
@@ -21,11 +21,11 @@ pub struct Embedded {
 }
 
 impl Embedded {
-    /// Starts the SFU if that is what `run` is to test, and puts its address and a key pair that
-    /// nobody else knows into `run`.
+    /// Starts the SFU if `run` is to test it. Puts its address, and a key pair that nobody else
+    /// knows, into `run`.
     ///
     /// # Errors
-    /// Where this host lets no server start.
+    /// Returned if the server cannot be started on this host.
     pub fn start_for(run: &mut RunSpec, resources: &Resources) -> Result<Option<Embedded>> {
         let TargetOrigin::Embedded(send) = run.plan.target.origin else {
             return Ok(None);
@@ -50,7 +50,7 @@ impl Embedded {
         }))
     }
 
-    /// Ends it, and says what it did.
+    /// Ends the SFU, and returns its statistics.
     pub fn stop(self) -> EmbeddedSfu {
         let cpu = net::threads_cpu(sfu::THREAD_PREFIX);
         EmbeddedSfu {

@@ -1,4 +1,4 @@
-//! The account of a run that is over.
+//! Makes the final account of a run.
 
 use std::time::Duration;
 
@@ -84,7 +84,7 @@ impl Test<'_> {
         }
     }
 
-    /// What is worth knowing, and no reason to fail.
+    /// Remarks for the report that are no reason to fail.
     fn notes(&mut self, stalls: &[Stall], run: &RunSpec) -> Vec<String> {
         let mut notes = std::mem::take(&mut self.books.notes);
         notes.extend(silence_note(stalls));
@@ -108,7 +108,7 @@ impl Test<'_> {
         }
     }
 
-    /// How many there were, how many fared well, and the tracks that they ought to have had.
+    /// Counts participants, healthy participants, and the tracks that they should have had.
     fn state_people(&mut self, participants: &[ParticipantOutcome], end: Time) {
         let admitted = self.admitted();
         let max_loss_pct = self.judging.max_loss_pct;
@@ -135,15 +135,15 @@ impl Test<'_> {
         video.state(&mut self.books.record.video);
     }
 
-    /// Who ought to have been in, at one time or another. A ramp that ended early never came to the
-    /// others.
+    /// Participants that were due at one time or another. A ramp that ended early never scheduled
+    /// the others.
     fn admitted(&self) -> Vec<ParticipantPlan> {
         let book = &self.books.presence.book;
         let all = self.plan.participants();
         all.filter(|of| book.schedule(of.index).is_some()).collect()
     }
 
-    /// Tiers of the plan that the run did not come to.
+    /// Tiers of the plan that the run did not reach.
     fn unmeasured(&self, measured: usize) -> Vec<Unmeasured> {
         let planned = if self.plan.scenario.search.is_some() {
             Vec::new()
@@ -160,7 +160,7 @@ impl Test<'_> {
             .collect()
     }
 
-    /// The step of a hold that was the whole run, and why it fails.
+    /// Returns the step of a hold that was the whole run, and the reasons for which it fails.
     fn close_whole_hold(&mut self, hold: TierHold, end: Time) -> (Step, Vec<String>) {
         let plan_end = end.max(hold.since + hold.planned);
         let mut complaints = self.gone_sources(end, plan_end, "the plan");
@@ -181,19 +181,20 @@ impl Test<'_> {
         (step, complaints)
     }
 
-    /// Why sources that are gone at the end of a stretch of the run are a reason to fail.
+    /// Returns reasons to fail for publishers that are gone at the end of a stretch of the run.
     pub(super) fn gone_sources(&self, until: Time, end: Time, what: &str) -> Vec<String> {
         let identity = |index| self.plan.identity_at(index).unwrap_or_default();
         self.books.presence.complaints(until, end, what, identity)
     }
 
-    /// The busiest engine thread's share of its core, in a hold of that length that ended when
+    /// The busiest engine thread's share of its core, in a hold of this length that ended when
     /// publishers stopped.
     fn busiest_until(&self, hold: Duration) -> f64 {
         self.threads.busiest_of_hold().as_secs_f64() / hold.as_secs_f64().max(0.001)
     }
 
-    /// Subscriptions that a layout had room for later are expected, too.
+    /// Sets the expected joins. Subscriptions that a layout had room for only later are expected,
+    /// too.
     fn expect_joins(&mut self) {
         let mut joins = self.books.joins_all;
         for (kind, media) in [&self.books.record.audio, &self.books.record.video]
@@ -220,7 +221,8 @@ impl Test<'_> {
         });
         let packets = self.books.record.engine.packets_processed;
         let engine_cpu: Duration = self.threads.cpu();
-        // What the embedded SFU keeps of every participant lies in the same memory.
+        // The embedded SFU's state for each participant is in the same process, so memory cannot be
+        // attributed.
         let grown = seen.grown.filter(|_| !self.plan.target.is_embedded());
         EngineHealth {
             threads: self.threads.count(),
@@ -298,7 +300,7 @@ impl Test<'_> {
     }
 }
 
-/// The report of a run that came to nothing before anybody joined.
+/// Returns the report of a run that ended before anybody joined.
 pub(super) fn not_run(run: &RunSpec, why: String) -> Outcome {
     let totals = total(Record::default(), 0, Time::ZERO);
     Outcome {
@@ -341,8 +343,8 @@ fn total(record: Record, participants: u32, end: Time) -> Step {
     }
 }
 
-/// `the server was silent for 1.20 s at second 7`: the generator was awake, so its latencies and
-/// losses of that time are the server's.
+/// Returns for example `the server was silent for 1.20 s at second 7`. The generator was awake
+/// then, so latencies and losses of that time are the server's.
 fn silence_note(stalls: &[Stall]) -> Option<String> {
     let silences: Vec<&Stall> = stalls
         .iter()

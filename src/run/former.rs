@@ -1,17 +1,18 @@
-//! What became of connections that their participants have left for others: folded together as they
-//! come, so that a participant that comes back ten thousand times costs no more than one that did
-//! so twice.
+//! Outcomes of connections that their participants have replaced by others. They are folded
+//! together as they come, so a participant that reconnects ten thousand times costs no more than
+//! one that reconnects twice.
 
 use std::collections::BTreeMap;
 
 use crate::engine::PeerOutcome;
 use crate::units::Time;
 
-/// By participant.
+/// Folded outcomes by participant.
 #[derive(Default)]
 pub(super) struct Former(BTreeMap<u32, FormerOfOne>);
 
-/// Apart are those of the visit under way: only they say what is live.
+/// One participant's outcomes. Those of the current visit are separate, because only they say what
+/// is live.
 struct FormerOfOne {
     visit: Time,
     earlier: Option<PeerOutcome>,
@@ -19,7 +20,7 @@ struct FormerOfOne {
 }
 
 impl Former {
-    /// `visit`: when the participant was last to join.
+    /// Adds an outcome. `visit` is when the participant was last due to join.
     pub fn add(&mut self, outcome: PeerOutcome, visit: Time) {
         let of_one = self.0.entry(outcome.participant).or_insert(FormerOfOne {
             visit,
@@ -95,7 +96,7 @@ mod tests {
         }
     }
 
-    /// What is kept says the same as all of it would.
+    /// Asserts that the folded outcomes say the same as all of them.
     fn assert_same(former: &Former, all: &[PeerOutcome], visit: Time) {
         let kept: Vec<&PeerOutcome> = former.outcomes().collect();
         let all: Vec<&PeerOutcome> = all.iter().collect();
@@ -121,7 +122,7 @@ mod tests {
     fn ten_thousand_reconnects_are_two_outcomes_and_say_what_all_of_them_said() {
         let (mut former, mut all) = (Former::default(), Vec::new());
         for at in 1..=10_000u64 {
-            // It leaves and joins anew now and then; between these it only loses its connection.
+            // Now and then it leaves and joins again. In between it only loses its connection.
             let visit = Time::from_millis(at - at % 7);
             former.add(outcome(4, at), visit);
             all.push(outcome(4, at));

@@ -1,21 +1,22 @@
-//! SIGINT and SIGTERM: the first ends a run, or a server, in order, the second ends the process.
+//! SIGINT and SIGTERM: the first one ends a run or a server in order, the second one ends the
+//! process.
 
 use tokio::sync::watch;
 
 use crate::report::Verdict;
 
-/// SIGINT and SIGTERM. The first one ends the run, a second one the process, whatever the run is
-/// waiting for.
+/// Listens for SIGINT and SIGTERM. The first one ends the run. A second one ends the process,
+/// whatever the run is waiting for.
 pub struct Interrupts {
     first: watch::Receiver<&'static str>,
 }
 
 impl Interrupts {
-    /// Within a runtime.
+    /// Starts listening. Call this within a runtime.
     pub fn listen() -> Interrupts {
         use tokio::signal::unix::{SignalKind, signal};
         let (sender, first) = watch::channel("");
-        // Without a handler the default action stays: the process ends.
+        // Without a handler the default action stays, and the process ends.
         let mut interrupt = signal(SignalKind::interrupt()).ok();
         let mut terminate = signal(SignalKind::terminate()).ok();
         tokio::spawn(async move {
@@ -26,7 +27,7 @@ impl Interrupts {
         Interrupts { first }
     }
 
-    /// The first signal, once.
+    /// Waits for the first signal, and returns it once.
     pub async fn next(&mut self) -> &'static str {
         match self.first.changed().await {
             Ok(()) => *self.first.borrow(),

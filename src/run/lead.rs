@@ -1,10 +1,10 @@
-//! Who leads a run: says what comes next, and hears how it goes.
+//! The lead of a run: it decides what comes next, and is told how the run goes.
 //!
-//! A run is a row of stages. Publishers join and publish; then come *tiers*, each of which
-//! subscribers join (or leave) until their number is reached, settle, and are held; then publishers
-//! stop, what is under way arrives, accounts are closed and everybody leaves. The run does all
-//! this; which tier comes when, and what has to be waited for before publishers stop, is the lead's
-//! to say: of one run by itself that is [`Alone`].
+//! A run is a row of stages. Publishers join and publish. Then come *tiers*: in each, subscribers
+//! join (or leave) until their number is reached, settle, and are held. Then publishers stop,
+//! packets on the way arrive, accounts are closed and everybody leaves. The run does all this. The
+//! lead decides which tier comes when, and what to wait for before publishers stop. The lead of a
+//! run on one host, without a search, is [`Alone`].
 
 use std::future::{Future, ready};
 use std::time::Duration;
@@ -19,52 +19,53 @@ use crate::units::{Epoch, Time};
 
 /// Leads a run.
 ///
-/// Every method that waits is dropped and called again, many times a second, until it is ready:
-/// media flows meanwhile, rows of the series are closed, and a signal ends the wait. So what it has
-/// learnt must be kept in `self`, and nothing may be lost where it is dropped between two awaits.
+/// Every method that waits is dropped and called again, many times a second, until it is ready.
+/// Media flows meanwhile, rows of the series are closed, and a signal ends the wait. So the lead
+/// must keep what it has learnt in `self`, and lose nothing if it is dropped between two awaits.
 pub trait Lead: Send {
-    /// Whether [`Lead::next`] is asked for the first tier only when every publisher of this host is
-    /// in, or has failed. Otherwise all join in one row.
+    /// Returns whether [`Lead::next`] is asked for the first tier only after every publisher of
+    /// this host has joined or failed. Otherwise all participants join in one row.
     fn waits_for_publishers(&self) -> bool {
         true
     }
 
-    /// What comes next, given the tiers that are over. It may take its time: then those who are in
-    /// stay as they are.
+    /// Returns what comes next, given the finished tiers. While it waits, the participants stay as
+    /// they are.
     fn next(&mut self, tiers: &[FinishedTier]) -> impl Future<Output = LeadStep>;
 
-    /// Ready when the publishers of this host may stop: others may still be measuring what they
-    /// send. Not asked where the run ends before its time.
+    /// Ready when the publishers of this host may stop, because other hosts may still be measuring
+    /// their media. Not asked if the run ends early.
     fn before_stop(&mut self) -> impl Future<Output = ()> {
         ready(())
     }
 
-    /// Publishers have stopped, and what was under way has arrived or is lost. Ready when the
-    /// accounts may be closed. `roster` has how many frames each publisher of this host has
-    /// sent, for good. After a signal the run waits only so long.
+    /// Called after publishers have stopped, when packets on the way have arrived or are lost.
+    /// Ready when the accounts may be closed. `roster` has the final number of frames that each
+    /// publisher of this host sent. After a signal the wait is limited.
     fn before_account(&mut self, _roster: &Roster) -> impl Future<Output = ()> {
         ready(())
     }
 
-    /// Whether the tier under way, which has been held for as long as was planned, may end. Asked
+    /// Returns whether the current tier, which has been held for the planned time, may end. Asked
     /// again a second later.
     fn is_settled(&mut self, _seen: &Observation<'_>) -> bool {
         true
     }
 
-    /// Why the run is to end at once, in the middle of whatever it does; it is then PARTIAL, and
-    /// what was measured is reported. Looked at many times a second.
+    /// Returns why the run must end at once, whatever it is doing. It is then PARTIAL, and what was
+    /// measured is reported. Checked many times a second.
     fn abort(&mut self) -> Option<String> {
         None
     }
 
-    /// Hosts that play a part in the plan and went missing: nobody is owed what their publishers do
-    /// not send any more.
+    /// Hosts with a part in the plan that went missing. Nobody is owed what their publishers no
+    /// longer send.
     fn missing(&self) -> Vec<u32> {
         Vec::new()
     }
 
-    /// How long a host is silent before it is missing: since then nobody knows what it sends.
+    /// Length of silence after which a host counts as missing. What it has sent since the silence
+    /// began is unknown.
     fn missing_after(&self) -> Duration {
         Duration::ZERO
     }
@@ -74,12 +75,12 @@ pub trait Lead: Send {
         Epoch::read()
     }
 
-    /// How it goes: once a second, at each change of stage, and for the last time when the accounts
-    /// are closed.
+    /// Tells the lead how the run goes: once a second, at each change of stage, and for the last
+    /// time when the accounts are closed.
     fn observe(&mut self, _seen: &Observation<'_>) {}
 }
 
-/// What a lead wants next.
+/// A lead's next step.
 #[derive(Clone, Debug, PartialEq)]
 pub enum LeadStep {
     Tier(TierPlan),
@@ -87,36 +88,35 @@ pub enum LeadStep {
     Finish,
 }
 
-/// A tier to come.
+/// Plan of a tier.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TierPlan {
-    /// As the report names it.
+    /// Name in the report.
     pub name: String,
-    /// How many are in: those who join first. Fewer than before: the others leave, in the reverse
-    /// order.
+    /// Number of subscribers, counted in joining order. If it is lower than before, the last ones
+    /// leave, in the reverse order.
     pub subscribers: Subscribers,
-    /// When the first of them is to join, or to leave; `None`: now, or when the joins under way
-    /// are through.
+    /// When the first of them joins or leaves. `None`: now, or when the joins in progress are done.
     pub start: Option<Time>,
-    /// Its joins, or leaves, are spread over this; `None`: they go at the plan's rate.
+    /// Time over which its joins or leaves are spread. `None`: they follow the plan's rate.
     pub spread: Option<Duration>,
-    /// From when all are in, or have failed, to when the hold begins.
+    /// Time between the moment when all have joined or failed, and the start of the hold.
     pub warmup: Duration,
-    /// How long it is measured.
+    /// Length of the measurement.
     pub hold: Duration,
-    /// Whether those who stay while others leave are to be left in peace: none of them may be
-    /// lost, or freeze more than before.
+    /// Whether participants that stay while others leave are watched: none of them may be lost, or
+    /// freeze more than before.
     pub watches_stayers: bool,
-    /// Whether thresholds are looked at while it is held: those that end the run, and those of
+    /// Whether thresholds are checked during the hold: those that end the run, and those over
     /// windows.
     pub watches_thresholds: bool,
-    /// The run is this tier and nothing else. Then its account is closed with the run's, and what
-    /// arrives after publishers have stopped is in it.
+    /// Whether the run is this tier and nothing else. Then its account is closed with the run's,
+    /// and includes what arrives after publishers have stopped.
     pub is_whole: bool,
 }
 
 impl TierPlan {
-    /// In each room; `None` where the number is of no room.
+    /// Subscribers in each room, or `None` if the number is a total.
     pub(super) fn per_room(&self) -> Option<u32> {
         match self.subscribers {
             Subscribers::PerRoom(count) => Some(count),
@@ -125,64 +125,62 @@ impl TierPlan {
     }
 }
 
-/// A tier that is over.
+/// A finished tier.
 #[derive(Clone)]
 pub struct FinishedTier {
     pub plan: TierPlan,
-    /// When its first join, or leave, was begun; behind [`TierPlan::start`] by what this host was
-    /// late.
+    /// When its first join or leave began. Later than [`TierPlan::start`] by this host's delay.
     pub began_at: Time,
     pub held_from: Time,
     pub held_until: Time,
-    /// Who was in at its end, of those who ought to have been.
+    /// Number of participants due at its end that were present.
     pub present: u32,
     pub step: Step,
-    /// What the step comes to by itself.
+    /// Judgement of the step alone.
     pub judgement: Judgement,
 }
 
-/// Where a run is.
+/// Stage of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunStage {
     /// Publishers join and publish.
     Publish,
     /// Subscribers join or leave.
     Gather,
-    /// All are in, and settle.
+    /// All participants are present, and settle.
     WarmUp,
     Hold,
-    /// A tier is over: what was under way arrives, and then the next one is not known yet.
+    /// A tier is over. Packets on the way arrive, and after that the next tier is not known yet.
     Between,
-    /// Publishers have stopped, and what is under way arrives.
+    /// Publishers have stopped, and packets on the way arrive.
     Drain,
     /// Accounts are closed; everybody leaves.
     Leave,
 }
 
-/// A look at a run under way. Everything counted is of this host.
+/// A view of a run in progress. All counts are of this host.
 pub struct Observation<'a> {
     pub now: Time,
     pub epoch: Epoch,
     pub stage: RunStage,
-    /// Whether everybody who ought to be in by now is, or has failed, and nobody is on the way
-    /// out.
+    /// Whether every participant that is due by now has joined or failed, and nobody is leaving.
     pub is_settled: bool,
-    /// Who ought to be in, and who is.
+    /// Number of participants that are due, and below it, that are present.
     pub participants: u32,
     pub present: u32,
-    /// The threshold that ends the run now, as failed.
+    /// The broken threshold that ends the run now, as failed.
     pub broken: Option<&'a str>,
-    /// All of the run so far, brought up to date at changes of stage, and at most a second old
-    /// else.
+    /// Record of the whole run so far. It is current at changes of stage, and otherwise at most a
+    /// second old.
     pub record: &'a Record,
-    /// The tier under way, until it is over.
+    /// The current tier, until it is over.
     pub tier: Option<TierSeen<'a>>,
     /// The last row of the series.
     pub sample: &'a RunSample,
     pub roster: &'a Roster,
 }
 
-/// The tier under way, as far as it is.
+/// The current tier so far.
 #[derive(Clone, Copy)]
 pub struct TierSeen<'a> {
     pub plan: &'a TierPlan,
@@ -192,19 +190,20 @@ pub struct TierSeen<'a> {
     pub(super) now: &'a Record,
     pub(super) began: &'a Record,
     pub(super) joins: &'a Joins,
-    /// Subscriptions that there ought to be, to audio and to video.
+    /// Expected subscriptions to audio and to video.
     pub(super) subscriptions: [u64; 2],
     pub(super) held: Option<&'a Record>,
 }
 
 impl TierSeen<'_> {
-    /// What counts for this tier so far, as far as it is: differences of all histograms, so not for
-    /// free. Tracks and participants are only in the step. `None` before its hold.
+    /// Makes the tier's record so far. This takes differences of all histograms, so it is not free.
+    /// Tracks and participants are only in the step. `None` before its hold.
     pub fn record(&self) -> Option<Record> {
         self.between(self.held?, self.now)
     }
 
-    /// The same of the hold's part until `middle`, the run's record at some moment of it.
+    /// Like [`TierSeen::record`], for the part of the hold until `middle`, the run's record at some
+    /// moment of it.
     pub(super) fn record_until(&self, middle: &Record) -> Option<Record> {
         self.between(self.held?, middle)
     }
@@ -224,7 +223,7 @@ impl TierSeen<'_> {
     }
 }
 
-/// The lead of a run by itself: the plan's own tiers, one after the other.
+/// Lead of a run on one host: the plan's own tiers, one after the other.
 pub struct Alone {
     tiers: std::vec::IntoIter<TierPlan>,
 }
@@ -247,7 +246,7 @@ impl Lead for Alone {
     }
 }
 
-/// The tiers of a plan: its phases. Those of a search are not known before.
+/// Returns the tiers of a plan, one for each phase. The tiers of a search are not known in advance.
 pub fn tiers(plan: &Plan) -> Vec<TierPlan> {
     let scenario = &plan.scenario;
     let tier = |phase: &ScenarioPhase| TierPlan {

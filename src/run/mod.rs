@@ -1,8 +1,8 @@
-//! One load test from start to finish: media, rooms, workers, joins, tiers, drain, and the account
-//! of it.
+//! Runs one load test from start to finish: media, rooms, workers, joins, tiers, drain, and the
+//! final account.
 //!
-//! Everything measured flows into one cumulative [`Record`]; whatever ends the run early, what was
-//! measured until then is reported.
+//! Every measurement goes into one cumulative [`Record`]. If something ends the run early, the
+//! report covers what was measured until then.
 
 pub mod account;
 mod books;
@@ -63,22 +63,24 @@ use crate::signal::{Endpoint, Gateway, JoinAccess, Permissions};
 use crate::transport::peer::Identity;
 use crate::units::Epoch;
 
-/// After the last frame has left: LiveKit resends at most three times, some 100 ms apart.
+/// Time to wait after the last frame was sent. LiveKit resends at most three times, about 100 ms
+/// apart.
 const DRAIN: Duration = Duration::from_millis(1_500);
-/// How long the participants may take to say goodbye.
+/// Longest time that participants may take to leave.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often what has happened is looked at.
+/// Interval at which the run reads reports and notices.
 const BEAT: Duration = Duration::from_millis(20);
-/// So long a question to the engine's threads may go unanswered, and so long they may take to end.
+/// Longest wait for the engine threads' answers to a question, and below it, the longest wait for
+/// them to end.
 const ANSWERS_TAKE: Duration = Duration::from_secs(2);
 const LAST_ACCOUNTS_TAKE: Duration = Duration::from_secs(5);
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
 const PEERS_PER_PARTICIPANT: usize = 2;
 
-/// Runs the plan by itself: see [`run_led`].
+/// Runs the plan on this host alone: see [`run_led`].
 ///
 /// # Errors
-/// As [`run_led`].
+/// The same as [`run_led`].
 pub async fn run(
     run: &RunSpec,
     resources: &Resources,
@@ -94,11 +96,11 @@ pub async fn run(
     Ok(outcome)
 }
 
-/// Runs the plan against its LiveKit server as `lead` wants it, with the media that
-/// [`Clips::generate`] made of it. `progress` hears how it goes, twice a second.
+/// Runs the plan against its LiveKit server. `lead` decides the stages, and `clips` is the media
+/// that [`Clips::generate`] made for the plan. `progress` is called twice a second.
 ///
 /// # Errors
-/// What kept the run from starting; once it has started there is an outcome.
+/// Returns what kept the run from starting. Once it has started there is an outcome.
 pub async fn run_led(
     run: &RunSpec,
     resources: &Resources,
@@ -108,13 +110,14 @@ pub async fn run_led(
 ) -> Result<Outcome> {
     let mut interrupts = Interrupts::listen();
     let mut driver = Driver::open(run).await?;
-    // Before anybody is waited for or joins: what cannot be read is refused here.
+    // Refuse unreadable pages here, before anybody is waited for or joins.
     let server = match &run.server_metrics[..] {
         [] => None,
         pages => Some(PageWatch::start(pages).await?),
     };
     if let Err(why) = driver.prepare(&run.plan, &mut interrupts).await {
-        // What was made and deleted again is told in a report; all else was not even begun.
+        // Rooms that were made and deleted again are reported. For all other errors the run had not
+        // begun.
         return match why.downcast::<RoomsNotMade>() {
             Ok(why) => Ok(finish::not_run(run, why.to_string())),
             Err(why) => Err(why),
@@ -137,11 +140,12 @@ pub async fn run_led(
     })
 }
 
-/// As [`run_led`], in rooms that others make and delete, and with signals that somebody heard
-/// before. Who leads the hosts reads the server's pages.
+/// Runs like [`run_led`], but in rooms that another host makes and deletes, and with signals that
+/// the caller already listens for. The server's pages are not read here: the host that leads the
+/// run reads them.
 ///
 /// # Errors
-/// As [`run_led`].
+/// The same as [`run_led`].
 pub async fn run_as_guest(
     run: &RunSpec,
     access: JoinAccess,
@@ -192,8 +196,8 @@ async fn test<L: Lead, P: FnMut(&ProgressSnapshot)>(
     Ok(test.finish(run, server))
 }
 
-/// Settles [`ConnectionMode::Auto`] by what the server has. Asked once, so that all participants do
-/// the same.
+/// Replaces [`ConnectionMode::Auto`] by what the server supports. The server is asked once, so that
+/// all participants do the same.
 pub async fn settle_connection(plan: &mut Plan, gateway: &Gateway) {
     if plan.connection != ConnectionMode::Auto {
         return;
@@ -214,8 +218,8 @@ pub async fn settle_connection(plan: &mut Plan, gateway: &Gateway) {
     plan.settle_connection(connection, reason);
 }
 
-/// Only a join tells a server's version. A single connection that nobody asked for is given up
-/// where the server is too old for it.
+/// Falls back to two connections where the server is too old for a single one. Applies only if
+/// nobody asked for a single connection. Only a join tells a server's version, so this joins once.
 async fn distrust_old_servers(plan: &mut Plan, endpoint: &Endpoint, access: &JoinAccess) {
     if plan.connection != ConnectionMode::Single
         || plan.connection_reason.is_none()
@@ -226,13 +230,13 @@ async fn distrust_old_servers(plan: &mut Plan, endpoint: &Endpoint, access: &Joi
     let first = plan.participant(0);
     let room = plan.room_name(first.room);
     let token = match access.key() {
-        // Hosts that share a room throw each other out under one identity.
+        // With one identity, hosts that share a room would throw each other out.
         Some(key) => probe::visitor_token(
             key,
             &room,
             &plan.identity(&format!("probe-{}", first.index)),
         ),
-        // Whoever it is for joins in earnest later.
+        // The participant that owns this token joins for the test itself later.
         None => access
             .join_token(&first, &room, Permissions::SUBSCRIBER)
             .await
@@ -254,7 +258,7 @@ fn unix_now() -> Duration {
         .unwrap_or_default()
 }
 
-/// A test under way.
+/// A test in progress.
 struct Test<'a> {
     plan: &'a Plan,
     judging: &'a Judging,
@@ -266,7 +270,7 @@ struct Test<'a> {
     stages: Stages,
     observer: Observer,
     recorder: Option<Recorder>,
-    /// The server's own pages, where they were asked for.
+    /// The server's own pages, if they were asked for.
     server: Option<PageWatch>,
     /// Hosts that went missing.
     missing: Vec<u32>,
@@ -342,19 +346,19 @@ impl<'a> Test<'a> {
         }
     }
 
-    /// Asks every thread for what it has counted up to now, and takes it.
+    /// Asks every thread for what it has counted so far, and adds it to the books.
     async fn flush(&mut self) {
         self.question(|| ShardCommand::Report).await;
     }
 
-    /// The same, and how everybody fares.
+    /// Flushes as well, and returns how each participant fares.
     async fn survey(&mut self) -> Survey {
         self.books.surveyed.clear();
         self.question(|| ShardCommand::Survey).await;
         let mut outcomes = std::mem::take(&mut self.books.surveyed);
         outcomes.extend(self.books.former.outcomes().cloned());
         let book = &self.books.presence.book;
-        // What ended before the tier is not owed in it.
+        // Nothing that ended before the tier is owed in it.
         let began = self.stages.tier.as_ref().map(UnderWay::began_at);
         let window = Span {
             from: began.unwrap_or_default(),
@@ -375,7 +379,7 @@ impl<'a> Test<'a> {
         }
     }
 
-    /// Ends the engine's threads and takes their last accounts.
+    /// Ends the engine's threads and adds their last reports to the books.
     async fn stop_threads(&mut self) {
         self.observer.look_at_threads();
         self.threads.command_all(|| ShardCommand::Stop);
@@ -392,8 +396,8 @@ impl<'a> Test<'a> {
         self.books.notes.extend(faults);
     }
 
-    /// The threads are gone, and with them the taps: what they copied is in files now or on its
-    /// way.
+    /// Finishes the recording. The threads and their taps are gone, so everything they copied is in
+    /// files or on its way there.
     fn finish_recording(&mut self) {
         if let Some(recorder) = self.recorder.take() {
             self.books.notes.extend(recorder.finish());
@@ -403,12 +407,13 @@ impl<'a> Test<'a> {
     async fn say_goodbye(&mut self) {
         self.crew.dismiss_all();
         let deadline = tokio::time::Instant::now() + LEAVE_TIMEOUT;
-        // The channel closes with the last session, those that were still joining included.
+        // The channel closes when the last session ends, including sessions that were still
+        // joining.
         while let Ok(Some(notice)) =
             tokio::time::timeout_at(deadline, self.crew.notices.recv()).await
         {
-            // Who was still on its way back says so now; what else happens to those who are leaving
-            // is no news.
+            // A participant that was still reconnecting reports its end now. Other notices from
+            // participants that are leaving do not matter.
             if matches!(notice, Notice::Ended(_) | Notice::Disconnected { .. }) {
                 self.take_notice(notice);
             }
@@ -416,7 +421,7 @@ impl<'a> Test<'a> {
     }
 }
 
-/// Records below `dir`: each tap goes to the thread that its participant lives on.
+/// Records below `dir`. Each tap goes to the thread that runs its participant.
 fn start_recorder(dir: PathBuf, plan: &Plan, threads: &EngineThreads) -> Result<Recorder> {
     let (recording, taps) = Recording::new(dir, plan);
     for (participant, tap) in taps {

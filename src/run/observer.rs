@@ -1,4 +1,5 @@
-//! The run's eye on its own process and host: read once a second, away from the engine's threads.
+//! Observes this process and its host for the run. Reads once a second, outside the engine's
+//! threads.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -19,7 +20,7 @@ use crate::sfu;
 use crate::units::{Epoch, Time};
 
 const ENGINE_PREFIX: &str = "engine-";
-/// As tokio names its threads.
+/// Prefix of the names that tokio gives its threads.
 const SIGNALLING_PREFIX: &str = "tokio-";
 
 pub(super) struct Observer {
@@ -31,18 +32,19 @@ pub(super) struct Observer {
     resident_before: Option<u64>,
     resident_at_hold: Option<u64>,
     last: HostSnapshot,
-    /// Every thread that was ever seen, as it was last: one that has ended tells nothing any more.
+    /// Last reading of every thread that was ever seen. A thread that has ended can no longer be
+    /// read.
     threads: BTreeMap<u32, Thread>,
     sends: ThreadPresence,
     arrivals: ThreadPresence,
     engine_gaps: Vec<StillSpan>,
     floor_gaps: Vec<StillSpan>,
-    /// Latest tick of the open row so far, if it was asked for already.
+    /// Greatest delay of the timer thread in the open row so far, if it was read already.
     floor_late_max: Option<Duration>,
     seconds: Vec<Second>,
 }
 
-/// What there was to see, at the end.
+/// All observations, at the end of the run.
 pub(super) struct Observations {
     pub floor: Histogram,
     pub seconds: Vec<Second>,
@@ -56,13 +58,13 @@ pub(super) struct Observations {
     pub threads: Vec<ThreadTime>,
     /// CPU time of this process, without the embedded SFU's threads.
     pub cpu: Option<Duration>,
-    /// Bytes that the process had grown by when the last hold began.
+    /// Bytes by which the process had grown when the last hold began.
     pub grown: Option<u64>,
 }
 
 impl Observer {
-    /// To be called before the engine has started: what the process holds then is no participant's.
-    /// `server_is_here`: the server under test runs on this host.
+    /// Starts observing. Call this before the engine starts, so that the memory held then is not
+    /// attributed to participants. `server_is_here`: the server under test runs on this host.
     pub fn start(epoch: Epoch, server_is_here: bool) -> Result<Observer> {
         let resident_before = net::resident_bytes().map(|(now, _)| now);
         let start = HostSnapshot::read();
@@ -94,7 +96,7 @@ impl Observer {
         self.engine_gaps.extend(activity.gaps);
     }
 
-    /// Closes a row. `counted` is what the engine counted in it.
+    /// Closes a row of the series. `counted` is what the engine counted in it.
     pub fn close_second(&mut self, from: Time, to: Time, counted: &Record) -> Second {
         let now = HostSnapshot::read();
         let floor = self.floor.take();
@@ -142,14 +144,14 @@ impl Observer {
         second
     }
 
-    /// How late the bare timer thread was, since its start.
+    /// How late the bare timer thread has been since its start.
     pub fn floor_so_far(&self) -> Histogram {
         self.floor.so_far()
     }
 
-    /// Why the generator was the limit in a part of the run that ends now. `counted` is what the
-    /// engine counted in it, `floor_before` is of its beginning, and `busiest_worker` a share
-    /// of a core.
+    /// Returns why the generator was the limit in a part of the run that ends now. `counted` is the
+    /// engine's record of that part, `floor_before` is from its start, and `busiest_worker` is a
+    /// share of a core.
     pub fn reasons_between(
         &mut self,
         from: Time,
@@ -200,12 +202,12 @@ impl Observer {
         })
     }
 
-    /// Another look at the threads, before some of them end.
+    /// Reads the threads once more, before some of them end.
     pub fn look_at_threads(&mut self) {
         self.threads.extend(HostSnapshot::read().threads);
     }
 
-    /// `media_stopped_at`: what falls silent later owes nothing.
+    /// Ends observing. Silence after `media_stopped_at` is not a stall.
     pub fn finish(&mut self, media_stopped_at: Time) -> Observations {
         let end = HostSnapshot::read();
         self.floor_gaps.extend(self.floor.take().gaps);
@@ -247,7 +249,7 @@ fn grown(now: Option<u64>, before: Option<u64>) -> Option<u64> {
     now?.checked_sub(before?)
 }
 
-/// Engine threads each by itself, the others by what they do.
+/// CPU times: each engine thread on its own, the other threads by their task.
 fn thread_times(threads: &BTreeMap<u32, Thread>, start: &BTreeMap<u32, Thread>) -> Vec<ThreadTime> {
     let mut times: BTreeMap<String, ThreadTime> = BTreeMap::new();
     for (id, thread) in threads {

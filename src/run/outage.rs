@@ -1,18 +1,18 @@
-//! When a server was lost to many at once: what that says about the server, and not about each of
-//! them.
+//! Detects that many participants lost the server at once, which says something about the server
+//! and not about each participant.
 
 use std::time::Duration;
 
 use crate::units::Time;
 use crate::words;
 
-/// Losses that lie so close together have one cause: a server that stops without a word is noticed
-/// by each participant's own time-outs.
+/// Losses within this time count as one outage. They are spread because each participant notices a
+/// silent server by its own time-outs.
 const TOGETHER: Duration = Duration::from_secs(5);
-/// So many are kept: more than a run has participants, in all of their visits.
+/// Most losses that are kept. Further ones are not noted.
 const LOSSES_MAX: usize = 400_000;
 
-/// Participants that lost their connection, though nobody had asked them to leave.
+/// Connections that were lost though nobody had asked the participant to leave.
 #[derive(Default)]
 pub(super) struct Outages {
     losses: Vec<Loss>,
@@ -21,9 +21,9 @@ pub(super) struct Outages {
 struct Loss {
     at: Time,
     why: String,
-    /// How many were in as far as was known then, this one included.
+    /// Number of participants that were known to be present then, this one included.
     present: u32,
-    /// In the order in which losses became known.
+    /// Index in the order in which losses became known.
     number: u32,
 }
 
@@ -39,8 +39,8 @@ impl Outages {
         }
     }
 
-    /// Why a run fails in which more than half of those who were in lost the server at once. `end`:
-    /// what media was owed until.
+    /// Returns why the run fails if more than half of the participants present lost the server at
+    /// once. `end` is the time until which media was owed.
     pub fn complaint(&mut self, end: Time) -> Option<String> {
         self.losses.sort_by_key(|loss| loss.at);
         let before_end = self.losses.partition_point(|loss| loss.at < end);
@@ -69,7 +69,8 @@ impl Outages {
     }
 }
 
-/// How many were in before the first of these: each that became known was counted out.
+/// Number of participants present before the first of these losses. Each loss lowered the count
+/// when it became known.
 fn present_before(losses: &[Loss]) -> Option<u32> {
     let mut known: Vec<&Loss> = losses.iter().collect();
     known.sort_by_key(|loss| loss.number);
@@ -79,7 +80,6 @@ fn present_before(losses: &[Loss]) -> Option<u32> {
 
 fn commonest(losses: &[Loss]) -> &str {
     let count = |why: &str| losses.iter().filter(|loss| loss.why == why).count();
-    // The reasons are few, and most look alike.
     let mut reasons: Vec<&str> = losses.iter().map(|loss| loss.why.as_str()).collect();
     reasons.sort_unstable();
     reasons.dedup();

@@ -1,9 +1,9 @@
-//! Who is intended to be there, and which planned sources are gone: what the account of a run reads
-//! besides what was counted.
+//! Which participants are due, and which planned sources are gone. The account of a run reads this
+//! beside its counts.
 //!
-//! The stages of a run write what they decide into the book of schedules. What happens otherwise
-//! changes no schedule: a participant that was thrown out keeps what it owes and what it is owed. A
-//! source that is gone before its schedule ends it is a reason to fail, and is named.
+//! The stages of a run write their decisions into the book of schedules. Other events change no
+//! schedule: a participant that was thrown out keeps what it owes and what it is owed. A source
+//! that is gone before its schedule ends it is a reason to fail, and is named.
 
 use std::collections::BTreeSet;
 
@@ -12,14 +12,14 @@ use crate::plan::{Intent, Member, ParticipantPlan, Plan, Schedule, ScheduleBook}
 use crate::units::Time;
 use crate::words;
 
-/// So many sources that are gone are named; of the others it is said how many there are.
+/// Number of sources or changes that are named. The others are only counted.
 const NAMED_MAX: usize = 3;
 const KINDS: [Kind; 2] = [Kind::Audio, Kind::Video];
 
 #[derive(Default)]
 pub(super) struct Presence {
     pub book: ScheduleBook,
-    /// Who is intended to be in once all moves that have been decided are done.
+    /// Participants that should be present once all decided moves are done.
     due: BTreeSet<u32>,
     gone: Vec<GoneSource>,
     muted: Vec<MutedByServer>,
@@ -32,18 +32,18 @@ struct MutedByServer {
     at: Time,
 }
 
-/// A source that ended otherwise than its schedule says.
+/// A source that ended in another way than its schedule says.
 struct GoneSource {
     index: u32,
     at: Time,
     back_at: Option<Time>,
-    /// What happened to it, and why: `was removed by the server (PARTICIPANT_REMOVED)`.
+    /// What happened to it and why, for example `was removed by the server (PARTICIPANT_REMOVED)`.
     story: String,
 }
 
 impl Presence {
-    /// A participant is to join, or to come back, and sends from then on what the plan has it
-    /// publish.
+    /// Schedules a participant to join, or to come back, and to send its planned tracks from then
+    /// on.
     pub fn invite(&mut self, participant: &ParticipantPlan, at: Time) {
         let index = participant.index;
         self.due.insert(index);
@@ -56,7 +56,7 @@ impl Presence {
         }
     }
 
-    /// The publishers of other hosts are to join.
+    /// Schedules the publishers of other hosts to join.
     pub fn expect_elsewhere(&mut self, plan: &Plan, at: Time) {
         for (index, member, _) in sources_elsewhere(plan) {
             self.book.intend_elsewhere(index, at, Intent::Join);
@@ -72,8 +72,8 @@ impl Presence {
         }
     }
 
-    /// Other hosts went missing, or are there again: which were missing and which are. Those that
-    /// went missing are silent since `silent_since`.
+    /// Notes that other hosts went missing or came back, given the hosts missing before and now.
+    /// Those that went missing have been silent since `silent_since`.
     pub fn note_missing(
         &mut self,
         plan: &Plan,
@@ -98,7 +98,7 @@ impl Presence {
         self.book.intend(index, at, Intent::Leave);
     }
 
-    /// Who is intended to be in once all moves that have been decided are done.
+    /// Participants that should be present once all decided moves are done.
     pub fn due(&self) -> &BTreeSet<u32> {
         &self.due
     }
@@ -107,12 +107,13 @@ impl Presence {
         self.due.len() as u32
     }
 
-    /// How many were intended to be in at one time or another.
+    /// Number of participants that were due at one time or another.
     pub fn ever_count(&self) -> u32 {
         self.book.everybody().count() as u32
     }
 
-    /// A session has ended, or was lost. `server_reason`: by the server, in its own words.
+    /// Notes that a session has ended or was lost. `server_reason` is the server's own word if the
+    /// server ended it.
     pub fn note_lost(&mut self, index: u32, at: Time, reason: &str, server_reason: Option<&str>) {
         let story = match server_reason {
             Some("PARTICIPANT_REMOVED") => "was removed by the server (PARTICIPANT_REMOVED)".into(),
@@ -124,14 +125,14 @@ impl Presence {
         }
     }
 
-    /// The server has taken one track out of the room, or never let it in.
+    /// Notes that the server has taken a track out of the room, or never let it in.
     pub fn note_track_lost(&mut self, index: u32, kind: Kind, at: Time, story: String) {
         if self.sends(index, kind, at) {
             self.add(index, at, story);
         }
     }
 
-    /// The server has muted a track, or unmuted it: meanwhile nothing is intended to be sent.
+    /// Notes that the server has muted or unmuted a track. While muted, it should send nothing.
     pub fn note_muted(&mut self, index: u32, kind: Kind, muted: bool, at: Time) {
         let intent = if muted {
             Intent::Mute(kind)
@@ -147,14 +148,14 @@ impl Presence {
         });
     }
 
-    /// The server has made a participant something else than the plan says.
+    /// Notes that the server has changed a participant against the plan.
     pub fn note_harmed(&mut self, index: u32, at: Time, story: String) {
         if self.book.is_due(index, at) {
             self.add(index, at, story);
         }
     }
 
-    /// What the server muted, and unmuted again.
+    /// Notes about tracks that the server muted and unmuted.
     pub fn mute_notes(&self, identity: impl Fn(u32) -> String) -> Vec<String> {
         let mut notes: Vec<String> = Vec::new();
         for change in self.muted.iter().take(NAMED_MAX) {
@@ -190,7 +191,7 @@ impl Presence {
         });
     }
 
-    /// It has joined anew, and publishes again.
+    /// Notes that a participant has joined again and publishes again.
     pub fn note_back(&mut self, index: u32, at: Time) {
         let gone = self.gone.iter_mut().filter(|gone| gone.index == index);
         gone.for_each(|gone| {
@@ -216,7 +217,7 @@ impl Presence {
         schedule.is_some_and(|schedule| schedule.sending(kind).contains(at))
     }
 
-    /// Sources that were gone at that time, though they ought to have been there.
+    /// Sources that were gone at that time, though they were due.
     fn gone_at(&self, at: Time) -> impl Iterator<Item = &GoneSource> {
         let is_gone = move |gone: &&GoneSource| {
             gone.at < at
@@ -226,19 +227,20 @@ impl Presence {
         self.gone.iter().filter(is_gone)
     }
 
-    /// The participants of those sources.
+    /// Participants of the sources that were gone at that time.
     pub fn gone_sources(&self, at: Time) -> BTreeSet<u32> {
         self.gone_at(at).map(|gone| gone.index).collect()
     }
 
-    /// What became of a participant whose source was gone at that time.
+    /// Returns what happened to a participant whose source was gone at that time.
     pub fn story(&self, index: u32, at: Time) -> Option<&str> {
         let mut gone = self.gone_at(at).filter(|gone| gone.index == index);
         gone.next().map(|gone| gone.story.as_str())
     }
 
-    /// Why a stretch of the run that was planned to last until `end` fails: sources that were gone
-    /// when it ended, at `until`. `what` names what ended them by plan: `the plan`, `the tier`.
+    /// Returns why a stretch of the run fails that was planned to last until `end`: sources that
+    /// were gone when it ended, at `until`. `what` names what would have ended it by plan: `the
+    /// plan` or `the tier`.
     pub fn complaints(
         &self,
         until: Time,
@@ -272,7 +274,7 @@ impl Presence {
     }
 }
 
-/// Publishers of other hosts: index, and who plays them.
+/// Publishers of other hosts: their index, and the host that runs them.
 fn sources_elsewhere(plan: &Plan) -> impl Iterator<Item = (u32, Member, usize)> + '_ {
     let everybody = (0..).zip(plan.everybody());
     let sources = everybody.filter(|(_, of)| of.publishes_audio || of.publishes_video);
@@ -363,10 +365,10 @@ mod tests {
         assert!(told(&presence, 7)[0].contains("p-0 was lost (ICE: no answer) 6.0 s"));
         presence.note_back(0, at(8));
         assert_eq!(told(&presence, 15), Vec::<String>::new());
-        // The plan ends it, and later the server does.
+        // The plan ends it, and the server does so later.
         presence.dismiss(1, at(9));
         presence.note_lost(1, at(10), "", Some("ROOM_DELETED"));
-        // The server ends it, and later the plan would have.
+        // The server ends it, and the plan would have done so later.
         presence.note_lost(2, at(10), "", Some("ROOM_DELETED"));
         presence.dismiss(2, at(12));
         assert_eq!(told(&presence, 11).len(), 1);

@@ -1,9 +1,9 @@
-//! The rooms of a run: made before it where they are missing, deleted after it where they are ours
-//! alone.
+//! The rooms of a run. Missing rooms are made before the run, and rooms that are ours alone are
+//! deleted after it.
 //!
-//! A room is ours where the answer to our own CreateRoom says that it was made then: the list of
-//! rooms can be seconds behind, and names are not unique. Where there is doubt it stays, and closes
-//! by itself when it is empty.
+//! A room is ours if the answer to our own CreateRoom says that it was made then. The list of rooms
+//! cannot tell, because it can be seconds behind and names are not unique. In doubt a room stays,
+//! and closes by itself when it is empty.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -20,7 +20,7 @@ use crate::signal::rooms::{RoomError, RoomService};
 use crate::signal::{ApiKey, Endpoint};
 use crate::words;
 
-/// A room that nobody joined goes away by itself, should we die before deleting it.
+/// If throng dies before deleting a room that nobody joined, the server closes it after this time.
 const ROOM_EMPTY_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The rooms of this run, and which of them it made.
@@ -33,12 +33,12 @@ pub(crate) struct Rooms {
 /// A room that this run made, or may have made.
 struct MadeRoom {
     name: String,
-    /// What the server called it. `None` where it has not answered, or somebody else of this run
-    /// made it.
+    /// The server's id of the room. `None` if the server has not answered, or if another host of
+    /// this run made it.
     sid: Option<String>,
 }
 
-/// Some rooms were made, and then one was not.
+/// Error returned when some rooms were made and the next one was not.
 #[derive(Debug, thiserror::Error)]
 #[error("{made} of {wanted} rooms were made, and the next one was not: {why}. {}", fate(*.made, .left_behind))]
 pub(crate) struct RoomsNotMade {
@@ -56,16 +56,16 @@ fn fate(made: usize, left_behind: &[String]) -> String {
     }
 }
 
-/// A run that cannot use the service still plays.
+/// How the rooms of a run are made. A run that cannot use the service still starts.
 enum Making {
     Done,
-    /// The service is hidden, as behind a proxy that lets only signalling through.
+    /// The service is hidden, for example behind a proxy that lets only signalling through.
     WithoutService(RoomError),
 }
 
 impl Rooms {
-    /// Makes those that are not there yet; all of them or, on an error or a signal, none. Where the
-    /// service is hidden, none are made: joining makes them.
+    /// Makes the rooms that do not exist yet: all of them or, on an error or a signal, none. If the
+    /// service is hidden, it makes none, and joining makes them.
     pub(crate) async fn create(
         plan: &Plan,
         endpoint: &Endpoint,
@@ -98,7 +98,7 @@ impl Rooms {
                         left_behind,
                     }
                     .into(),
-                    // That deleting failed as well adds nothing to the first error.
+                    // A failed deletion adds nothing to the first error.
                     Ok(why) => why.into(),
                     Err(error) => error,
                 });
@@ -118,7 +118,7 @@ impl Rooms {
         Ok(rooms)
     }
 
-    /// Those that somebody else of this run made, to be deleted.
+    /// Rooms that another host of this run made, for deletion here.
     pub(crate) fn left_by(endpoint: Endpoint, api_key: ApiKey, made: Vec<String>) -> Rooms {
         let made = made.into_iter().map(|name| MadeRoom { name, sid: None });
         Rooms {
@@ -128,7 +128,7 @@ impl Rooms {
         }
     }
 
-    /// The names of those that are to be deleted.
+    /// Names of the rooms to delete.
     pub(crate) fn made(&self) -> Vec<String> {
         self.made.iter().map(|room| room.name.clone()).collect()
     }
@@ -156,11 +156,11 @@ impl Rooms {
             ));
         }
         for room in ours {
-            // How many are in it is not known here: the server's list of rooms is some seconds
-            // behind.
+            // The number of participants in it is not known here, because the server's list of
+            // rooms is some seconds behind.
             self.note_foreign(&room.name);
         }
-        // By the server's clock, where it tells the time.
+        // Use the server's clock if it tells the time.
         let before = told_at.unwrap_or(asked_at);
         for name in wanted
             .into_iter()
@@ -173,8 +173,8 @@ impl Rooms {
         Ok(Making::Done)
     }
 
-    /// The rooms of the server, or those of ours among them where it has too many to tell. Without
-    /// a list, CreateRoom's own answers say which rooms are ours.
+    /// Returns the rooms of the server, or only ours if it has too many to list. Without a list,
+    /// CreateRoom's answers alone say which rooms are ours.
     async fn list(
         &mut self,
         wanted: &[String],
@@ -200,7 +200,7 @@ impl Rooms {
         Ok((Vec::new(), None))
     }
 
-    /// Whether the run goes on where the service cannot be used: joining makes rooms, too.
+    /// Decides whether the run goes on without the service, because joining makes rooms, too.
     async fn without_service(&mut self, why: RoomError) -> Result<Making> {
         if !why.is_of_service_alone() {
             return Err(why.into());
@@ -208,9 +208,9 @@ impl Rooms {
         let is_slow = matches!(why, RoomError::FetchFault(_));
         match probe::has_signalling(self.service.endpoint()).await {
             ServedPath::There => Ok(Making::WithoutService(why)),
-            // It may take its time for everything.
+            // The server may be slow in everything.
             ServedPath::Unknown(_) if is_slow => Ok(Making::WithoutService(why)),
-            // Where there is nothing to join either, this is no server that hides its rooms.
+            // If there is no signalling either, this is not a server that hides its room service.
             ServedPath::Missing | ServedPath::Unknown(_) => Err(why.into()),
         }
     }
@@ -221,8 +221,8 @@ impl Rooms {
         name: String,
         before: Duration,
     ) -> Result<(), RoomError> {
-        // Before the call: one that is given up half-way may have made the room. A name that
-        // somebody chose may be somebody else's room, though.
+        // Note the room before the call, because an abandoned call may have made it. A room with a
+        // name that the user chose may belong to somebody else, though.
         let is_unique = plan.scenario.rooms.name.is_none();
         if is_unique {
             self.made.push(MadeRoom {
@@ -255,7 +255,7 @@ impl Rooms {
         Ok(())
     }
 
-    /// A codec that the plan sends and the room does not take: its tracks will be refused.
+    /// Notes codecs that the plan sends and the room does not accept: their tracks will be refused.
     fn note_codecs(&mut self, plan: &Plan, room: &proto::Room) {
         if room.enabled_codecs.is_empty() {
             return;
@@ -279,7 +279,7 @@ impl Rooms {
             refused.join(" nor "),
             enabled.join(", ")
         );
-        // All rooms of a server take the same.
+        // All rooms of a server accept the same codecs.
         if !self.notes.contains(&note) {
             warn!("{note}");
             self.notes.push(note);
@@ -292,8 +292,8 @@ impl Rooms {
         ));
     }
 
-    /// Deletes what we made, and says what stays behind. A room that is gone already is nothing to
-    /// tell.
+    /// Deletes the rooms that we made, and returns a note for each that stays. A room that is gone
+    /// already is not noted.
     pub(crate) async fn delete(&self, plan: &Plan) -> Vec<String> {
         let mut notes = Vec::new();
         for (done, room) in self.made.iter().enumerate() {
@@ -309,7 +309,7 @@ impl Rooms {
                 )),
                 Err(error) if error.is_not_found() => {}
                 Err(error) if error.is_without_server() => {
-                    // The others would each wait for the same.
+                    // Each further room would wait for the same fault.
                     let left = plural(self.made.len() - done, "room");
                     notes.push(format!("{left} of ours may be left behind: {error}"));
                     break;
@@ -332,7 +332,7 @@ impl Rooms {
             return Ok(RoomFate::InUse(others));
         }
         if let Some(sid) = &room.sid {
-            // One that the list does not have yet, or no more, is no other one.
+            // A room that the list does not contain yet, or any more, is not another room.
             let listed = self.service.list_rooms_named(&room.name).await?;
             let is_other = |listed: &proto::Room| listed.name == room.name && listed.sid != *sid;
             if listed.iter().any(is_other) {
@@ -346,15 +346,15 @@ impl Rooms {
 
 enum RoomFate {
     Deleted,
-    /// So many others are in it.
+    /// Number of other participants in it.
     InUse(usize),
-    /// A room of this name, and not ours.
+    /// A room of this name that is not ours.
     Another,
 }
 
-/// Whether CreateRoom has made this room, or found it: one that is older than `before`, when it was
-/// not asked for yet, or has people in it, was there. Both times have whole seconds. A server that
-/// does not say when it was made is believed.
+/// Returns whether CreateRoom made this room. A room that is older than `before`, a moment before
+/// it was asked for, or that has participants, existed already. Both times have whole seconds. A
+/// room without a creation time counts as made now.
 fn is_just_made(room: &proto::Room, before: Duration) -> bool {
     let made_at = u64::try_from(room.creation_time).unwrap_or(0);
     room.num_participants == 0 && (made_at == 0 || made_at >= before.as_secs())

@@ -1,5 +1,5 @@
-//! A run that looks for the most subscribers with which it passes: the search says which point
-//! comes next, and each is held until its verdict is settled.
+//! A run that looks for the largest number of subscribers with which it passes. The search chooses
+//! the next point, and each point is held until its verdict is settled.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use crate::measure::Record;
 use crate::plan::{Plan, Subscribers};
 use crate::report::{Capacity, CapacityPoint, Judging, Verdict, judge};
 
-/// A point is held once, twice or four times as long as was asked for: where its halves contradict
-/// each other even then, it is neither here nor there.
+/// A point is held once, twice or four times as long as asked for. If the two halves of the longest
+/// hold still contradict each other, the point is unsettled.
 const DOUBLINGS_MAX: u32 = 2;
 
 pub struct RunSearch {
@@ -19,15 +19,15 @@ pub struct RunSearch {
     spread: Option<Duration>,
     warmup: Duration,
     duration: Duration,
-    /// The points so far, and those phases of the search that they belong to.
+    /// Phase of the search for each point so far.
     phases: Vec<SearchPhase>,
     point: RunningPoint,
 }
 
-/// The point under way.
+/// The point being measured.
 #[derive(Default)]
 struct RunningPoint {
-    /// How often its hold was doubled.
+    /// Number of times that its hold was doubled.
     doublings: u32,
     /// The run's record in the middle of its hold.
     middle: Option<Record>,
@@ -47,7 +47,7 @@ impl RunSearch {
         }
     }
 
-    /// What was found; `None` where the run ended before that.
+    /// Returns what was found, or `None` if the run ended before that.
     pub fn capacity(&self) -> Option<Capacity> {
         let knee::SearchStep::Done(answer) = self.knee.next() else {
             return None;
@@ -97,7 +97,7 @@ impl RunSearch {
     }
 }
 
-/// As the report has it.
+/// Name of a verdict in the report.
 const fn name(verdict: PointVerdict) -> &'static str {
     match verdict {
         PointVerdict::Pass => "PASS",
@@ -128,13 +128,13 @@ impl Lead for RunSearch {
             warmup: self.warmup,
             hold: self.duration,
             is_whole: false,
-            // That others come and go is the search's doing.
+            // The search itself makes participants come and go.
             watches_stayers: false,
             watches_thresholds: true,
         })
     }
 
-    /// The verdict is settled where both halves of the hold come to what the whole comes to.
+    /// The verdict is settled if both halves of the hold have the same result as the whole.
     fn is_settled(&mut self, seen: &Observation<'_>) -> bool {
         let Some((tier, held_from)) = seen
             .tier
@@ -163,7 +163,7 @@ impl Lead for RunSearch {
             self.point.is_unsettled = true;
             return true;
         }
-        // What has been is the first half of what is to come.
+        // The hold so far becomes the first half of the longer one.
         self.point.doublings += 1;
         self.point.middle = Some(seen.record.clone());
         false

@@ -1,4 +1,4 @@
-//! The rows of a run's series, one a second, and what the progress line shows.
+//! The rows of a run's time series, one a second, and the data of the progress line.
 
 use std::time::Duration;
 
@@ -11,17 +11,18 @@ use crate::report::progress::ProgressSnapshot;
 use crate::server_metrics::PageWatch;
 use crate::units::Time;
 
-/// Engine threads report at whole seconds; so long a row waits for them.
+/// Time that a row waits for the engine threads, which report at whole seconds.
 const REPORTS_TAKE: Duration = Duration::from_millis(50);
 
-/// What the rows of the series are differences of.
+/// Values at the last row. The next row is the difference to them.
 pub(super) struct SecondBook {
     at: Time,
-    /// Just after a whole second of the run's clock. A row that a stall makes late is longer.
+    /// Time of the next row, just after a whole second of the run's clock. A row that a stall
+    /// delays covers a longer time.
     pub due: Time,
     cpu: Option<Duration>,
     joined: u32,
-    /// What was reported since the last row.
+    /// Sum of the reports since the last row.
     pub record: Record,
     pub last: RunSample,
 }
@@ -100,7 +101,7 @@ impl Test<'_> {
         let lost = self.books.record.audio.packets_lost + self.books.record.video.packets_lost;
         ProgressSnapshot {
             elapsed: now.since(Time::ZERO),
-            // How long a part takes is for its leader to say.
+            // The length of one host's part is decided by the coordinator.
             total: self
                 .plan
                 .length(GRACE)
@@ -129,14 +130,14 @@ impl Test<'_> {
     }
 }
 
-/// Packets that were lost since the row before. Where more of those that were thought lost have
-/// come after all, none.
+/// Packets lost since the row before. Zero if more packets that were counted as lost have arrived
+/// after all.
 fn lost_more(counted: &measure::Media) -> u64 {
     // Sums of differences wrap: see `Record::merge`.
     u64::try_from(counted.packets_lost as i64).unwrap_or(0)
 }
 
-/// The mean of estimates of which the sum is known, in kbit/s.
+/// Mean of estimates in bit/s, from their sum in kbit/s and their number.
 fn mean_bps(sum_kbps: u64, count: u64) -> Option<u64> {
     (sum_kbps * 1_000).checked_div(count)
 }

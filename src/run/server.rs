@@ -1,4 +1,4 @@
-//! The server's own pages beside a run, where they were asked for.
+//! Reads the server's own pages during a run, if they were asked for.
 
 use std::time::Duration;
 
@@ -6,8 +6,8 @@ use super::Test;
 use crate::server_metrics::{Account, NamedStretch, PageWatch};
 use crate::units::Time;
 
-/// How long after each second's start the page is read, so that it is there when the second's row
-/// is closed.
+/// Offset after each second's start at which the page is read, so that it is there when the
+/// second's row is closed.
 const READ_AT: Duration = Duration::from_millis(500);
 
 impl Test<'_> {
@@ -19,7 +19,7 @@ impl Test<'_> {
         }
     }
 
-    /// When everybody has left. A server whose counters lag is waited for.
+    /// Makes the server's account after everybody has left. Waits for a server whose counters lag.
     pub(super) async fn account_of_server(&mut self) -> Option<Account> {
         let server = self.server.take()?;
         let instant = |time: Time| self.epoch.instant(time);

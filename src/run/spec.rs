@@ -1,4 +1,4 @@
-//! What a run is asked to be: the plan, and what is done around it.
+//! Everything that a run is asked to do: the plan, and the settings around it.
 
 use std::fmt;
 
@@ -13,30 +13,30 @@ use crate::signal::{Gateway, Seats};
 #[derive(Debug)]
 pub struct RunSpec {
     pub plan: Plan,
-    /// `None` for the embedded SFU, which gets fresh ones, and in a dry run.
+    /// API key and secret. `None` for the embedded SFU, which gets fresh ones, and in a dry run.
     pub credentials: Option<Credentials>,
-    /// Where participants join with tokens that the user gave.
+    /// Tokens given by the user, for participants to join with.
     pub tokens: Option<Seats>,
-    /// What stands in front of the server wants to see this.
+    /// What every request to the server carries for whatever stands in front of the server.
     pub gateway: Gateway,
-    /// Whose certificates are trusted.
+    /// Certificates that are trusted.
     pub trust: TrustSpec,
-    /// The relays that media is to go through, where the user named some.
+    /// Relays named by the user, for media to go through.
     pub turn: Vec<TurnServer>,
     pub judging: Judging,
     pub destinations: Destinations,
     /// The server's own Prometheus pages, one a node.
     pub server_metrics: Vec<PageUrl>,
-    /// Engine threads; `None`: as many as the host bears.
+    /// Number of engine threads. `None`: as many as the host can take.
     pub threads: Option<usize>,
     pub dry_run: bool,
-    /// Nothing was asked for: what this run shows is what throng can do.
+    /// Set if the user asked for nothing. The run then shows what throng can do.
     pub is_tour: bool,
-    /// No progress and no text beyond the report.
+    /// Shows no progress, and no text beyond the report.
     pub quiet: bool,
-    /// Progress as plain lines, never redrawn.
+    /// Shows progress as plain lines, never redrawn.
     pub no_live: bool,
-    /// What the user should know about what was asked.
+    /// Remarks for the user about the options given.
     pub warnings: Vec<String>,
 }
 

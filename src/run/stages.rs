@@ -1,4 +1,4 @@
-//! A test's way through its stages, as its lead wants them, and all waiting on the way.
+//! Takes a test through its stages as its lead decides, with all the waiting between them.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -17,33 +17,33 @@ use crate::report::watch::ThresholdWatch;
 use crate::report::{Step, TierFacts, judge};
 use crate::units::Time;
 
-/// Before the first join, so that its moment lies ahead.
+/// Delay of the first join, so that its intended moment lies in the future.
 const FIRST_JOIN_DELAY: Duration = Duration::from_millis(5);
-/// How often it is asked whether a hold may end that was to be over.
+/// Interval at which the lead is asked whether a hold may end, once its planned time is over.
 const SETTLE_INTERVAL: Duration = Duration::from_secs(1);
-/// After a signal a lead may take so long to settle the accounts with others.
+/// Time that a lead may take after a signal to settle the accounts with other hosts.
 const ACCOUNT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Who is around a test under way: who leads it, who may end it, who watches.
+/// Parties outside a running test: its lead, the signals that can end it, and the progress display.
 pub(super) struct Around<'r, L, P> {
     pub lead: &'r mut L,
     pub interrupts: &'r mut Interrupts,
     pub progress: P,
 }
 
-/// The tier under way.
+/// The current tier.
 pub(super) struct UnderWay {
     pub plan: TierPlan,
     began_at: Time,
-    /// The run's record at its beginning, and how late the host's bare timer had been.
+    /// The run's record at its start, and below it, how late the host's bare timer had been.
     began: Record,
     floor: Histogram,
     joins: Joins,
-    /// Audio and video subscriptions of all who ought to be in.
+    /// Audio and video subscriptions of all participants that are due.
     subscriptions: [u64; 2],
-    /// Who lost its session since.
+    /// Participants that have lost their session since its start.
     pub lost: BTreeSet<u32>,
-    /// Where others leave.
+    /// Set if others leave in this tier.
     stay: Option<Stay>,
     hold: Option<TierHold>,
 }
@@ -54,37 +54,38 @@ impl UnderWay {
     }
 }
 
-/// From when on a tier is measured, and the run's record and survey then.
+/// The hold of a tier: its start, and the run's record and survey at that moment.
 pub(super) struct TierHold {
     pub since: Time,
     pub before: Record,
     survey: Survey,
     pub watch: ThresholdWatch,
-    /// How long it is to be.
+    /// Its planned length.
     pub planned: Duration,
 }
 
-/// The tier that was held last.
+/// The tier that was held most recently.
 pub(super) struct LastHold {
     seconds: f64,
-    /// At the beginning of its hold, at its end, and when its account was closed.
+    /// At the start of its hold, at its end, and when its account was closed.
     surveys: [Survey; 3],
 }
 
-/// Where the run is, and what has ended it.
+/// The current stage of the run, and what has ended it.
 pub(super) struct Stages {
     pub now: RunStage,
-    /// When the first subscribers may be intended to join at the earliest: behind the publishers.
+    /// Earliest moment at which the first subscribers may be intended to join: after the
+    /// publishers.
     pub next_join_at: Time,
     pub tier: Option<UnderWay>,
     held: Option<LastHold>,
-    /// The busiest engine thread's share of its core, of all tiers.
+    /// The busiest engine thread's share of its core, the largest of all tiers.
     pub busiest: f64,
     pub media_stopped_at: Option<Time>,
     pub partial: Option<String>,
-    /// Nobody was left, and neither the user nor this host had ended it.
+    /// Set if no participant was left, and neither the user nor this host had ended the run.
     pub abandoned: Option<String>,
-    /// A threshold that ended the run.
+    /// The threshold that ended the run.
     pub broken: Option<String>,
     was_interrupted: bool,
     shown_at: Time,
@@ -108,29 +109,29 @@ impl Stages {
     }
 }
 
-/// What there was to see when a hold was over.
+/// State at the end of a hold.
 struct HoldEnd {
     at: Time,
     record: Record,
-    /// What the busiest engine thread had used of its core.
+    /// CPU time that the busiest engine thread had used since the start of the hold.
     busiest: Duration,
-    /// Then, and once what was under way had had its time.
+    /// Surveys at that moment, and after the time for packets that were on the way.
     surveys: [Survey; 2],
 }
 
-/// Why a wait ended.
+/// Reason for which a wait ended.
 pub(super) enum Until {
     Done,
     Interrupted(&'static str),
     Abandoned,
-    /// By the lead.
+    /// Ended by the lead.
     Aborted(String),
-    /// By a threshold.
+    /// Ended by a threshold.
     Broken,
 }
 
 impl Test<'_> {
-    /// Publishers, tiers, stop, drain, goodbye.
+    /// Runs the stages: publishers, tiers, stop, drain, goodbye.
     pub(super) async fn go<L: Lead, P: FnMut(&ProgressSnapshot)>(
         &mut self,
         around: &mut Around<'_, L, P>,
@@ -144,7 +145,7 @@ impl Test<'_> {
         self.say_goodbye().await;
     }
 
-    /// Has publishers join. The lead says whether the others wait for them.
+    /// Makes publishers join. The lead decides whether the others wait for them.
     async fn publish<L: Lead, P: FnMut(&ProgressSnapshot)>(
         &mut self,
         around: &mut Around<'_, L, P>,
@@ -161,7 +162,7 @@ impl Test<'_> {
         let settled = self
             .wait(around, |test| test.is_settled().then_some(Until::Done))
             .await;
-        // They have joined before any tier.
+        // The publishers joined before any tier.
         self.books.joins_new = Joins::default();
         self.goes_on(settled, "while publishers were joining")
     }
@@ -190,7 +191,7 @@ impl Test<'_> {
         }
     }
 
-    /// Has a tier gather and settle, and holds it. False where nothing can follow.
+    /// Lets a tier gather and settle, and holds it. Returns false if no tier can follow.
     async fn hold_tier<L: Lead, P: FnMut(&ProgressSnapshot)>(
         &mut self,
         plan: TierPlan,
@@ -204,13 +205,12 @@ impl Test<'_> {
         );
         self.begin_tier(plan);
         self.enter(RunStage::Gather, around);
-        // A host where nobody comes or goes keeps to the time, too.
+        // A host where nobody joins or leaves waits for the start, too.
         let is_gathered = |test: &Test<'_>| test.epoch.now() >= start && test.is_settled();
         let joined = self
             .wait(around, |test| is_gathered(test).then_some(Until::Done))
             .await;
-        // Where nobody got in there is nothing to hold: the joins have failed, and that is the
-        // result.
+        // If nobody joined there is nothing to hold: the failed joins are the result.
         if !self.goes_on(joined, "while participants were joining")
             || self.books.presence.due_count() > 0 && self.books.sessions.joined == 0
         {
@@ -275,7 +275,7 @@ impl Test<'_> {
         });
     }
 
-    /// That there ought to be, to audio and to video.
+    /// Expected subscriptions to audio and to video.
     fn subscriptions(&self) -> [u64; 2] {
         let mut all = Joins::default();
         let presence = &self.books.presence;
@@ -313,14 +313,14 @@ impl Test<'_> {
         }
     }
 
-    /// The tier under way is over: what it came to, once what was under way has had its time, is a
-    /// step of the report. False where that wait was cut short.
+    /// Closes the current tier. After the time for packets on the way, its result becomes a step of
+    /// the report. Returns false if that wait was cut short.
     async fn close_tier<L: Lead, P: FnMut(&ProgressSnapshot)>(
         &mut self,
         around: &mut Around<'_, L, P>,
     ) -> bool {
-        // Before the survey, which brings what is expected up to date: beside a look of before it,
-        // the last second would seem lost.
+        // Check the thresholds before the survey. The survey updates the expected counts, and
+        // compared with a check made before it, the last second would look lost.
         self.watch(self.epoch.now());
         let end = self.survey().await;
         let at = self.epoch.now();
@@ -347,11 +347,11 @@ impl Test<'_> {
         goes_on
     }
 
-    /// Enters a tier in the books that is over. One that was never held comes to nothing.
+    /// Enters a finished tier in the books. A tier that was never held gives no result.
     fn enter_tier(&mut self, mut tier: UnderWay, end: HoldEnd) {
         let Some(hold) = tier.hold.take() else { return };
         let seconds = end.at.since(hold.since).as_secs_f64();
-        // Who is gone is not well, in whichever tier it went.
+        // A participant that is gone is not healthy, whichever tier it was lost in.
         let gone = self.books.presence.gone_sources(end.at);
         tier.lost.extend(gone);
         let busiest = end.busiest.as_secs_f64() / seconds.max(0.001);
@@ -389,7 +389,7 @@ impl Test<'_> {
         });
     }
 
-    /// What makes a tier invalid, and what made it fail beside its figures.
+    /// Reasons that make a tier invalid, and reasons beside its figures for which it fails.
     fn tier_facts(
         &mut self,
         tier: &UnderWay,
@@ -421,7 +421,7 @@ impl Test<'_> {
         }
     }
 
-    /// The tier that is being held, and was at that time.
+    /// Name of the tier that is being held, if it was already held at that time.
     pub(super) fn held_since(&self, at: Time) -> Option<&str> {
         let held = self
             .stages
@@ -432,7 +432,7 @@ impl Test<'_> {
         held.map(|tier| tier.plan.name.as_str())
     }
 
-    /// The hold of a tier that is the whole run: its account is closed with the run's.
+    /// Takes the hold of a tier that is the whole run. Its account is closed with the run's.
     pub(super) fn take_whole_hold(&mut self) -> Option<TierHold> {
         self.stages
             .tier
@@ -441,7 +441,7 @@ impl Test<'_> {
             .hold
     }
 
-    /// The holds by their tiers' names, from when to when, the one that is the whole run included.
+    /// All holds as tier name, start and end, including one that is the whole run.
     pub(super) fn holds(&self) -> Vec<(String, Time, Time)> {
         let over = self
             .books
@@ -460,13 +460,14 @@ impl Test<'_> {
         over.chain(whole).collect()
     }
 
-    /// Whoever was to join is in, or has failed; whoever was to leave is gone.
+    /// Returns whether all participants that were to join have joined or failed, and all that were
+    /// to leave are gone.
     fn is_settled(&self) -> bool {
         self.books.sessions.joined + self.books.sessions.failed >= self.books.joins_all.count
             && self.books.sessions.leaving.is_empty()
     }
 
-    /// The last frames leave, then what is under way or lost gets time to arrive.
+    /// Stops publishers, then gives packets that are on the way or lost the time to arrive.
     async fn stop_media<L: Lead, P: FnMut(&ProgressSnapshot)>(
         &mut self,
         around: &mut Around<'_, L, P>,
@@ -486,7 +487,7 @@ impl Test<'_> {
         self.threads.mark_stop();
         self.enter(RunStage::Drain, around);
         let end = now + DRAIN;
-        // Where nobody is left there is nothing to wait for.
+        // If nobody is left there is nothing to wait for.
         if let Until::Interrupted(signal) = self
             .wait(around, |test| {
                 (test.epoch.now() >= end).then_some(Until::Done)
@@ -511,7 +512,7 @@ impl Test<'_> {
         let settled = self
             .ask(around, async |lead, test| {
                 let patience = limit.since(test.epoch.now());
-                // Who has not answered by then will not.
+                // Hosts that have not answered by then will not answer.
                 let _ = tokio::time::timeout(patience, lead.before_account(&test.roster)).await;
             })
             .await;
@@ -525,7 +526,7 @@ impl Test<'_> {
         self.stages.partial.get_or_insert_with(|| why.to_owned());
     }
 
-    /// Notes why a wait ended before its time, and says whether it did not.
+    /// Notes why a wait ended early. Returns true if it did not.
     fn goes_on(&mut self, until: Until, when: &str) -> bool {
         let seconds = self.epoch.now().as_micros() as f64 / 1e6;
         match until {
@@ -546,7 +547,8 @@ impl Test<'_> {
         false
     }
 
-    /// Takes reports and notices until `done` says so, a signal comes, or nobody is left.
+    /// Takes reports and notices until `done` returns a reason, a signal comes, the lead or a
+    /// threshold ends the run, or no participant is left.
     async fn wait<L: Lead, P: FnMut(&ProgressSnapshot)>(
         &mut self,
         around: &mut Around<'_, L, P>,
@@ -564,8 +566,8 @@ impl Test<'_> {
         }
     }
 
-    /// The same until the lead has an answer. It is asked anew at each beat, because it hears how
-    /// things go meanwhile.
+    /// Like [`Test::wait`], until the lead has an answer. The lead is asked again at each beat,
+    /// because it learns meanwhile how the run goes.
     async fn ask<L: Lead, P: FnMut(&ProgressSnapshot), T>(
         &mut self,
         around: &mut Around<'_, L, P>,
@@ -590,7 +592,7 @@ impl Test<'_> {
     }
 
     fn end_of_waiting(&self, lead: &mut impl Lead) -> Option<Until> {
-        // Once publishers have stopped the end has come already.
+        // Nothing can be ended once publishers have stopped.
         let may_abort = self.stages.partial.is_none() && self.stages.media_stopped_at.is_none();
         let aborted = lead.abort().filter(|_| may_abort).map(Until::Aborted);
         let broken = self
@@ -604,14 +606,15 @@ impl Test<'_> {
             .or_else(|| self.is_abandoned().then_some(Until::Abandoned))
     }
 
-    /// Everybody who ought to be in has been, and has gone for good.
+    /// Returns whether every participant that is due has ended for good, after at least one had
+    /// joined.
     fn is_abandoned(&self) -> bool {
         let (ended, due) = (&self.books.sessions.ended, self.books.presence.due());
         let all = self.books.sessions.joined > 0 && !due.is_empty() && ended.len() >= due.len();
         all && due.iter().all(|index| ended.contains_key(index))
     }
 
-    /// Looks at the thresholds that are looked at while a tier is held.
+    /// Checks the thresholds that apply during a hold.
     fn watch(&mut self, now: Time) {
         let Some(UnderWay {
             began,
@@ -646,7 +649,7 @@ impl Test<'_> {
         self.stages.broken = self.stages.broken.take().or(broken.map(when));
     }
 
-    /// Takes what has come since the last beat, and shows it where that is due.
+    /// Takes what has arrived since the last beat, and shows progress if it is due.
     fn turn<L: Lead, P: FnMut(&ProgressSnapshot)>(&mut self, around: &mut Around<'_, L, P>) {
         self.take_what_came();
         let now = self.epoch.now();
@@ -708,8 +711,8 @@ impl Test<'_> {
     }
 }
 
-/// Reports and notices wait for the beat: woken by each of them, this thread and those that tell
-/// them would do little else while a thousand a second join.
+/// Timer at which reports and notices are read. If each of them woke this thread, it and the
+/// senders would do little else while a thousand participants a second join.
 fn beat() -> tokio::time::Interval {
     let mut beat = tokio::time::interval(BEAT);
     beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -1,10 +1,10 @@
-//! The account of one tier: what counts for it, who fared well in it, and whether those who stayed
-//! were left in peace.
+//! The account of one tier: its figures, how each participant fared in it, and whether participants
+//! that stayed were affected by others that left.
 //!
-//! A tier's figures are differences of the run's, between its hold's beginning and its end. Frames
-//! are told apart by when they were made, not by when they came: what was under way at the end has
-//! until [`GRACE`] later to arrive, as it has at the end of a run, and what was under way at the
-//! beginning belongs to what was before.
+//! A tier's figures are differences of the run's figures between the start of its hold and its end.
+//! Frames belong to the tier in which they were made, not to the one in which they arrived. Frames
+//! on the way at the end have [`GRACE`] to arrive, as at the end of a run. Frames on the way at the
+//! start belong to the time before.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -19,17 +19,17 @@ use crate::report::{MediaQuality, ParticipantOutcome};
 use crate::units::Time;
 use crate::words;
 
-/// So long after a tier's end what was under way then may still arrive.
+/// Time after a tier's end in which packets that were on the way then may still arrive.
 pub(super) const GRACE: Duration = super::DRAIN;
 
-/// How everybody fared, from the beginning of the run to one moment.
+/// How all participants fared, from the start of the run to one moment.
 #[derive(Default)]
 pub(super) struct Survey {
-    /// Everybody who was ever to be in, in joining order.
+    /// All participants that were ever due, in joining order.
     fares: BTreeMap<u32, Fare>,
-    /// Audio and video frames that were under way at the survey before, and have come since.
+    /// Audio and video frames that were on the way at the previous survey and have arrived since.
     overdue: [u64; 2],
-    /// Tracks that nobody of this run sends, of those who are intended to be in.
+    /// Tracks published by nobody of this run, for participants that are due.
     foreign: [ForeignTracks; 2],
 }
 
@@ -38,12 +38,13 @@ pub(super) struct Survey {
 struct Fare {
     audio: MediaQuality,
     video: MediaQuality,
-    /// Like `frames_delivered`, of both.
+    /// The same as [`Survey::overdue`], for this participant.
     overdue: [u64; 2],
 }
 
 impl Survey {
-    /// `book` says when each participant was last to join: what went live before that is not live.
+    /// `book` says when each participant was last due to join. Streams of earlier visits do not
+    /// count as live.
     pub fn new(
         plan: &Plan,
         dues: &Dues<'_>,
@@ -71,8 +72,8 @@ impl Survey {
                 let expected = owed.count;
                 let is_owed = |publisher| owed.has(publisher);
                 MediaQuality {
-                    // Where a layout has room for a part of them, others than at first may have
-                    // come, too.
+                    // A layout may have room for only some of the tracks, and the tracks it shows
+                    // may have changed since. So more of them may have been live.
                     tracks_live: quality(&here, kind, expected, is_owed)
                         .tracks_live
                         .min(expected.into()),
@@ -105,12 +106,12 @@ impl Survey {
         self.fares.get(&index).cloned().unwrap_or_default()
     }
 
-    /// Those who are `due`.
+    /// Participants that are `due`.
     fn of<'a>(&'a self, due: &'a BTreeSet<u32>) -> impl Iterator<Item = (&'a u32, &'a Fare)> {
         self.fares.iter().filter(|(index, _)| due.contains(index))
     }
 
-    /// Freezes of audio and of video, of those who are `due`.
+    /// Freezes of audio and of video, for participants that are `due`.
     fn freezes(&self, due: &BTreeSet<u32>) -> [u64; 2] {
         let add = |[audio, video]: [u64; 2], (_, fare): (&u32, &Fare)| {
             [audio + fare.audio.freezes, video + fare.video.freezes]
@@ -119,26 +120,26 @@ impl Survey {
     }
 }
 
-/// What a tier's account is made of.
+/// Inputs of a tier's account.
 pub(super) struct Tally<'a> {
     pub max_loss_pct: f64,
-    /// Who ought to have been in at its end.
+    /// Participants that were due at its end.
     pub due: &'a BTreeSet<u32>,
     pub present: &'a BTreeSet<u32>,
-    /// Who lost its session since the tier began.
+    /// Participants that lost their session since the tier began.
     pub lost: &'a BTreeSet<u32>,
     pub joins: Joins,
-    /// The run's record when the tier began, when its hold did, and at its end.
+    /// The run's record at the start of the tier, at the start of its hold, and at its end.
     pub records: [&'a Record; 3],
-    /// At the beginning of the hold, at its end, and when what was under way then had had its
-    /// time.
+    /// Surveys at the start of the hold, at its end, and after the time for packets that were on
+    /// the way then.
     pub surveys: [&'a Survey; 3],
 }
 
 impl Tally<'_> {
-    /// What happens once to a participant or to a subscription (joining, its first frame, its loss)
-    /// counts from the tier's beginning, when the first one was to join or to leave; everything
-    /// else from the hold on.
+    /// Makes the tier's record. Events that happen once to a participant or to a subscription
+    /// (joining, first frame, loss) count from the start of the tier, when the first participant
+    /// was to join or to leave. Everything else counts from the start of the hold.
     pub fn record(&self) -> Record {
         let [began, held, end] = self.records;
         let mut tier = differences(began, held, end);
@@ -172,8 +173,7 @@ impl Tally<'_> {
         tier
     }
 
-    /// What came of what was under way at the end, less what came of what was under way at the
-    /// beginning.
+    /// Frames on the way at the end that arrived, less frames on the way at the start that arrived.
     fn overdue(&self) -> [i64; 2] {
         let [_, end, after] = self.surveys;
         [0, 1].map(|kind| after.overdue[kind] as i64 - end.overdue[kind] as i64)
@@ -219,7 +219,8 @@ impl Fare {
     }
 }
 
-/// The same without what only a complete tier can say: as far as it is.
+/// Like [`Tally::record`], for a tier in progress and without the figures that only a complete tier
+/// has.
 pub(super) fn so_far(
     began: &Record,
     held: &Record,
@@ -238,8 +239,8 @@ pub(super) fn so_far(
 }
 
 fn expect_frames_of(media: &mut Media) {
-    // Those that came may have been under way before: only what is missing is known to be of this
-    // tier.
+    // Frames that arrived may have been on the way before the tier. Only the missing ones are known
+    // to belong to it.
     let missing = media.frames_expected.saturating_sub(media.frames_delivered);
     media
         .one_way_latency
@@ -278,19 +279,20 @@ fn differences(began: &Record, held: &Record, end: &Record) -> Record {
     tier
 }
 
-/// Those who stay while others leave.
+/// Participants that stay while others leave.
 pub(super) struct Stay {
     pub stayers: BTreeSet<u32>,
     pub since: Time,
-    /// Their freezes until then.
+    /// Their freezes up to `since`.
     pub freezes: [u64; 2],
-    /// Their freezes in the hold of the tier before, and how long that was.
+    /// Their freezes in the hold of the tier before, and below it, the length of that hold.
     pub before: [u64; 2],
     pub before_seconds: f64,
 }
 
 impl Stay {
-    /// `start` and `end` are of the tier before, `now` of the moment before the first one leaves.
+    /// `start` and `end` are surveys of the tier before. `now` is from just before the first one
+    /// leaves.
     pub fn begin(
         stayers: BTreeSet<u32>,
         since: Time,
@@ -307,8 +309,8 @@ impl Stay {
         }
     }
 
-    /// Why they were not left in peace. None of them may be lost; and none may freeze, where as
-    /// many did in as much time before, that is no reason.
+    /// Returns how they were affected. None of them may lose its session. They may freeze only as
+    /// often as they did in the same time before.
     pub fn complaints(&self, lost: &BTreeSet<u32>, end: &Survey, until: Time) -> Vec<String> {
         let mut complaints = Vec::new();
         let lost = end
@@ -344,7 +346,7 @@ impl Stay {
 mod tests {
     use super::*;
 
-    /// How so many participants fared, each of whom was to get one track of each kind.
+    /// A survey of participants that should each receive one track of each kind.
     fn survey(
         participants: u32,
         freezes: u64,
@@ -393,7 +395,8 @@ mod tests {
         }
     }
 
-    /// A tier of two, each of whom expects 100 frames in it; at both ends some are under way.
+    /// A tier of two participants that each expect 100 frames in it. At both ends some are on the
+    /// way.
     fn tally(late_at_the_beginning: u64, late_at_the_end: u64, lost: u64) -> (Record, u64) {
         let (before, after) = (50 - late_at_the_beginning, 150 - late_at_the_end - lost);
         let records = [
@@ -465,8 +468,8 @@ mod tests {
         assert_eq!(tally.record().session.participants_healthy, 1);
     }
 
-    /// Ten stay of twenty, who froze `before` times each in the ten seconds before and `during`
-    /// times in the twenty seconds in which the others left.
+    /// Ten of twenty participants stay. Each froze `before` times in the ten seconds before, and
+    /// `during` times in the twenty seconds in which the others left.
     fn complaints(before: u64, during: u64, lost: &[u32]) -> Vec<String> {
         let (start, end) = (survey(20, 1, 0, 0, 0), survey(20, 1 + before, 0, 0, 0));
         let stay = Stay::begin(

@@ -1,4 +1,4 @@
-//! The engine's threads: how a run starts, asks and ends them.
+//! The engine's threads: how a run starts, queries and ends them.
 
 use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
@@ -17,7 +17,7 @@ use crate::signal::session::ShardPlace;
 
 pub(super) struct EngineThreads {
     all: Vec<EngineThread>,
-    /// Where each participant's connections live, by its position.
+    /// Thread and key of each participant's connections, by its position.
     places: Vec<ShardPlace>,
     reports: mpsc::UnboundedReceiver<WorkerReport>,
 }
@@ -28,29 +28,28 @@ struct EngineThread {
     handle: Option<JoinHandle<std::io::Result<()>>>,
     cpu: Duration,
     cpu_at_hold: Duration,
-    /// When publishers stopped: what the threads do in the drain is not the load that they are
-    /// judged by.
+    /// CPU time when publishers stopped. Threads are not judged by what they do in the drain.
     cpu_at_stop: Duration,
-    /// Reports that we asked for.
+    /// Number of reports that answered a question.
     answers: u64,
     ended: bool,
 }
 
-/// How many answers each thread has given once it has answered a question.
+/// For each thread, the number of its answers once it has answered a question.
 pub(super) struct AskedThreads(Vec<u64>);
 
-/// Where a participant's connections live.
+/// Thread and key of a participant's connections.
 pub(super) struct Home {
     commands: Sender<ShardCommand>,
     key: PeerKey,
 }
 
 impl Home {
-    /// The plan has a participant leave that is gone already.
+    /// Makes a participant leave, as planned, whose session has ended already.
     pub fn leave(self) {
         for place in 0..PEERS_PER_PARTICIPANT {
             let key = PeerKey(self.key.0 + place);
-            // A thread that is gone is missed when its account is.
+            // A thread that has ended is noticed when its last report is missing.
             let _ = self.commands.send(ShardCommand::Leave { key });
             let _ = self.commands.send(ShardCommand::RemovePeer { key });
         }
@@ -58,7 +57,7 @@ impl Home {
 }
 
 impl EngineThreads {
-    /// One for each of `parts`, which are positions of participants.
+    /// Starts a thread for each of `parts`, which are positions of participants.
     pub fn start(parts: &[Vec<u32>], shard: &ShardConfig) -> Result<EngineThreads> {
         let cpus = net::allowed_cpus();
         let (report_sender, reports) = mpsc::unbounded_channel();
@@ -68,8 +67,8 @@ impl EngineThreads {
             let (spare_records, spare_receiver) = channel();
             let config = ShardWorkerConfig {
                 index,
-                // Pinned only where there are cores to spare: beside a server on the same few cores
-                // the scheduler knows better.
+                // Pin threads only if there are cores to spare. With a server on the same few cores
+                // the scheduler decides better.
                 cpu: (cpus.len() > 2 * parts.len()).then(|| cpus[index % cpus.len()]),
                 capacity: part.len() * PEERS_PER_PARTICIPANT,
                 shard: shard.clone(),
@@ -120,20 +119,20 @@ impl EngineThreads {
         }
     }
 
-    /// Tells the thread that a participant lives on.
+    /// Sends a command to the thread that runs this participant.
     pub fn command_of(&self, position: u32, command: ShardCommand) {
-        // A thread that is gone is missed when its account is.
+        // A thread that has ended is noticed when its last report is missing.
         let _ = self.all[self.place(position).shard].commands.send(command);
     }
 
     pub fn command_all(&self, command: impl Fn() -> ShardCommand) {
         for thread in &self.all {
-            // A thread that is gone is missed when its account is.
+            // A thread that has ended is noticed when its last report is missing.
             let _ = thread.commands.send(command());
         }
     }
 
-    /// A command that each thread answers with a report.
+    /// Sends a command that each thread answers with a report.
     pub fn ask(&self, command: impl Fn() -> ShardCommand) -> AskedThreads {
         let wanted = self.all.iter().map(|thread| thread.answers + 1);
         let asked = AskedThreads(wanted.collect());
@@ -150,14 +149,14 @@ impl EngineThreads {
         self.all.iter().all(|thread| thread.ended)
     }
 
-    /// A report that has come.
+    /// Returns a report that has arrived.
     pub fn poll_report(&mut self) -> Option<WorkerReport> {
         let report = self.reports.try_recv().ok()?;
         self.note(&report);
         Some(report)
     }
 
-    /// The next report; `None` where there is none by then.
+    /// Returns the next report, or `None` if there is none before the deadline.
     pub async fn next_report(&mut self, deadline: Instant) -> Option<WorkerReport> {
         let report = timeout_at(deadline, self.reports.recv()).await.ok()??;
         self.note(&report);
@@ -171,14 +170,14 @@ impl EngineThreads {
         thread.ended |= report.occasion == Occasion::Last;
     }
 
-    /// The thread fills it again.
+    /// Gives a record back to its thread, which fills it again.
     pub fn give_back(&self, worker: usize, mut record: Box<Record>) {
         record.clear();
-        // A thread that has ended needs no record any more.
+        // A thread that has ended needs no record.
         let _ = self.all[worker].spare_records.send(record);
     }
 
-    /// Ends those that have given their last account, and says what was wrong with them. One that
+    /// Joins the threads that have sent their last report, and returns their faults. A thread that
     /// has not is left behind.
     pub fn join(&mut self) -> Vec<String> {
         let ended = self.all.iter_mut().enumerate();
@@ -207,13 +206,13 @@ impl EngineThreads {
         threads.for_each(|thread| thread.cpu_at_stop = thread.cpu);
     }
 
-    /// What the busiest thread has used of its core since the hold began.
+    /// CPU time that the busiest thread has used since the hold began.
     pub fn busiest_since_hold(&self) -> Duration {
         let used = |thread: &EngineThread| thread.cpu.saturating_sub(thread.cpu_at_hold);
         self.all.iter().map(used).max().unwrap_or_default()
     }
 
-    /// The same up to when publishers stopped.
+    /// CPU time that the busiest thread used from the start of the hold until publishers stopped.
     pub fn busiest_of_hold(&self) -> Duration {
         let used = |thread: &EngineThread| thread.cpu_at_stop.saturating_sub(thread.cpu_at_hold);
         self.all.iter().map(used).max().unwrap_or_default()
@@ -224,7 +223,7 @@ impl EngineThreads {
     }
 }
 
-/// Which shard and which keys each participant has, by its position.
+/// Shard and first key of each participant, by its position.
 fn places(parts: &[Vec<u32>]) -> Vec<ShardPlace> {
     let nowhere = ShardPlace {
         shard: 0,
