@@ -1,11 +1,10 @@
-//! What a run is going to do, as plain data: who joins which room when, what they send, and what
-//! that adds up to.
+//! What a run will do, as plain data: who joins which room when, what they send, and what that adds
+//! up to.
 //!
 //! Everything here is a pure function of the [`Plan`]: no clock, no chance, no I/O. The same plan
-//! enumerates the same participants on every host. Counts are those of one room, as the flags are;
-//! [`Plan::total_participants`] and its kin multiply by the rooms. Where several hosts play the
-//! plan, the [`Scenario`] is that of all of them together, and what is added up is this host's
-//! [`Part`].
+//! lists the same participants on every host. Counts are for one room, as in the flags;
+//! [`Plan::total_participants`] and similar functions are for all rooms. If several hosts run the
+//! plan, the [`Scenario`] covers all of them together, and sums cover this host's [`Part`].
 
 mod part;
 pub mod scenario;
@@ -27,8 +26,8 @@ use crate::net::SendMode;
 use crate::seeded::scatter;
 use crate::units::{Bitrate, Time, duration_text};
 
-/// What the embedded SFU calls itself towards clients (`server_info.node_id`), so that nobody takes
-/// its version for one of LiveKit's.
+/// Name that the embedded SFU gives clients (`server_info.node_id`), so that nobody takes its
+/// version for one of LiveKit's.
 pub const EMBEDDED_NODE_ID: &str = "throng";
 
 pub use part::{HostRole, Part, Placement, UndealtPlan, VANTAGES_MAX, VantagePlan, WEIGHT_MAX};
@@ -36,43 +35,43 @@ use scenario::{ParticipantGroup, Scenario};
 pub use schedule::{Intent, Schedule, ScheduleBook, Span, Spans};
 pub use transport::{MediaTransport, NoTransportMix, TransportChoice, TransportMix};
 
-/// The most participants that one run takes; keeps every count and index within 32 bits, with room
-/// for arithmetic.
+/// Most participants in one run. Keeps every count and index within 32 bits, with room for
+/// arithmetic.
 pub const PARTICIPANTS_MAX: u64 = 1_000_000;
 
-/// IPv4 and UDP headers, RTP header, header extensions, AEAD tag.
+/// Bytes on the wire beside the payload: IPv4, UDP and RTP headers, header extensions, AEAD tag.
 const WIRE_OVERHEAD_BYTES: f64 = 20.0 + 8.0 + 12.0 + 8.0 + 16.0;
-/// libopus refreshes its comfort noise every 400 ms.
+/// Packets of a silent DTX track: libopus refreshes its comfort noise every 400 ms.
 const DTX_PACKETS_PER_SECOND: f64 = 2.5;
-/// Digital silence in 20 ms frames, with the identity.
+/// A 20 ms frame of digital silence, with the identity.
 const SILENCE_PACKET_BYTES: f64 = 30.0;
-/// Cost of a packet on the engine, kernel included, at a 1 ms tick: 2.3 us measured, rounded up.
+/// Cost of a packet in the engine, kernel included, at a 1 ms tick: 2.3 us measured, rounded up.
 const CPU_SECONDS_PER_PACKET: f64 = 3e-6;
-/// Cost of a connected participant that moves no media.
+/// Cost per second of a connected participant without media.
 const CPU_SECONDS_PER_IDLE_SECOND: f64 = 4e-6;
 /// Cost of one join: WebSocket, ICE, DTLS.
 const CPU_SECONDS_PER_JOIN: f64 = 1.6e-3;
-/// The shared media, histograms and the process itself.
+/// Memory of the shared media, the histograms and the process itself.
 const MEMORY_BASE_BYTES: u64 = 96 << 20;
-/// ICE, DTLS, SRTP and RTP state of a peer connection with its kernel socket.
+/// Memory of a peer connection: ICE, DTLS, SRTP and RTP state, and its kernel socket.
 const MEMORY_PER_CONNECTION_BYTES: u64 = 32 << 10;
-/// A signalling task with its WebSocket and TLS buffers.
+/// Memory of a signalling task with its WebSocket and TLS buffers.
 const MEMORY_PER_SIGNAL_BYTES: u64 = 96 << 10;
 
-/// What this host does in a run: the [`Scenario`] and what tells this run, this host and its server
-/// from others. Everybody who takes part, and when, follows from it. Secrets are not part of it.
+/// This host's task in a run: the [`Scenario`], and what distinguishes this run, this host and its
+/// server from others. All participants and their times follow from it. It contains no secrets.
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub scenario: Scenario,
     pub target: Target,
-    /// As the scenario has it, until the server has been asked.
+    /// The scenario's mode, until the server has been asked.
     pub connection: ConnectionMode,
-    /// Why it is this one, where the server decided that.
+    /// Why the mode is this one, if the server decided that.
     pub connection_reason: Option<String>,
-    /// What this host plays of it; `None`: all.
+    /// Part of the scenario that this host runs. `None`: all of it.
     pub part: Option<Part>,
-    /// Tells runs apart in identities and room names. Not derived from the seed: a repeated run
-    /// must not evict the first one's participants.
+    /// Distinguishes runs in identities and room names. Not derived from the seed, because a
+    /// repeated run must not evict the first one's participants.
     pub run_tag: u32,
 }
 
@@ -84,7 +83,7 @@ pub struct Target {
 }
 
 impl Target {
-    /// The SFU that the run starts itself; its address is known when it listens.
+    /// The SFU that the run starts itself. Its address is known once it listens.
     pub fn embedded(send: SendMode) -> Target {
         Target {
             url: ServerUrl::loopback(0),
@@ -92,7 +91,7 @@ impl Target {
         }
     }
 
-    /// Each host of a run knows its own.
+    /// The target of a run over many hosts, where each host knows its own server.
     pub fn of_hosts() -> Target {
         Target {
             url: ServerUrl::loopback(0),
@@ -104,7 +103,7 @@ impl Target {
         matches!(self.origin, TargetOrigin::Embedded(_))
     }
 
-    /// Where it listens, unless only others know.
+    /// Address of the server, unless only the other hosts know it.
     pub fn known_url(&self) -> Option<&ServerUrl> {
         (self.origin != TargetOrigin::Hosts).then_some(&self.url)
     }
@@ -123,14 +122,14 @@ impl fmt::Display for Target {
     }
 }
 
-/// Where the target came from.
+/// Origin of the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TargetOrigin {
     Flag,
     Environment,
-    /// The whole run that this host takes part in.
+    /// The coordinator of the run that this host takes part in.
     Coordinator,
-    /// This one leads a run, and the hosts that take part are told elsewhere.
+    /// This host leads a run, and the servers are configured on the hosts that take part.
     Hosts,
     /// No server was named.
     Embedded(SendMode),
@@ -149,20 +148,20 @@ impl fmt::Display for TargetOrigin {
     }
 }
 
-/// How many peer connections a participant that publishes and subscribes has.
+/// Number of peer connections of a participant that publishes and subscribes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ConnectionMode {
-    /// One where the server can do that well, two where not: not known before it is asked.
+    /// One if the server supports that well, otherwise two. Not known before the server is asked.
     Auto,
-    /// LiveKit's `/rtc/v1`: one for everything.
+    /// LiveKit's `/rtc/v1`: one connection for everything.
     Single,
-    /// LiveKit's `/rtc`: one to publish, one to subscribe.
+    /// LiveKit's `/rtc`: one connection to publish, one to subscribe.
     Dual,
 }
 
 impl ConnectionMode {
-    /// `single`, as the report names it.
+    /// Name in the report, for example `single`.
     pub const fn name(self) -> &'static str {
         match self {
             ConnectionMode::Auto => "auto",
@@ -172,26 +171,26 @@ impl ConnectionMode {
     }
 }
 
-/// How many subscribers are in. They are the first ones in joining order.
+/// Number of subscribers that are present. They are the first ones in joining order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Subscribers {
-    /// So many in each room; where several hosts play the plan, of all hosts together.
+    /// Number in each room, summed over all hosts of the run.
     PerRoom(u32),
-    /// So many over all rooms, of this host.
+    /// Number over all rooms, on this host.
     Total(u32),
 }
 
-/// Opus as it is sent.
+/// Opus settings of published audio.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AudioSpec {
     pub bitrate: Bitrate,
-    /// The time that one packet holds.
+    /// Duration of the audio in one packet.
     #[serde(with = "duration_text")]
     pub frame: Duration,
     /// Discontinuous transmission: pauses are not sent.
     pub dtx: bool,
-    /// Earlier packets that each packet repeats (RED); 0: plain Opus.
+    /// Number of earlier packets that each packet repeats (RED). 0: plain Opus.
     pub redundancy: u8,
 }
 
@@ -206,7 +205,7 @@ impl Default for AudioSpec {
     }
 }
 
-/// VP8 as it is sent: one layer, or the highest of several.
+/// VP8 settings of published video: of the only layer, or of the highest of several.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct VideoSpec {
@@ -216,7 +215,7 @@ pub struct VideoSpec {
     pub bitrate: Bitrate,
 }
 
-/// lk's `high`.
+/// The same as `high` in lk.
 impl Default for VideoSpec {
     fn default() -> VideoSpec {
         VideoSpec {
@@ -228,11 +227,11 @@ impl Default for VideoSpec {
     }
 }
 
-/// What a subscriber sees of a room, as in `lk`. Tracks beyond it are switched off.
+/// Layout in which a subscriber sees a room, as in `lk`. Tracks beyond it are switched off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ViewLayout {
-    /// One large picture of the one who speaks, and five small ones.
+    /// One large picture of the speaker, and five small ones.
     Speaker,
     #[serde(rename = "3x3")]
     Grid3x3,
@@ -259,7 +258,7 @@ impl ViewLayout {
         }
     }
 
-    /// Pictures that are seen at once.
+    /// Number of pictures shown at once.
     pub const fn tiles(self) -> u32 {
         match self {
             ViewLayout::Speaker => 6,
@@ -269,7 +268,7 @@ impl ViewLayout {
         }
     }
 
-    /// Pixels of one picture; `large`: of the one who speaks, where the layout tells him apart.
+    /// Size of one picture in pixels. `large`: the speaker's picture, if the layout has one.
     pub const fn tile_size(self, large: bool) -> (u32, u32) {
         match self {
             ViewLayout::Speaker if large => (1280, 720),
@@ -279,11 +278,11 @@ impl ViewLayout {
     }
 }
 
-/// When the packets of a video frame leave.
+/// How the packets of a video frame are spread in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Pacing {
-    /// Spread, as libwebrtc's pacer does.
+    /// Spread, as by libwebrtc's pacer.
     Paced,
     /// All at once.
     Burst,
@@ -298,25 +297,25 @@ impl Pacing {
     }
 }
 
-/// Whose turn it is to speak in a room: one after the other, in an order and from a place that a
-/// seed chooses.
+/// Order in which participants of a room speak: one after the other, with order and start chosen by
+/// a seed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SpeakerTurns {
     speakers: u32,
     first: u32,
-    /// From one speaker to the next; has no factor in common with their number, so that
-    /// everybody's turn comes.
+    /// Step from one speaker to the next. It has no factor in common with their number, so that
+    /// everybody gets a turn.
     stride: u32,
 }
 
 impl SpeakerTurns {
-    /// How long one speaks: two or three sentences.
+    /// Length of a turn: two or three sentences.
     pub const TURN: Duration = Duration::from_secs(3);
-    /// At the end of each turn nobody speaks, for long enough that an SFU notices: LiveKit looks
+    /// Silence at the end of each turn. It is long enough for an SFU to notice: LiveKit checks
     /// every 400 ms.
     pub const PAUSE: Duration = Duration::from_millis(500);
 
-    /// The turns of room `room`, with that many speakers.
+    /// The turns of room `room`, with this number of speakers.
     pub fn new(seed: u64, room: u32, speakers: u32) -> SpeakerTurns {
         let speakers = speakers.max(1);
         let drawn = mixed(seed, room);
@@ -330,12 +329,12 @@ impl SpeakerTurns {
         }
     }
 
-    /// The share of time in which one of that many speaks.
+    /// Share of time for which one of this number of speakers speaks.
     fn share(speakers: u32) -> f64 {
         (1.0 - Self::PAUSE.as_secs_f64() / Self::TURN.as_secs_f64()) / f64::from(speakers.max(1))
     }
 
-    /// The place in the room of the one who speaks at `time` of the run.
+    /// Place in the room of the participant that speaks at `time` of the run.
     pub fn speaker_at(&self, time: Time) -> Option<u32> {
         let (turn, pause, nanos) = (
             Self::TURN.as_nanos() as u64,
@@ -359,36 +358,36 @@ fn greatest_common_divisor(a: u32, b: u32) -> u32 {
 /// One participant of the plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParticipantPlan {
-    /// Names it among the participants of all hosts, over all rooms: identity and frames are made
-    /// of it.
+    /// Index among the participants of all hosts, over all rooms. Identity and frames are derived
+    /// from it.
     pub index: u32,
-    /// Its place in this host's joining order, over all rooms. Where one host plays all, the same
-    /// as `index`.
+    /// Place in this host's joining order, over all rooms. The same as `index` if one host runs
+    /// all.
     pub position: u32,
     /// Index of the room, from 0; its name is [`Plan::room_name`].
     pub room: u32,
-    /// In joining order within its room: publishers of audio are the first, so that this is also
+    /// Place in joining order within its room. Publishers of audio are the first, so this is also
     /// their number.
     pub place: u32,
     pub identity: String,
     pub publishes_audio: bool,
     pub publishes_video: bool,
     pub subscribes: bool,
-    /// What its media is to be carried by.
+    /// Transport of its media.
     pub transport: TransportChoice,
-    /// When the join is to start, counted from the start of joining: intended, whatever the
-    /// generator manages.
+    /// Intended start of the join, counted from the start of joining. It does not depend on what
+    /// the generator manages.
     pub join_offset: Duration,
     pub seed: u64,
 }
 
-/// What every host knows of a participant, whoever plays it.
+/// A participant as every host knows it, whichever host runs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Member {
     pub room: u32,
     pub publishes_audio: bool,
     pub publishes_video: bool,
-    /// The host that plays it, where that is another one, by its place among the hosts.
+    /// The host that runs it if that is another one, as an index among the hosts.
     pub elsewhere: Option<usize>,
 }
 
@@ -400,7 +399,7 @@ impl ParticipantPlan {
         }
     }
 
-    /// UDP sockets that this participant needs at most: one per peer connection.
+    /// Most UDP sockets that this participant needs: one per peer connection.
     pub const fn sockets(&self, connection: ConnectionMode) -> u64 {
         match connection {
             ConnectionMode::Single => 1,
@@ -411,8 +410,8 @@ impl ParticipantPlan {
     }
 }
 
-/// Media per second, as predicted, on the wire (IP, UDP and SRTP included; retransmissions and RTCP
-/// not).
+/// Predicted media per second on the wire. IP, UDP and SRTP are included, retransmissions and RTCP
+/// are not.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct MediaLoad {
     pub packets_sent_per_second: f64,
@@ -421,16 +420,16 @@ pub struct MediaLoad {
     pub bits_received_per_second: f64,
 }
 
-/// What the generator will need, roughly; from measurements on one host, so good for a warning and
-/// no more.
+/// Rough estimate of the generator's needs. It comes from measurements on one host, so it is good
+/// only for a warning.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Estimate {
     pub memory_bytes: u64,
-    /// Whole cores kept busy by the busier of joining and steady media.
+    /// Cores kept busy by joining or by steady media, whichever needs more.
     pub cores: f64,
 }
 
-/// What the run takes of the host.
+/// Resources of the host that the run uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resources {
     /// Engine threads.
@@ -441,19 +440,20 @@ pub struct Resources {
     pub cpus: usize,
     /// UDP sockets.
     pub sockets: u64,
-    /// File descriptors, all in all.
+    /// File descriptors in all.
     pub files: u64,
 }
 
 impl Resources {
-    /// One thread serves some thousand WebSockets; a second one where cores allow.
+    /// Number of signalling threads. One thread serves some thousand WebSockets; more are used if
+    /// cores allow.
     pub fn signalling_threads(&self) -> usize {
         (self.cpus / 4).clamp(1, 4)
     }
 }
 
 impl AudioSpec {
-    /// As tracks are published.
+    /// Codec in which tracks are published.
     pub fn codec(&self) -> Codec {
         if self.redundancy > 0 {
             Codec::Red
@@ -462,7 +462,7 @@ impl AudioSpec {
         }
     }
 
-    /// Bitrate of the RTP payload, with what is repeated.
+    /// Bitrate of the RTP payload, repeated packets included.
     fn sent_bitrate(&self) -> Bitrate {
         Bitrate::from_bps(self.bitrate.bps() * (1 + u64::from(self.redundancy)))
     }
@@ -471,8 +471,8 @@ impl AudioSpec {
         1.0 / self.frame.as_secs_f64()
     }
 
-    /// Packets and wire bits per second of one who says nothing: of DTX its refreshes, else packets
-    /// that hold little but the frame's identity.
+    /// Packets and wire bits per second of a silent participant. With DTX these are its refreshes,
+    /// otherwise packets that hold little but the frame's identity.
     fn silence_rates(&self) -> (f64, f64) {
         let (packets, bytes) = if self.dtx {
             (DTX_PACKETS_PER_SECOND, 2.0)
@@ -492,7 +492,7 @@ impl VideoSpec {
         Codec::Vp8
     }
 
-    /// Mean packets a second: every frame starts a packet of its own.
+    /// Mean packets a second. Every frame starts in a packet of its own.
     pub fn packets_per_second(&self) -> f64 {
         let frames = f64::from(self.frames_per_second);
         let frame_bytes = self.bitrate.bps() as f64 / 8.0 / frames;
@@ -500,8 +500,8 @@ impl VideoSpec {
     }
 }
 
-/// The ladder that lk and LiveKit's clients publish: 180p, 360p and 720p at so many bits and frames
-/// a second.
+/// The ladder that lk and LiveKit's clients publish, as bits and frames a second of 180p, 360p and
+/// 720p.
 const LADDER: [(u64, u32); 3] = [(150_000, 15), (600_000, 20), (2_000_000, 30)];
 
 impl VideoSpec {
@@ -509,8 +509,8 @@ impl VideoSpec {
         with_overhead(self.packets_per_second(), self.bitrate)
     }
 
-    /// What is sent of it, the lowest layer first: three layers from 960 pixels on, two from 480,
-    /// as livekit-client has it.
+    /// Layers that are sent, the lowest first: three layers from 960 pixels on, two from 480, as in
+    /// livekit-client.
     ///
     /// Each layer has half the width and height of the one above it, no more frames than its rung
     /// of the ladder, and that rung's share of the bits.
@@ -557,8 +557,8 @@ impl VideoSpec {
     }
 }
 
-/// The layer that a picture of `size` pixels asks for: the lowest that is at least 9/10 as high, or
-/// the highest of all. As LiveKit chooses.
+/// Layer for a picture of `size` pixels: the lowest that has at least 9/10 of its height, or the
+/// highest of all. LiveKit chooses in the same way.
 pub fn layer_for(layers: &[VideoSpec], size: (u32, u32)) -> usize {
     let high_enough = |layer: &VideoSpec| u32::from(layer.height) * 10 >= size.1 * 9;
     layers
@@ -568,7 +568,7 @@ pub fn layer_for(layers: &[VideoSpec], size: (u32, u32)) -> usize {
 }
 
 impl Plan {
-    /// All of a scenario, by one host.
+    /// A plan in which this host runs the whole scenario.
     pub fn new(scenario: Scenario, target: Target, run_tag: u32) -> Plan {
         Plan {
             connection: scenario.connection,
@@ -580,7 +580,7 @@ impl Plan {
         }
     }
 
-    /// Makes it what a coordinator says: its scenario against this host's server.
+    /// Replaces the plan by what a coordinator says: its scenario against this host's server.
     pub fn follow(&mut self, scenario: Scenario, run_tag: u32) {
         let target = self.target.clone();
         *self = Plan::new(scenario, target, run_tag);
@@ -588,19 +588,19 @@ impl Plan {
             (self.connection != ConnectionMode::Auto).then(|| "the coordinator says so".to_owned());
     }
 
-    /// Whether subscribers come and go tier by tier, instead of all at once.
+    /// Whether subscribers join and leave tier by tier, instead of all at once.
     pub fn has_tiers(&self) -> bool {
         self.scenario.has_tiers()
     }
 
-    /// What [`ConnectionMode::Auto`] comes to, and why.
+    /// Sets the mode that [`ConnectionMode::Auto`] resolves to, and the reason.
     pub fn settle_connection(&mut self, connection: ConnectionMode, reason: impl Into<String>) {
         self.connection = connection;
         self.connection_reason = Some(reason.into());
     }
 
-    /// The name of room `room` (index from 0): the given name as it is for one room, `NAME-1`.. for
-    /// several; made from the run's tag when none was given.
+    /// Name of room `room` (index from 0). For one room it is the given name, for several `NAME-1`
+    /// and so on. Without a given name it is derived from the run's tag.
     pub fn room_name(&self, room: u32) -> String {
         let rooms = &self.scenario.rooms;
         let name = rooms
@@ -614,13 +614,13 @@ impl Plan {
         }
     }
 
-    /// Participants of all rooms, as far as this host plays them.
+    /// Number of participants that this host runs, over all rooms.
     pub fn total_participants(&self) -> u32 {
         u32::try_from(self.headcount().iter().sum::<u64>()).unwrap_or(u32::MAX)
     }
 
-    /// How many participants are in: all publishers, and so many subscribers. They are the first
-    /// ones in joining order.
+    /// Number of participants with all publishers and this number of subscribers. They are the
+    /// first ones in joining order.
     pub fn participants_with(&self, subscribers: Subscribers) -> u32 {
         let scenario = &self.scenario;
         let participants = match (subscribers, &self.part) {
@@ -639,12 +639,12 @@ impl Plan {
         u32::try_from(participants).unwrap_or(u32::MAX)
     }
 
-    /// The participants that this host plays, in joining order.
+    /// Participants that this host runs, in joining order.
     pub fn participants(&self) -> impl ExactSizeIterator<Item = ParticipantPlan> + '_ {
         (0..self.total_participants()).map(|position| self.participant(position))
     }
 
-    /// Participant `position` in this host's joining order: rooms take turns, and in each room
+    /// Participant `position` in this host's joining order. Rooms take turns, and in each room
     /// publishers come before subscribers.
     pub fn participant(&self, position: u32) -> ParticipantPlan {
         let index = self
@@ -674,7 +674,7 @@ impl Plan {
         }
     }
 
-    /// Everybody whom this host or another one plays, by global index.
+    /// Participants of all hosts, by global index.
     pub fn everybody(&self) -> impl Iterator<Item = Member> + '_ {
         (0..self.everybody_count()).map(|index| {
             let (room, place) = self.place(index);
@@ -695,8 +695,8 @@ impl Plan {
         u32::try_from(self.scenario.total()).unwrap_or(u32::MAX)
     }
 
-    /// The identity of whoever has this global index, on whichever host; `None` where the plan has
-    /// nobody of that index.
+    /// Identity of the participant with this global index, on whichever host. `None` if the plan
+    /// has no such index.
     pub fn identity_at(&self, index: u32) -> Option<String> {
         (index < self.everybody_count()).then(|| self.identity_of(index))
     }
@@ -705,7 +705,7 @@ impl Plan {
         self.identity(&index.to_string())
     }
 
-    /// How many of each group this host plays, over all rooms.
+    /// Number of participants of each group that this host runs, over all rooms.
     fn headcount(&self) -> Vec<u64> {
         if let Some(part) = &self.part {
             return part.headcount.to_vec();
@@ -715,7 +715,7 @@ impl Plan {
         groups.map(|group| u64::from(group.count) * rooms).collect()
     }
 
-    /// Whom this host plays, of such groups, over all rooms.
+    /// Number of participants that this host runs in matching groups, over all rooms.
     fn total_of(&self, is_one: impl Fn(&ParticipantGroup) -> bool) -> u64 {
         let groups = self.scenario.groups.iter().zip(self.headcount());
         groups
@@ -729,7 +729,7 @@ impl Plan {
         identity.starts_with(&self.identity_stem())
     }
 
-    /// An identity of this run.
+    /// An identity of this run that ends in `end`.
     pub fn identity(&self, end: &str) -> String {
         format!("{}{end}", self.identity_stem())
     }
@@ -738,15 +738,15 @@ impl Plan {
         format!("{}-{:08x}-", self.scenario.identity_prefix, self.run_tag)
     }
 
-    /// When the last join is to start, counted from the first.
+    /// Intended start of the last join, counted from the first.
     pub fn joining(&self) -> Duration {
         Duration::from_secs_f64(
             f64::from(self.total_participants().saturating_sub(1)) / self.scenario.joins_per_second,
         )
     }
 
-    /// How long joining, settling and measuring take if all goes as intended. After each tier there
-    /// is a pause of `between`. `None` where nobody knows.
+    /// Planned time for joining, settling and measuring, with a pause of `between` after each tier.
+    /// `None` if it cannot be known.
     pub fn length(&self, between: Duration) -> Option<Duration> {
         let scenario = &self.scenario;
         if scenario.search.is_some() {
@@ -769,7 +769,7 @@ impl Plan {
         Some(phases.sum())
     }
 
-    /// Room of a participant, by its global index, and its place in that room.
+    /// Room of a participant with this global index, and its place in that room.
     fn place(&self, index: u32) -> (u32, u32) {
         (
             index % self.scenario.rooms.count,
@@ -777,8 +777,8 @@ impl Plan {
         )
     }
 
-    /// The shard (of `shards`, at least 1) that participant `position` runs on. A room's
-    /// participants, and its publishers among them, are spread evenly.
+    /// Shard (of `shards`, at least 1) that participant `position` runs on. A room's participants
+    /// are spread evenly, and so are its publishers.
     pub fn shard_of(&self, position: u32, shards: usize) -> usize {
         let (room, place) = match &self.part {
             Some(part) => (self.place(part.index(position)).0, part.rank(position)),
@@ -796,8 +796,8 @@ impl Plan {
         parts
     }
 
-    /// Tracks that `participant` subscribes to: those of its room without its own; none for one who
-    /// does not subscribe.
+    /// Number of tracks that `participant` subscribes to: those of its room without its own. Zero
+    /// for a participant that does not subscribe.
     fn subscribed_tracks(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
         if participant.subscribes {
             self.scenario.publishers_of(kind) - u32::from(participant.publishes(kind))
@@ -806,13 +806,13 @@ impl Plan {
         }
     }
 
-    /// Tracks that `participant` receives if all goes as planned: those that it subscribes to and
-    /// that its layout has room for.
+    /// Number of tracks that `participant` receives if all goes as planned: those that it
+    /// subscribes to and that its layout has room for.
     pub fn planned_tracks(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
         self.seen(kind, self.subscribed_tracks(participant, kind))
     }
 
-    /// How many of so many tracks a layout has room for.
+    /// Number of these tracks that the layout has room for.
     pub fn seen(&self, kind: Kind, tracks: u32) -> u32 {
         match (kind, self.scenario.media.layout) {
             (Kind::Video, Some(layout)) => tracks.min(layout.tiles()),
@@ -820,14 +820,14 @@ impl Plan {
         }
     }
 
-    /// Tracks that `participant` subscribes to and whose publishers join before it: they should be
-    /// there when it joins.
+    /// Number of tracks that `participant` subscribes to and whose publishers join before it. They
+    /// should exist when it joins.
     pub fn tracks_ahead(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
         self.subscribed_tracks(participant, kind)
             .min(self.scenario.publishers_before(participant.place, kind))
     }
 
-    /// Subscriptions of one kind that ought to go live, over all rooms.
+    /// Number of subscriptions of one kind that should go live, over all rooms.
     pub fn total_planned_tracks(&self, kind: Kind) -> u64 {
         self.audience(kind)
             .into_iter()
@@ -835,7 +835,8 @@ impl Plan {
             .sum()
     }
 
-    /// Group by group, over all rooms: how many participants see how many tracks of one kind.
+    /// For each group, over all rooms: number of participants, and number of tracks of one kind
+    /// that each sees.
     fn audience(&self, kind: Kind) -> Vec<(u64, u32)> {
         let tracks = self.scenario.publishers_of(kind);
         let groups = self.scenario.groups.iter().zip(self.headcount());
@@ -848,12 +849,12 @@ impl Plan {
             .collect()
     }
 
-    /// Tracks of one kind that are published, over all rooms.
+    /// Number of published tracks of one kind, over all rooms.
     pub fn total_published_tracks(&self, kind: Kind) -> u64 {
         self.total_of(|group| group.publishes(kind))
     }
 
-    /// UDP sockets over all participants, at most: one per peer connection.
+    /// Most UDP sockets of all participants: one per peer connection.
     pub fn total_sockets(&self) -> u64 {
         let of_one = |group: &ParticipantGroup| match self.connection {
             ConnectionMode::Single => 1,
@@ -890,8 +891,8 @@ impl Plan {
             .layers(self.scenario.media.simulcast)
     }
 
-    /// Packets and wire bits per second of one track where it is received whole: of its highest
-    /// layer; of one who does not always speak, the mean.
+    /// Packets and wire bits per second of one track that is received whole, in its highest layer.
+    /// For a participant that does not always speak, this is the mean.
     pub fn track_rates(&self, kind: Kind) -> (f64, f64) {
         let media = &self.scenario.media;
         let speech = with_overhead(media.audio.packets_per_second(), media.audio.sent_bitrate());
@@ -909,7 +910,7 @@ impl Plan {
         }
     }
 
-    /// The same of everything that one track sends, layer by layer.
+    /// Packets and wire bits per second that one track sends, layer by layer.
     fn published_rates(&self, kind: Kind) -> Vec<(f64, f64)> {
         match kind {
             Kind::Audio => vec![self.track_rates(kind)],
@@ -917,7 +918,7 @@ impl Plan {
         }
     }
 
-    /// The same of so many tracks as one participant sees them.
+    /// Packets and wire bits per second of `tracks` tracks as one participant sees them.
     fn received_rates(&self, kind: Kind, tracks: u32) -> (f64, f64) {
         let layers = self.video_layers();
         let of_track = |index: u32| match (kind, self.scenario.media.layout) {
@@ -955,16 +956,16 @@ fn with_overhead(packets_per_second: f64, bitrate: Bitrate) -> (f64, f64) {
     )
 }
 
-/// A seed of its own for every participant.
+/// A separate seed for every participant.
 fn mixed(seed: u64, index: u32) -> u64 {
     scatter(seed.wrapping_add(u64::from(index).wrapping_mul(0x9E37_79B9_7F4A_7C15)))
 }
 
-/// The address of a LiveKit server, without user name, password or query: nothing in it is secret.
+/// Address of a LiveKit server, without user name, password or query. Nothing in it is secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerUrl {
     secure: bool,
-    /// Host and, where given, port.
+    /// Host, and the port if one was given.
     authority: String,
     host: String,
     port: u16,
@@ -984,7 +985,7 @@ impl ServerUrl {
         }
     }
 
-    /// For signalling: `ws://` or `wss://`, with no slash at the end.
+    /// URL for signalling: `ws://` or `wss://`, without a slash at the end.
     pub fn websocket(&self) -> String {
         format!(
             "{}://{}{}",
@@ -994,7 +995,7 @@ impl ServerUrl {
         )
     }
 
-    /// For the room service: `http://` or `https://`, with no slash at the end.
+    /// URL for the room service: `http://` or `https://`, without a slash at the end.
     pub fn http(&self) -> String {
         format!(
             "{}://{}{}",
@@ -1004,28 +1005,28 @@ impl ServerUrl {
         )
     }
 
-    /// `https` and `wss`.
+    /// Whether the scheme is `https` or `wss`.
     pub fn is_secure(&self) -> bool {
         self.secure
     }
 
-    /// A name or an address, IPv6 without its brackets.
+    /// Host name or address, IPv6 without its brackets.
     pub fn host(&self) -> &str {
         self.host.trim_start_matches('[').trim_end_matches(']')
     }
 
-    /// As given, or the scheme's own.
+    /// Port as given, or the default port of the scheme.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// True for this very host by name or address. Names are not resolved.
+    /// Whether the host is this host, by name or address. Names are not resolved.
     pub fn is_loopback(&self) -> bool {
         is_loopback_host(self.host())
     }
 }
 
-/// Whether this is this very host by name or address, IPv6 with or without its brackets.
+/// Whether `host` is this host, by name or address, IPv6 with or without its brackets.
 pub fn is_loopback_host(host: &str) -> bool {
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let by_name =
@@ -1042,8 +1043,8 @@ impl fmt::Display for ServerUrl {
     }
 }
 
-/// Why a text is no address of a server, as it goes on from the text's name. It never repeats the
-/// text: that may hold a password or a token.
+/// Why a text is not a server address. The message continues a sentence that starts with the text's
+/// name. It never repeats the text, which may hold a password or a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UnusableUrl {
     #[error("is no URL: write ws://HOST:PORT or wss://HOST")]
@@ -1082,7 +1083,7 @@ impl FromStr for ServerUrl {
         {
             return Err(UnusableUrl::Authority);
         }
-        // Some write the whole address of the signalling endpoint.
+        // Some users give the whole address of the signalling endpoint.
         let path = uri
             .path()
             .trim_end_matches('/')
@@ -1141,7 +1142,7 @@ pub(crate) mod tests {
         Plan::new(scenario, target, 0xC0FF_EE01)
     }
 
-    /// Fills its rooms anew.
+    /// Replaces the participants of its rooms.
     pub(crate) fn set_people(plan: &mut Plan, rooms: u32, people: RoomPeople) {
         plan.scenario.rooms.count = rooms;
         plan.scenario.set_people(people);
@@ -1340,7 +1341,7 @@ pub(crate) mod tests {
             layers(1280, 720, 30, 2_000_000, false),
             [(1280, 720, 30, 2_000_000)]
         );
-        // Half the bits, a slow camera, odd sides; portrait counts by its longer side.
+        // Half the bits, a slow camera, odd sides. Portrait video counts by its longer side.
         assert_eq!(
             layers(541, 961, 10, 1_000_000, true),
             [
@@ -1349,8 +1350,8 @@ pub(crate) mod tests {
                 (541, 961, 10, 1_000_000)
             ]
         );
-        // A quarter of 150 lines has no room for the frame counter. What is asked for is never left
-        // out.
+        // A quarter of 150 lines has no room for the frame counter. The requested layer itself is
+        // never left out.
         assert_eq!(layers(1000, 150, 30, 1_000_000, true).len(), 2);
         assert_eq!(
             layers(32, 32, 30, 1_000_000, true),

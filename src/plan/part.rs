@@ -1,22 +1,24 @@
-//! Several hosts play one plan: which of its participants each of them plays.
+//! Divides one plan among several hosts: which participants each host runs.
 //!
-//! The plan enumerates the participants of all hosts, and every host enumerates them alike: a
-//! participant has a *global* index, which its identity and its frames are made of, and, on the
-//! host that plays it, a dense *position* in that host's joining order. Who plays whom is a pure
-//! function of the shape and of the list of hosts, so nothing but that list need travel.
+//! The plan enumerates the participants of all hosts, and every host enumerates them in the same
+//! way. A participant has a *global* index, from which its identity and its frames are derived. On
+//! the host that runs it, it also has a dense *position* in that host's joining order. The host of
+//! each participant is a pure function of the scenario and of the list of hosts, so only that list
+//! has to be sent.
 
 use std::sync::Arc;
 
 use super::scenario::Scenario;
 use super::{PARTICIPANTS_MAX, greatest_common_divisor};
 
-/// More hosts than anybody gathers by hand, and few enough for a list that every one of them gets.
+/// Most hosts in a run. More than anybody gathers by hand, and few enough for a list that every
+/// host gets.
 pub const VANTAGES_MAX: usize = 256;
 
-/// The heaviest host counts as so many of the lightest.
+/// Greatest weight of a host. The heaviest host counts as this many of the lightest.
 pub const WEIGHT_MAX: u32 = 100;
 
-/// Which participants a host takes.
+/// Which kinds of participants a host takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum HostRole {
@@ -46,11 +48,12 @@ impl HostRole {
     }
 }
 
-/// One host as the plan knows it.
+/// One host in the plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct VantagePlan {
     pub role: HostRole,
-    /// Its share of publishers, and of subscribers, is this over the sum of those who take any.
+    /// Its share of publishers, and of subscribers, is this weight over the sum for all hosts that
+    /// take any.
     pub weight: u32,
 }
 
@@ -63,7 +66,7 @@ impl Default for VantagePlan {
     }
 }
 
-/// Why a plan cannot be dealt to hosts; says what to do.
+/// Why a plan cannot be divided among hosts. The text says what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UndealtPlan {
     #[error("{0} hosts cannot share a run: it takes 1 to {most}", most = VANTAGES_MAX)]
@@ -72,7 +75,7 @@ pub enum UndealtPlan {
     Weight(u32),
     #[error("a run has 1 to {most} participants, over all hosts", most = PARTICIPANTS_MAX)]
     ParticipantCount,
-    /// A room of one host, where that does not do both.
+    /// Each host has rooms of its own, and one does not both publish and subscribe.
     #[error(
         "hosts with rooms of their own publish and subscribe there: leave out --role, or --rooms-per-vantage"
     )]
@@ -94,16 +97,16 @@ pub enum UndealtPlan {
     },
 }
 
-/// The hosts that play a plan together, in an order that is the same on all of them.
+/// The hosts that run a plan together, in an order that is the same on all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Placement {
     pub vantages: Vec<VantagePlan>,
-    /// Each host has rooms of its own; otherwise all hosts are in all rooms.
+    /// Whether each host has rooms of its own. Otherwise all hosts are in all rooms.
     pub rooms_apart: bool,
 }
 
 impl Placement {
-    /// How many subscribers a room needs so that every host that subscribes has `each` of them
+    /// Number of subscribers that a room needs so that every subscribing host has `each` of them
     /// there for each unit of its weight.
     pub fn subscribers_of_room(&self, each: u32) -> u32 {
         if self.rooms_apart {
@@ -118,7 +121,7 @@ impl Placement {
         })
     }
 
-    /// How many of them host `me` has in each of its rooms.
+    /// Number of these subscribers that host `me` has in each of its rooms.
     pub fn subscribers_of_host(&self, me: usize, each: u32) -> u32 {
         match self.vantages[me] {
             VantagePlan { role, .. } if !role.subscribes() => 0,
@@ -127,7 +130,7 @@ impl Placement {
         }
     }
 
-    /// The host that plays each participant, by global index.
+    /// The host that runs each participant, by global index.
     fn owners(&self, scenario: &Scenario) -> Vec<u16> {
         let those_who = |do_so: fn(HostRole) -> bool| {
             self.vantages
@@ -143,8 +146,8 @@ impl Placement {
             let (room, place) = (index % scenario.rooms.count, index / scenario.rooms.count);
             match (self.rooms_apart, place.checked_sub(scenario.publishers())) {
                 (true, _) => dealt(&publishing, room),
-                // A room begins where the one before it had its second: so a few publishers in many
-                // rooms are dealt evenly, too.
+                // A room begins where the one before it had its second, so that a few publishers in
+                // many rooms are dealt evenly, too.
                 (false, None) => dealt(&publishing, place + room),
                 (false, Some(place)) => dealt(&subscribing, place + room),
             }
@@ -185,8 +188,8 @@ impl Placement {
     }
 }
 
-/// Whose turn it is when something is dealt by weight, as evenly as it goes: one round, which then
-/// begins again. Empty where all weights are 0.
+/// One round of dealing by weight, as evenly as possible: the host for each turn. After it the
+/// round begins again. Empty if all weights are 0.
 fn round(weights: impl Iterator<Item = u32>) -> Vec<u16> {
     let weights: Vec<u32> = weights.collect();
     let divisor = weights
@@ -211,16 +214,16 @@ fn round(weights: impl Iterator<Item = u32>) -> Vec<u16> {
     (0..turns).map(|_| next()).collect()
 }
 
-/// What one host plays of a plan. Cheap to clone.
+/// One host's part of a plan. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Part {
     placement: Placement,
     me: u16,
-    /// By global index.
+    /// Host of each participant, by global index.
     owners: Arc<[u16]>,
-    /// By position.
+    /// This host's participants, by position.
     own: Arc<[Own]>,
-    /// Participants of each group of the scenario, over all rooms.
+    /// This host's participants of each group of the scenario, over all rooms.
     pub(super) headcount: Arc<[u64]>,
 }
 
@@ -228,15 +231,15 @@ pub struct Part {
 #[derive(Clone, Copy, Debug)]
 struct Own {
     index: u32,
-    /// How many of this host's come before it in its room.
+    /// Number of this host's participants that come before it in its room.
     rank: u32,
 }
 
 impl Part {
-    /// What host `me` (an index into the placement's vantages) plays of this scenario.
+    /// Returns the part of host `me` (an index into the placement's vantages) in this scenario.
     ///
     /// # Errors
-    /// What cannot be dealt, and a host that would have nothing to do.
+    /// Says what cannot be divided, or that a host would have nothing to do.
     pub fn new(placement: Placement, me: usize, scenario: &Scenario) -> Result<Part, UndealtPlan> {
         placement.must_make_sense(scenario)?;
         let hosts = placement.vantages.len();
@@ -278,12 +281,12 @@ impl Part {
         &self.placement
     }
 
-    /// This host among the placement's vantages.
+    /// Index of this host among the placement's vantages.
     pub fn me(&self) -> usize {
         self.me.into()
     }
 
-    /// Which host plays the participant with this global index; `None` where the plan has no such
+    /// The host that runs the participant with this global index. `None` if the plan has no such
     /// participant.
     pub fn owner(&self, index: u32) -> Option<usize> {
         self.owners
@@ -296,20 +299,20 @@ impl Part {
         self.own[position as usize].index
     }
 
-    /// How many of this host's participants come before it in its room.
+    /// Number of this host's participants that come before it in its room.
     pub(super) fn rank(&self, position: u32) -> u32 {
         self.own[position as usize].rank
     }
 
-    /// How many of this host's participants have a lower index.
+    /// Number of this host's participants with a lower index.
     pub(super) fn before(&self, index: u64) -> u32 {
         self.own.partition_point(|own| u64::from(own.index) < index) as u32
     }
 }
 
-/// Those of host `me` in its joining order, which is that of their indices: so publishers come
-/// first, and however many subscribers of each room are to be in, they are the first ones of every
-/// host.
+/// Participants of host `me` in its joining order, which is the order of their indices. So
+/// publishers come first, and for any number of subscribers in each room, the present ones are the
+/// first ones of every host.
 fn own(owners: &[u16], me: u16, scenario: &Scenario) -> Vec<Own> {
     let mut ranks = vec![0; scenario.rooms.count as usize];
     let mut own = |index: u32| {
@@ -363,7 +366,7 @@ mod tests {
         }
     }
 
-    /// The same plan as every host sees it.
+    /// The same plan from each host's point of view.
     fn hosts(plan: &Plan, placement: &Placement) -> Vec<Plan> {
         (0..placement.vantages.len())
             .map(|me| Plan {
@@ -609,7 +612,7 @@ mod tests {
                 })
                 .collect()
         };
-        // One publisher in each of six rooms; 12 subscribers there who each get a track.
+        // One publisher in each of six rooms, and 12 subscribers there that each get a track.
         let few = of_shape(6, 1, 0, 12, false);
         assert_eq!(
             of(&few, &[(Both, 1), (Both, 1), (Both, 1)], false),

@@ -1,14 +1,14 @@
-//! A run, described once.
+//! The description of a run.
 //!
-//! A [`Scenario`] says who takes part (groups of participants), what they send, and what happens
-//! in time (phases, or the search for a capacity). The command line makes one; a coordinator sends
-//! it to its hosts, and its journal keeps it; the report carries it. All of them serialise this
-//! very type, and all of them rely on [`Scenario::validate`]: a bound is stated here and nowhere
-//! else. [`super::Plan`] is what one host makes of it. Secrets and the server's address are never
-//! part of it.
+//! A [`Scenario`] says who takes part (groups of participants), what they send, and what happens in
+//! time (phases, or the search for a capacity). The command line makes one. A coordinator sends it
+//! to its hosts, its journal keeps it, and the report contains it. All of them serialise this type,
+//! and all of them rely on [`Scenario::validate`]: every bound is defined here and nowhere else.
+//! [`super::Plan`] is what one host makes of it. Secrets and the server's address are never part of
+//! it.
 //!
-//! What is not written down has its default. What is not known is refused: a host that ignored a
-//! field would play another run.
+//! A missing field has its default. An unknown field is refused, because a host that ignored a
+//! field would run a different run.
 
 use std::time::Duration;
 
@@ -22,150 +22,150 @@ use crate::measure::Kind;
 use crate::media::vp8;
 use crate::units::{Bitrate, duration_text, optional_duration_text, written_duration};
 
-/// Readers of JSON keep whole numbers exactly up to here.
+/// Greatest seed. Readers of JSON keep whole numbers exact up to here.
 pub const SEED_MAX: u64 = (1 << 53) - 1;
-/// Each phase has its record and its line in the report.
+/// Most phases of a run. Each one has its record, and its line in the report.
 pub const PHASES_MAX: usize = 200;
-/// The longest phase, and the longest of everything that a scenario measures in time.
+/// Longest phase, and longest duration of anything else in a scenario.
 pub const PHASE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
-/// More kinds of participants than a room has.
+/// Most groups. This is more than the kinds of participants that a room has.
 pub const GROUPS_MAX: usize = 64;
 /// Longest name or label, in bytes.
 pub const NAME_BYTES_MAX: usize = 128;
-/// How long an Opus packet can be, in microseconds (RFC 6716, section 2.1.4, and several frames in
-/// one packet).
+/// Possible durations of an Opus packet in microseconds (RFC 6716, section 2.1.4, and several
+/// frames in one packet).
 const AUDIO_FRAMES_US: [u64; 9] = [
     2_500, 5_000, 10_000, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000,
 ];
-/// RFC 6716, section 2.1.1.
+/// Bitrates of Opus (RFC 6716, section 2.1.1).
 const AUDIO_BPS: std::ops::RangeInclusive<u64> = 6_000..=510_000;
 const VIDEO_BPS: std::ops::RangeInclusive<u64> = 10_000..=100_000_000;
 const VIDEO_SIDES: std::ops::RangeInclusive<u16> = 16..=4096;
 const JOINS_PER_SECOND: std::ops::RangeInclusive<f64> = 0.001..=1e6;
 
-/// A run, completely described: everything but the server, the secrets and the run's tag.
+/// A complete description of a run, without the server, the secrets and the run's tag.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Scenario {
-    /// Everything that is random below the plan comes from here.
+    /// Source of all randomness below the plan.
     pub seed: u64,
-    /// How many peer connections a participant has; `auto`: each host asks its server.
+    /// Number of peer connections of a participant. `auto`: each host asks its server.
     pub connection: ConnectionMode,
-    /// What identities begin with.
+    /// Start of every identity.
     pub identity_prefix: String,
-    /// Joins are started at this rate whatever becomes of earlier ones (open loop). Over several
-    /// hosts: on each of them.
+    /// Rate at which joins are started, whatever becomes of earlier ones (open loop). With several
+    /// hosts, this is the rate of each of them.
     pub joins_per_second: f64,
-    /// How often a join that failed is tried again.
+    /// Number of times that a failed join is tried again.
     pub join_retries: u32,
     pub rooms: RoomSet,
     pub media: MediaSpec,
-    /// Who is in a room, in joining order.
+    /// Participants of a room, in joining order.
     pub groups: Vec<ParticipantGroup>,
-    /// One after the other. Empty only where a search chooses them.
+    /// Phases of the run, in order. Empty only if a search chooses them.
     pub phases: Vec<ScenarioPhase>,
-    /// The phases are chosen on the way, to find out with how many subscribers a room the run
-    /// passes.
+    /// Set if the phases are chosen during the run, to find out with how many subscribers per room
+    /// it passes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub search: Option<CapacitySearch>,
 }
 
-/// The rooms of a run. All are alike.
+/// The rooms of a run. All are the same.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RoomSet {
-    /// Used as it is for one room, `NAME-1`, `NAME-2`.. for several. `None`: made from the run's
-    /// tag.
+    /// Name of the room if there is one; several are named `NAME-1`, `NAME-2` and so on. `None`:
+    /// derived from the run's tag.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     pub count: u32,
 }
 
-/// What publishers send, and how subscribers look at it.
+/// What publishers send, and how subscribers view it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MediaSpec {
-    /// Video is sent in smaller sizes, too, where it is large enough.
+    /// Whether video is also sent in smaller sizes if it is large enough.
     pub simulcast: bool,
     pub pacing: Pacing,
-    /// Publishers send no more layers than their path carries.
+    /// Whether publishers limit their layers to what their path carries.
     pub obey_bandwidth: bool,
-    /// The audio publishers of a room take turns in speaking.
+    /// Whether the audio publishers of a room take turns in speaking.
     pub simulate_speakers: bool,
-    /// How subscribers lay out what they see; `None`: each track as large as it comes.
+    /// Layout in which subscribers view a room. `None`: each track as large as it comes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layout: Option<ViewLayout>,
     pub audio: AudioSpec,
     pub video: VideoSpec,
 }
 
-/// Participants of a room who do the same.
+/// Participants of a room that do the same.
 ///
-/// A new property of participants is added here, with its default and its bound in
-/// [`ParticipantGroup::validate`]; [`super::Plan::participant`] hands it to each of them.
+/// A new property of participants is added here, with its default, and with its bound in
+/// [`ParticipantGroup::validate`]. [`super::Plan::participant`] hands it to each of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ParticipantGroup {
-    /// For people.
+    /// Name of the group for human readers.
     pub label: String,
-    /// In each room.
+    /// Number of participants in each room.
     pub count: u32,
     pub publishes_audio: bool,
     pub publishes_video: bool,
-    /// To everybody else of the room.
+    /// Whether they subscribe to everybody else in the room.
     pub subscribes: bool,
-    /// What carries their media; of a mix, by their order in all rooms together.
+    /// Transport of their media. A mix is dealt in their order over all rooms together.
     #[serde(skip_serializing_if = "TransportMix::is_auto")]
     pub transport: TransportMix,
 }
 
-/// A stretch of the run: participants come until it has as many as it wants, settle, and are held.
+/// A stretch of the run: participants join until their number is reached, settle, and are held.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ScenarioPhase {
-    /// As the report names it.
+    /// Name in the report.
     pub name: String,
-    /// So many in each room of those who only subscribe: the first ones in joining order, and the
-    /// others leave. `None`: all. Over several hosts: so many of each host of weight 1.
+    /// Number of participants in each room that only subscribe: the first ones in joining order
+    /// stay, the others leave. `None`: all. With several hosts: the number for each host of weight
+    /// 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub subscribers: Option<u32>,
-    /// The joins, or the leaves, are spread over this, instead of
-    /// [`Scenario::joins_per_second`].
+    /// Time over which joins or leaves are spread, instead of [`Scenario::joins_per_second`].
     #[serde(
         with = "optional_duration_text",
         skip_serializing_if = "Option::is_none"
     )]
     pub spread: Option<Duration>,
-    /// Between the end of joining and the beginning of measuring.
+    /// Time between the end of joining and the start of measuring.
     #[serde(with = "duration_text")]
     pub warmup: Duration,
-    /// What is measured.
+    /// Length of the measurement.
     #[serde(with = "duration_text")]
     pub hold: Duration,
 }
 
-/// The search for the most subscribers with which the run passes.
+/// A search for the largest number of subscribers with which the run passes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CapacitySearch {
-    /// The most to be tried, in each room.
+    /// Most subscribers that are tried, in each room.
     pub max_subscribers: u32,
-    /// As in [`ScenarioPhase::spread`], of each point.
+    /// [`ScenarioPhase::spread`] of each point.
     #[serde(
         default,
         with = "optional_duration_text",
         skip_serializing_if = "Option::is_none"
     )]
     pub spread: Option<Duration>,
-    /// As in [`ScenarioPhase::warmup`], of each point.
+    /// [`ScenarioPhase::warmup`] of each point.
     #[serde(default, with = "duration_text")]
     pub warmup: Duration,
-    /// The least that a point is held. One in doubt is held for longer.
+    /// Shortest hold of a point. A point in doubt is held longer.
     #[serde(with = "duration_text")]
     pub hold: Duration,
 }
 
-/// How a phase goes in time, whoever is in it.
+/// Times of a phase, whoever is in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PhaseTimes {
     pub spread: Option<Duration>,
@@ -173,15 +173,15 @@ pub struct PhaseTimes {
     pub hold: Duration,
 }
 
-/// The people of a plain room in numbers, as flags and reports have them. Audio and video
-/// publishers are the same people as far as the numbers allow.
+/// Numbers of participants of a plain room, as in flags and reports. Audio and video publishers are
+/// the same participants as far as the numbers allow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RoomPeople {
     pub audio_publishers: u32,
     pub video_publishers: u32,
-    /// Who only subscribe.
+    /// Number of participants that only subscribe.
     pub subscribers: u32,
-    /// Publishers subscribe to each other, too.
+    /// Whether publishers subscribe to each other, too.
     pub meeting: bool,
 }
 
@@ -237,19 +237,19 @@ impl Default for ScenarioPhase {
     }
 }
 
-/// Who is in a room.
+/// Participants in a room.
 impl RoomPeople {
-    /// Publishers per room: audio and video publishers overlap.
+    /// Number of publishers per room. Audio and video publishers overlap.
     pub fn publishers(&self) -> u32 {
         self.audio_publishers.max(self.video_publishers)
     }
 
-    /// Everybody in a room.
+    /// Number of all participants in a room.
     pub fn participants(&self) -> u64 {
         u64::from(self.publishers()) + u64::from(self.subscribers)
     }
 
-    /// In joining order; groups of nobody are left out.
+    /// Groups in joining order. Empty groups are left out.
     fn groups(&self) -> Vec<ParticipantGroup> {
         let both = self.audio_publishers.min(self.video_publishers);
         let publishers = |label: &str, count, publishes_audio, publishes_video| ParticipantGroup {
@@ -271,7 +271,7 @@ impl RoomPeople {
 }
 
 impl ParticipantGroup {
-    /// Who only subscribe.
+    /// A group that only subscribes.
     fn subscribers(count: u32) -> ParticipantGroup {
         ParticipantGroup {
             label: "subscribers".to_owned(),
@@ -304,9 +304,9 @@ impl ParticipantGroup {
     }
 }
 
-/// The runs that the command line knows.
+/// The kinds of runs that the command line makes.
 impl Scenario {
-    /// Rooms of such people. What they do in time is still to be said.
+    /// A scenario with these people in its rooms. Its phases are still missing.
     pub fn of_people(people: RoomPeople) -> Scenario {
         Scenario {
             groups: people.groups(),
@@ -314,7 +314,7 @@ impl Scenario {
         }
     }
 
-    /// Everybody's media is carried by this.
+    /// Sets the transport of all participants' media.
     #[must_use]
     pub fn over(mut self, transport: &TransportMix) -> Scenario {
         for group in &mut self.groups {
@@ -323,7 +323,7 @@ impl Scenario {
         self
     }
 
-    /// All join, and are held.
+    /// Makes it a run in which all join, and are held.
     #[must_use]
     pub fn single(self, times: PhaseTimes) -> Scenario {
         let phases = vec![ScenarioPhase::all("hold", times)];
@@ -334,7 +334,7 @@ impl Scenario {
         }
     }
 
-    /// Tier after tier with so many subscribers in each room.
+    /// Makes it a ramp, with one tier for each of these numbers of subscribers in each room.
     #[must_use]
     pub fn ramp(self, tiers: &[u32], times: PhaseTimes) -> Scenario {
         let numbered = (1..).zip(tiers);
@@ -351,7 +351,8 @@ impl Scenario {
         }
     }
 
-    /// A search for the most subscribers in each room, all of whom are in [`Scenario::groups`].
+    /// Makes it a search for the most subscribers in each room, up to those in
+    /// [`Scenario::groups`].
     #[must_use]
     pub fn capacity_search(self, times: PhaseTimes) -> Scenario {
         let search = CapacitySearch {
@@ -367,8 +368,9 @@ impl Scenario {
         }
     }
 
-    /// The same run by several hosts together: so many rooms in all, and in each of them so many
-    /// who only subscribe. Phases stay what each host, or all hosts, were asked for.
+    /// The same run on several hosts together, with this number of rooms in all, and in each of
+    /// them this number of participants that only subscribe. Phases keep the numbers that each
+    /// host, or all hosts, were asked for.
     #[must_use]
     pub fn over_hosts(&self, rooms: u32, subscribers: u32) -> Scenario {
         let mut scenario = self.clone();
@@ -412,9 +414,9 @@ impl ScenarioPhase {
     }
 }
 
-/// What it comes to. Counts are of one room, unless they say otherwise.
+/// Sums over the scenario. Counts are for one room unless they say otherwise.
 impl Scenario {
-    /// Who publish anything. They come first.
+    /// Number of participants that publish anything. They come first in the joining order.
     pub fn publishers(&self) -> u32 {
         self.count(ParticipantGroup::is_publisher)
     }
@@ -423,7 +425,7 @@ impl Scenario {
         self.count(|group| group.publishes(kind))
     }
 
-    /// Who only subscribe.
+    /// Number of participants that only subscribe.
     pub fn subscribers(&self) -> u32 {
         self.count(|group| !group.is_publisher())
     }
@@ -433,7 +435,7 @@ impl Scenario {
         counts.sum()
     }
 
-    /// Over all rooms.
+    /// Number of participants over all rooms.
     pub fn total(&self) -> u64 {
         self.participants().saturating_mul(self.rooms.count.into())
     }
@@ -443,7 +445,7 @@ impl Scenario {
         groups.fold(0, |sum: u32, group| sum.saturating_add(group.count))
     }
 
-    /// The group of the participant at this place of a room's joining order.
+    /// The group of the participant at this place in a room's joining order.
     pub fn group_at(&self, place: u32) -> Option<&ParticipantGroup> {
         let mut before = place;
         self.groups.iter().find(|group| {
@@ -453,7 +455,7 @@ impl Scenario {
         })
     }
 
-    /// How many of the same group come before this place of a room's joining order.
+    /// Number of participants of the same group before this place in a room's joining order.
     pub fn place_in_group(&self, place: u32) -> u32 {
         let mut before = place;
         for group in &self.groups {
@@ -465,7 +467,7 @@ impl Scenario {
         before
     }
 
-    /// Publishers of a kind who come before this place.
+    /// Number of publishers of a kind before this place.
     pub fn publishers_before(&self, place: u32, kind: Kind) -> u32 {
         let mut left = place;
         let mut publishers = 0;
@@ -477,13 +479,13 @@ impl Scenario {
         publishers
     }
 
-    /// Publishers subscribe to each other, too.
+    /// Whether publishers subscribe to each other, too.
     pub fn is_meeting(&self) -> bool {
         let mut publishers = self.groups.iter().filter(|group| group.is_publisher());
         publishers.any(|group| group.subscribes)
     }
 
-    /// In numbers: what the report calls them.
+    /// Numbers of participants, as the report shows them.
     pub fn people(&self) -> RoomPeople {
         RoomPeople {
             audio_publishers: self.publishers_of(Kind::Audio),
@@ -493,7 +495,7 @@ impl Scenario {
         }
     }
 
-    /// Fills the rooms with such people.
+    /// Replaces the participants in the rooms.
     pub fn set_people(&mut self, people: RoomPeople) {
         let first = self.groups.first();
         let transport = first.map(|group| group.transport.clone());
@@ -510,12 +512,12 @@ impl Scenario {
         self.search.is_none() && matches!(&self.phases[..], [phase] if phase.subscribers.is_none())
     }
 
-    /// Whether subscribers come and go phase by phase, instead of all at once.
+    /// Whether subscribers join and leave phase by phase, instead of all at once.
     pub fn has_tiers(&self) -> bool {
         !self.is_whole()
     }
 
-    /// Subscribers in each room, phase by phase; empty where all are in at once, and in a search.
+    /// Subscribers in each room, phase by phase. Empty if all join at once, and in a search.
     pub fn ramp_tiers(&self) -> Vec<u32> {
         if self.is_whole() {
             return Vec::new();
@@ -543,16 +545,16 @@ impl Scenario {
     }
 }
 
-/// Why a scenario was refused: where it says something that cannot be, and what to write.
+/// Why a scenario was refused: the field at fault, and what to write instead.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field} {fault}")]
 pub struct ScenarioError {
-    /// The path of the field, as `media.video.frames_per_second` or `phases[2].hold`.
+    /// Path of the field, for example `media.video.frames_per_second` or `phases[2].hold`.
     pub field: String,
     pub fault: ScenarioFault,
 }
 
-/// What is wrong with a field. Each reads on from the field's name.
+/// What is wrong with a field. Each text continues after the field's name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ScenarioFault {
     #[error("{found} is out of range: write {allowed}")]
@@ -592,10 +594,10 @@ pub enum ScenarioFault {
 
 const AUDIO_FRAMES_TEXT: &str = "2.5ms, 5ms, 10ms, 20ms, 40ms, 60ms, 80ms, 100ms or 120ms";
 const FPS_TEXT: &str = "1 to 60 frames a second";
-/// What [`FPS_TEXT`] says is what the encoder takes.
+/// The encoder takes exactly what [`FPS_TEXT`] says.
 const _: () = assert!(*vp8::FPS_RANGE.start() == 1 && *vp8::FPS_RANGE.end() == 60);
 
-/// A fault and the field that has it, before it is known where that field stands.
+/// A fault and the name of its field, before the field's path is known.
 struct FieldFault {
     field: &'static str,
     fault: ScenarioFault,
@@ -606,7 +608,7 @@ impl FieldFault {
         FieldFault { field, fault }
     }
 
-    /// In this part of the scenario.
+    /// Adds the path of the part of the scenario that holds the field.
     fn within(self, part: &str) -> ScenarioError {
         ScenarioError {
             field: format!("{part}.{}", self.field),
@@ -624,10 +626,10 @@ impl From<FieldFault> for ScenarioError {
     }
 }
 
-/// Every bound of a run. Flags, a coordinator's job, a journal and JSON all go through here.
+/// Every bound of a run. Flags, a coordinator's job, a journal and JSON are all checked here.
 impl Scenario {
     /// # Errors
-    /// The first field that makes no sense.
+    /// Returns the first field that is invalid.
     pub fn validate(&self) -> Result<(), ScenarioError> {
         if self.seed > SEED_MAX {
             return Err(FieldFault::new("seed", out(self.seed, "0 to 9007199254740991")).into());
@@ -639,7 +641,7 @@ impl Scenario {
             .map_err(|misfit| misfit.within("rooms"))?;
         self.media.validate()?;
         self.validate_groups()?;
-        // NaN is within nothing.
+        // No range contains NaN.
         if !JOINS_PER_SECOND.contains(&self.joins_per_second) {
             let fault = out(self.joins_per_second, JOIN_RATE_TEXT);
             return Err(FieldFault::new("joins_per_second", fault).into());
@@ -663,8 +665,8 @@ impl Scenario {
         for (at, group) in self.groups.iter().enumerate() {
             let part = format!("groups[{at}]");
             group.validate().map_err(|misfit| misfit.within(&part))?;
-            // A publisher of audio is known by its place in the room, and phases count subscribers
-            // from the end of the publishers.
+            // A publisher of audio is identified by its place in the room, and phases count
+            // subscribers from the end of the publishers.
             let rank = match (group.publishes_audio, group.publishes_video) {
                 (true, _) => 0,
                 (false, true) => 1,
@@ -716,7 +718,7 @@ impl Scenario {
         Ok(())
     }
 
-    /// A tier of nobody measures nothing, unless publishers subscribe to each other.
+    /// Refuses an empty tier, which measures nothing unless publishers subscribe to each other.
     fn check_subscribers(
         &self,
         field: &'static str,
@@ -817,10 +819,10 @@ impl PhaseTimes {
     }
 }
 
-/// The time over which joins are spread.
+/// Checks the time over which joins are spread.
 ///
 /// # Errors
-/// It is nothing, or longer than any run.
+/// Returned if it is zero, or longer than any run.
 pub fn spread_must_fit(spread: Duration) -> Result<(), ScenarioFault> {
     if spread.is_zero() || spread > PHASE_MAX {
         let allowed = "1s to 30d; to have all join at once, write a high rate of joins instead";
@@ -829,10 +831,10 @@ pub fn spread_must_fit(spread: Duration) -> Result<(), ScenarioFault> {
     Ok(())
 }
 
-/// Names of rooms, and prefixes of identities.
+/// Checks the name of a room, or a prefix of identities.
 ///
 /// # Errors
-/// It is empty, too long, or has spaces.
+/// Returned if it is empty or too long, or has spaces or control characters.
 pub fn must_be_a_name(name: &str) -> Result<(), ScenarioFault> {
     let plain = !name.chars().any(|c| c.is_control() || c.is_whitespace());
     if plain && (1..=NAME_BYTES_MAX).contains(&name.len()) {
@@ -886,7 +888,7 @@ pub(crate) mod tests {
         scenario
     }
 
-    /// One of each kind that the command line makes.
+    /// One scenario of each kind that the command line makes.
     pub(crate) fn kinds() -> BTreeMap<&'static str, Scenario> {
         let meeting = Scenario::of_people(RoomPeople {
             meeting: true,
@@ -919,7 +921,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// Replaces the number at `number`, counted through the whole value, and returns its path.
+    /// Replaces number `number`, counted through the whole value, and returns its path.
     fn replace_number(
         value: &mut serde_json::Value,
         number: &mut usize,
@@ -1003,7 +1005,7 @@ pub(crate) mod tests {
         }
     }
 
-    /// What breaks a bound, the field that is named, and what is said of it.
+    /// Each entry is a change that breaks a bound, and the message with the field's name.
     #[test]
     fn every_bound_is_refused_with_its_field_and_what_to_write() {
         type Break = fn(&mut Scenario);

@@ -1,10 +1,10 @@
-//! When each participant is intended to be there, and when it is intended to send.
+//! When each participant is intended to be present, and when it is intended to send.
 //!
-//! A [`Schedule`] is a row of intended moments. What follows from it are [`Spans`]: stretches of
-//! time, with plain interval arithmetic. A subscription is owed what its publisher was intended to
-//! send while its subscriber was intended to be there: [`Spans::overlap`] of the two. What really
-//! happened is no part of this: whoever is thrown out keeps its schedule, and so keeps what it owes
-//! and what it is owed.
+//! A [`Schedule`] is a row of intended moments. [`Spans`] follow from it: stretches of time, with
+//! plain interval arithmetic. A subscription is owed what its publisher was intended to send while
+//! its subscriber was intended to be present: [`Spans::overlap`] of the two. What really happened
+//! is not part of this. A participant that is thrown out keeps its schedule, and so keeps what it
+//! owes and what it is owed.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::measure::Kind;
 use crate::units::Time;
 
-/// What a participant is intended to do at one moment. Coming back is joining again.
+/// A participant's intended action at one moment. Coming back is joining again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Intent {
     Join,
@@ -24,7 +24,7 @@ pub enum Intent {
 }
 
 impl Intent {
-    /// Intents of one aspect replace each other; those of different aspects do not.
+    /// Number of the aspect. Intents of the same aspect replace each other, others do not.
     fn aspect(self) -> (u8, Option<Kind>) {
         match self {
             Intent::Join | Intent::Leave => (0, None),
@@ -33,7 +33,7 @@ impl Intent {
         }
     }
 
-    /// Whether it begins a span of its aspect, or ends one.
+    /// Whether it begins a span of its aspect. Otherwise it ends one.
     fn begins(self) -> bool {
         matches!(self, Intent::Join | Intent::Publish(_) | Intent::Mute(_))
     }
@@ -46,8 +46,8 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Writes an intended moment down. What the same aspect had planned for that moment or later is
-    /// dropped: the plan has changed.
+    /// Adds an intended moment. Later or simultaneous moments of the same aspect are dropped,
+    /// because the plan has changed.
     pub fn intend(&mut self, at: Time, intent: Intent) {
         self.moments
             .retain(|(planned, other)| *planned < at || other.aspect() != intent.aspect());
@@ -59,12 +59,12 @@ impl Schedule {
         &self.moments
     }
 
-    /// When it is intended to be there.
+    /// When it is intended to be present.
     pub fn presence(&self) -> Spans {
         self.spans(Intent::Join)
     }
 
-    /// When it is intended to send this kind of media: it is there, publishes, and is not muted.
+    /// When it is intended to send this kind of media: it is present, publishes, and is not muted.
     pub fn sending(&self, kind: Kind) -> Spans {
         let published = self.presence().overlap(&self.spans(Intent::Publish(kind)));
         published.without(&self.spans(Intent::Mute(kind)))
@@ -101,7 +101,7 @@ impl Schedule {
     }
 }
 
-/// From a moment on, up to another one. [`Time::MAX`] stands for the end of the run.
+/// A stretch of time from one moment up to another. [`Time::MAX`] stands for the end of the run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
     pub from: Time,
@@ -109,7 +109,7 @@ pub struct Span {
 }
 
 impl Span {
-    /// Up to the end of the run.
+    /// The span from a moment up to the end of the run.
     pub const fn since(from: Time) -> Span {
         Span {
             from,
@@ -123,7 +123,7 @@ impl Span {
 pub struct Spans(Vec<Span>);
 
 impl Spans {
-    /// Takes stretches in any order; those that overlap or touch become one.
+    /// Makes spans from stretches in any order. Stretches that overlap or touch become one.
     pub fn of(spans: impl IntoIterator<Item = Span>) -> Spans {
         let mut spans: Vec<Span> = spans
             .into_iter()
@@ -148,22 +148,22 @@ impl Spans {
         self.0.is_empty()
     }
 
-    /// Whether a moment lies in one of them. The end of a span does not.
+    /// Whether a moment lies in one of the spans. The end of a span does not belong to it.
     pub fn contains(&self, at: Time) -> bool {
         self.iter().any(|span| span.from <= at && at < span.to)
     }
 
-    /// Whether the last one has no end before the run's.
+    /// Whether the last span ends only with the run.
     pub fn is_open(&self) -> bool {
         self.0.last().is_some_and(|span| span.to == Time::MAX)
     }
 
-    /// End of the last stretch, or of the run.
+    /// End of the last span, or of the run.
     pub fn end(&self) -> Option<Time> {
         self.0.last().map(|span| span.to)
     }
 
-    /// What two have in common, in order.
+    /// The times that lie in both, in order.
     pub fn common<'a>(&'a self, other: &'a Spans) -> impl Iterator<Item = Span> + 'a {
         let pairs = self
             .iter()
@@ -180,13 +180,13 @@ impl Spans {
         Spans(self.common(other).collect())
     }
 
-    /// What lies in these and not in the others.
+    /// The times that lie in these spans and not in the others.
     #[must_use]
     pub fn without(&self, other: &Spans) -> Spans {
         self.overlap(&other.complement())
     }
 
-    /// All time of the run that lies outside.
+    /// All time of the run outside the spans.
     fn complement(&self) -> Spans {
         let mut outside = Vec::new();
         let mut from = Time::ZERO;
@@ -204,7 +204,7 @@ impl Spans {
         Spans::of(outside)
     }
 
-    /// How much time they are up to `end`.
+    /// Total time of the spans up to `end`.
     pub fn length(&self, end: Time) -> Duration {
         self.iter()
             .map(|span| span.to.min(end).since(span.from))
@@ -212,8 +212,8 @@ impl Spans {
     }
 }
 
-/// The schedules of everybody whom this host plays, by global index, and of the publishers that
-/// other hosts play. The stages of a run write it as they decide, and the account reads it.
+/// The schedules of all participants of this host, by global index, and of the publishers of other
+/// hosts. The stages of a run write it as they decide, and the account reads it.
 #[derive(Clone, Debug, Default)]
 pub struct ScheduleBook {
     people: BTreeMap<u32, Schedule>,
@@ -225,40 +225,41 @@ impl ScheduleBook {
         self.people.entry(index).or_default().intend(at, intent);
     }
 
-    /// The same of somebody whom another host plays.
+    /// Adds an intended moment of a participant of another host.
     pub fn intend_elsewhere(&mut self, index: u32, at: Time, intent: Intent) {
         let schedule = self.elsewhere.entry(index).or_default();
         schedule.intend(at, intent);
     }
 
-    /// Of somebody whom this host plays.
+    /// Schedule of a participant of this host.
     pub fn schedule(&self, index: u32) -> Option<&Schedule> {
         self.people.get(&index)
     }
 
-    /// Of somebody whom this host or another one plays.
+    /// Schedule of a participant of this or another host.
     pub fn of_anybody(&self, index: u32) -> Option<&Schedule> {
         self.schedule(index).or_else(|| self.elsewhere.get(&index))
     }
 
-    /// Everybody of this host who is intended to be there at one time or another, in joining order.
+    /// Participants of this host that are intended to be present at one time or another, in joining
+    /// order.
     pub fn everybody(&self) -> impl Iterator<Item = u32> + '_ {
         self.people.keys().copied()
     }
 
-    /// Whether somebody is intended to stay, as far as is decided.
+    /// Whether a participant is intended to stay, as far as is decided.
     pub fn stays(&self, index: u32) -> bool {
         self.schedule(index)
             .is_some_and(|schedule| schedule.presence().is_open())
     }
 
-    /// Whether somebody is intended to be there at that moment.
+    /// Whether a participant is intended to be present at that moment.
     pub fn is_due(&self, index: u32, at: Time) -> bool {
         self.schedule(index)
             .is_some_and(|schedule| schedule.presence().contains(at))
     }
 
-    /// When somebody was last intended to join.
+    /// When a participant was last intended to join.
     pub fn last_join(&self, index: u32) -> Option<Time> {
         self.schedule(index)?.last_join()
     }
@@ -292,7 +293,7 @@ mod tests {
         }))
     }
 
-    /// What the spans say, millisecond by millisecond.
+    /// The content of the spans, millisecond by millisecond.
     fn row(spans: &Spans) -> Vec<bool> {
         (0..70).map(|ms| spans.contains(at(ms))).collect()
     }
@@ -395,7 +396,7 @@ mod tests {
         let mut schedule = Schedule::default();
         schedule.intend(at(10), Intent::Join);
         schedule.intend(at(90), Intent::Leave);
-        // It was to leave, and is wanted for longer.
+        // It was to leave, and is now wanted for longer.
         schedule.intend(at(50), Intent::Join);
         assert!(schedule.presence().is_open());
         schedule.intend(at(70), Intent::Leave);

@@ -1,23 +1,23 @@
-//! What carries a participant's media between this host and the server.
+//! Transports of a participant's media between this host and the server.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// What carried it.
+/// The transport that media used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MediaTransport {
-    /// Straight to the server.
+    /// UDP, directly to the server.
     Udp,
     /// ICE over TCP, to a passive candidate of the server (RFC 6544).
     Tcp,
-    /// Through a TURN server that is reached over UDP.
+    /// Through a TURN server, reached over UDP.
     TurnUdp,
-    /// Through one that is reached over TCP.
+    /// Through a TURN server, reached over TCP.
     TurnTcp,
-    /// Through one that is reached over TLS.
+    /// Through a TURN server, reached over TLS.
     TurnTls,
 }
 
@@ -29,7 +29,7 @@ impl MediaTransport {
         )
     }
 
-    /// `tcp`, as flags and reports name it.
+    /// Name in flags and reports, for example `tcp`.
     pub const fn name(self) -> &'static str {
         match self {
             MediaTransport::Udp => "udp",
@@ -41,10 +41,10 @@ impl MediaTransport {
     }
 }
 
-/// What it is to be carried by.
+/// The transports that media may use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TransportChoice {
-    /// UDP, and what clients fall back to where it does not come up.
+    /// UDP, and the fallbacks that clients use if UDP does not come up.
     #[default]
     Auto,
     Udp,
@@ -79,12 +79,12 @@ impl TransportChoice {
         matches!(self, TransportChoice::Auto)
     }
 
-    /// Whether it may be UDP straight to the server.
+    /// Whether UDP directly to the server is allowed.
     pub const fn allows_udp(self) -> bool {
         matches!(self, TransportChoice::Auto | TransportChoice::Udp)
     }
 
-    /// Whether it is a relay, whatever else there is.
+    /// Whether only a relay is allowed.
     pub const fn is_relay(self) -> bool {
         matches!(
             self,
@@ -92,20 +92,20 @@ impl TransportChoice {
         )
     }
 
-    /// Whether it may be a relay.
+    /// Whether a relay is allowed.
     pub const fn allows_relay(self) -> bool {
         self.is_auto() || self.is_relay()
     }
 
-    /// Whether it may be TCP straight to the server.
+    /// Whether TCP directly to the server is allowed.
     pub const fn allows_tcp(self) -> bool {
         matches!(self, TransportChoice::Auto | TransportChoice::Tcp)
     }
 }
 
-/// What carries the media of several participants: one thing, or shares of them in percent.
+/// Transports of several participants' media: a single one, or shares in percent.
 ///
-/// `tcp`, or `udp:75,turn-tls:25`.
+/// Written as `tcp` or `udp:75,turn-tls:25`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct TransportMix(Vec<TransportShare>);
@@ -116,7 +116,7 @@ struct TransportShare {
     percent: u8,
 }
 
-/// Why a text says no mix.
+/// Why a text is not a mix.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoTransportMix {
     #[error(
@@ -132,7 +132,7 @@ pub enum NoTransportMix {
 }
 
 impl TransportMix {
-    /// So much of it goes another way.
+    /// A mix of `choice`, with `percent` of `other`.
     #[must_use]
     pub fn with_share(
         choice: TransportChoice,
@@ -146,12 +146,12 @@ impl TransportMix {
         TransportMix(shares)
     }
 
-    /// Each once.
+    /// Each choice once.
     pub fn choices(&self) -> impl Iterator<Item = TransportChoice> + '_ {
         self.0.iter().map(|share| share.choice)
     }
 
-    /// The one that everybody has.
+    /// The choice that all participants have, if it is the same for all.
     pub fn only(&self) -> Option<TransportChoice> {
         match &self.0[..] {
             [share] => Some(share.choice),
@@ -163,19 +163,19 @@ impl TransportMix {
         self.only().is_some_and(|choice| choice.is_auto())
     }
 
-    /// What carries the media of the `nth` of them. Among the first ones, however many, each share
-    /// is as large as it can be in whole people.
+    /// Transport of the `nth` participant's media. Among the first ones, for any number of them,
+    /// each share is as large as it can be in whole participants.
     pub fn at(&self, nth: u64) -> TransportChoice {
         if let Some(choice) = self.only() {
             return choice;
         }
-        // Everything has come round after a hundred.
+        // The order repeats after a hundred.
         let mut taken = vec![0; self.0.len()];
         let mut last = 0;
         for count in 1..=(nth % 100) as i64 + 1 {
             let owed =
                 |index: &usize| i64::from(self.0[*index].percent) * count - 100 * taken[*index];
-            // The first of several that are owed the same.
+            // Take the first of several that are owed the same.
             last = (0..taken.len()).rev().max_by_key(owed).unwrap_or(0);
             taken[last] += 1;
         }
