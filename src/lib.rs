@@ -1,5 +1,5 @@
-//! throng: a load engine for WebRTC SFUs. See `docs/architecture.md` for the way a packet takes
-//! through these modules.
+//! throng: a load engine for WebRTC SFUs. `docs/architecture.md` follows a packet through these
+//! modules.
 
 pub mod calibrate;
 pub mod cli;

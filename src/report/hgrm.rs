@@ -1,4 +1,4 @@
-//! Percentile files (`.hgrm`), as HdrHistogram's plotter reads them: one per histogram, values in
+//! Percentile files (`.hgrm`) for HdrHistogram's plotter: one per histogram, values in
 //! milliseconds.
 
 use std::fmt::Write as _;
@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::measure::{Histogram, Record};
 
-/// Reporting points per halving of the distance to 100 %: what HdrHistogram's own tools use.
+/// Reporting points per halving of the distance to 100 %. HdrHistogram's own tools use the same.
 const TICKS_PER_HALF_DISTANCE: u32 = 5;
 
 /// Writes `SCOPE.METRIC.hgrm` into `dir` for every histogram that applies.
@@ -45,8 +45,8 @@ pub fn write(dir: &Path, record: &Record) -> io::Result<()> {
     Ok(())
 }
 
-/// Percentiles are over what was *expected*: the curve ends where the missing begin, and the last
-/// line counts them.
+/// Renders one histogram. Percentiles are over the *expected* values: the curve ends where the
+/// missing ones begin, and the last line counts them.
 pub fn render(histogram: &Histogram) -> String {
     let (hdr, expected) = (histogram.hdr(), histogram.expected().max(1));
     let mut text = "       Value     Percentile TotalCount 1/(1-Percentile)\n\n".to_owned();

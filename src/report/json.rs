@@ -1,8 +1,8 @@
 //! The JSON report, `throng-report/1`. Its JSON Schema is
-//! `fixtures/schema/throng-report-1.schema.json`, and tests hold the two together.
+//! `fixtures/schema/throng-report-1.schema.json`, and tests keep the two in agreement.
 //!
-//! Fields appear in the order in which a reader wants them. Fields may be added; none changes its
-//! meaning.
+//! Fields are in the order in which they are most useful to a reader. Fields may be added, but none
+//! changes its meaning.
 
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -23,7 +23,7 @@ use crate::signal::AddressUse;
 
 pub const SCHEMA: &str = "throng-report/1";
 
-/// The report of one host.
+/// Renders the report of one host.
 pub fn render(outcome: &Outcome) -> String {
     let steps = outcome
         .steps
@@ -39,8 +39,8 @@ pub fn render(outcome: &Outcome) -> String {
     ))
 }
 
-/// The report of a run over many hosts, which was judged as a whole and step by step. `series` has
-/// its rows, `hosts` has `vantages` and `missing`, and what else belongs beside them.
+/// Makes the report of a run over many hosts, judged as a whole and step by step. `series` contains
+/// its rows. `hosts` contains `vantages`, `missing`, and other fields that belong beside them.
 pub fn of_many<'a, S: Serialize, H: Serialize>(
     outcome: &'a Outcome,
     judgement: Judgement,
@@ -51,7 +51,7 @@ pub fn of_many<'a, S: Serialize, H: Serialize>(
     ReportView::new(outcome, judgement, steps, series, hosts)
 }
 
-/// Indented, with a newline at its end.
+/// Prints a report with indentation and a final newline.
 pub fn print(report: &impl Serialize) -> String {
     let mut text = serde_json::to_string_pretty(report).expect("plain data serialises");
     text.push('\n');
@@ -69,7 +69,7 @@ fn knee<'a>(outcome: &'a Outcome, steps: &[Judgement]) -> Option<Knee<'a>> {
     )
 }
 
-/// Nothing of other hosts.
+/// The fields about other hosts in the report of one host: all `null`.
 #[derive(Default, serde::Serialize)]
 struct OneHost {
     vantages: Option<()>,
@@ -91,7 +91,7 @@ struct ReportView<'a, S, H> {
     knee: Option<KneeView<'a>>,
     capacity: Option<CapacityView<'a>>,
     steps: Vec<StepView<'a>>,
-    /// Tiers that the run did not come to; `null` without tiers.
+    /// Tiers that the run did not reach. `null` without tiers.
     unmeasured_tiers: Option<Vec<TierKeyView<'a>>>,
     totals: TotalsView<'a>,
     join_failures: Vec<FailureView<'a>>,
@@ -157,11 +157,12 @@ impl<'a, S: Serialize, H: Serialize> ReportView<'a, S, H> {
     }
 }
 
-/// The plan and what it is judged by: the scenario, and before it what it comes to by the names
-/// that readers know. Durations in seconds, bitrates in bits per second.
+/// The plan and its limits. The figures that follow from the scenario come first, under names that
+/// readers know, and then the scenario itself. Durations in seconds, bitrates in bits per second.
 struct PublishedPlan<'a>(&'a Outcome);
 
-/// A run of thousands of rooms need not name each: the rule is plain from the first ones.
+/// Most room names in a report. A run of thousands of rooms need not name each, because the first
+/// ones show the pattern.
 const ROOM_NAMES_MAX: u32 = 16;
 
 impl Serialize for PublishedPlan<'_> {
@@ -184,7 +185,7 @@ impl Serialize for PublishedPlan<'_> {
         map.serialize_entry("run_tag", &format!("{:08x}", plan.run_tag))?;
         map.serialize_entry("joins_per_second", &scenario.joins_per_second)?;
         map.serialize_entry("duration_seconds", &times.hold.as_secs_f64())?;
-        // Subscribers per room, tier by tier; `null` without.
+        // Subscribers per room, tier by tier. `null` without tiers.
         map.serialize_entry("ramp", &(!tiers.is_empty()).then_some(tiers))?;
         map.serialize_entry("find_knee", &scenario.search.is_some())?;
         let spread = times.spread.map(|spread| spread.as_secs_f64());
@@ -212,7 +213,7 @@ fn published_audio(audio: &AudioSpec) -> impl Serialize {
     })
 }
 
-/// With what is sent, the lowest layer first.
+/// The video settings with the layers that are sent, the lowest first.
 fn published_video(plan: &Plan) -> impl Serialize {
     let layer = |spec: &VideoSpec| {
         json!({
@@ -242,7 +243,7 @@ struct TargetView<'a> {
     kind: &'static str,
     url: Option<String>,
     server_version: Option<&'a str>,
-    /// `None`: each host finds out by itself.
+    /// `None`: each host asks its own server.
     connection: Option<&'static str>,
     connection_reason: Option<&'a str>,
     addresses: Vec<AddressView<'a>>,
@@ -285,7 +286,7 @@ impl<'a> TargetView<'a> {
     }
 }
 
-/// What the server said of itself.
+/// What the server reported about itself.
 #[derive(serde::Serialize)]
 struct ServerView<'a> {
     #[serde(flatten)]
@@ -304,7 +305,7 @@ impl<'a> ServerView<'a> {
     }
 }
 
-/// What the embedded SFU says of itself: RTP media of all rooms, and what it cost.
+/// What the embedded SFU reports about itself: RTP media of all rooms, and its cost.
 #[derive(serde::Serialize)]
 struct EmbeddedView {
     routers: usize,
@@ -347,7 +348,7 @@ impl EmbeddedView {
 struct StepView<'a> {
     name: &'a str,
     participants: u32,
-    /// Per room; `null` where it is no tier.
+    /// Subscribers per room. `null` if the step is not a tier.
     subscribers: Option<u32>,
     #[serde(flatten)]
     totals: TotalsView<'a>,
@@ -383,7 +384,7 @@ impl<'a> From<&'a Unmeasured> for TierKeyView<'a> {
     }
 }
 
-/// What a ramp found: the last tier that passed before the first one that did not.
+/// Result of a ramp: the last tier that passed before the first one that did not.
 #[derive(serde::Serialize)]
 struct KneeView<'a> {
     answer: &'static str,
@@ -420,13 +421,13 @@ impl<'a> KneeView<'a> {
     }
 }
 
-/// What a search for the most subscribers a room found.
+/// Result of a search for the most subscribers per room.
 #[derive(serde::Serialize)]
 struct CapacityView<'a> {
     answer: &'static str,
     subscribers: Option<u32>,
     participants: Option<u32>,
-    /// Bounds of `subscribers`: with `confidence` it lies between them.
+    /// Bounds of `subscribers`: it lies between them with a probability of `confidence`.
     low: Option<u32>,
     high: Option<u32>,
     confidence: Option<f64>,
@@ -444,7 +445,7 @@ struct BrokeFirstView<'a> {
 }
 
 impl<'a> CapacityView<'a> {
-    /// Without an answer.
+    /// The view of a search without an answer.
     fn nothing(capacity: &'a Capacity) -> CapacityView<'a> {
         let broke_first = capacity.broke_first.as_ref();
         CapacityView {
@@ -582,7 +583,7 @@ impl Serialize for CountersView<'_> {
     }
 }
 
-/// Counters that this version does not fill are `None`.
+/// Counters by name. Those that this version does not fill are `None`.
 fn measured(
     kind: Option<Kind>,
     counters: impl Iterator<Item = (&'static str, u64)>,
@@ -590,7 +591,7 @@ fn measured(
     counters.map(move |(name, value)| (name, is_measured(kind, name).then_some(value)))
 }
 
-/// Counters and histograms directly by name, in the order in which they are declared.
+/// Writes counters and histograms by name, in the order of their declaration.
 fn stats<'a, S: Serializer>(
     serializer: S,
     counters: impl Iterator<Item = (&'static str, Option<u64>)>,
@@ -610,7 +611,7 @@ fn stats<'a, S: Serializer>(
     map.end()
 }
 
-/// Microseconds; a percentile that falls among the missing is `null`.
+/// A histogram in microseconds. A percentile that falls among the missing values is `null`.
 #[derive(serde::Serialize)]
 struct HistogramView {
     expected: u64,
@@ -627,7 +628,8 @@ struct HistogramView {
 }
 
 impl HistogramView {
-    /// `None` for a histogram that does not apply: nothing was expected, and nothing came.
+    /// Returns `None` for a histogram that does not apply, because no values were expected and none
+    /// came.
     fn new(histogram: &Histogram) -> Option<HistogramView> {
         (histogram.expected() > 0).then(|| HistogramView {
             expected: histogram.expected(),
@@ -645,7 +647,8 @@ impl HistogramView {
     }
 }
 
-/// Scores, of which less is worse: percentiles count from the worst, and what is missing is worst.
+/// Scores, for which lower is worse. Percentiles count from the worst, and missing scores are
+/// worst.
 #[derive(serde::Serialize)]
 struct ScoresView {
     expected: u64,
@@ -695,7 +698,7 @@ struct WorstParticipantView<'a> {
     video: WorstMediaView,
 }
 
-/// Shares; `null` where nothing was expected.
+/// Shares of one kind of media. `null` if nothing was expected.
 #[derive(serde::Serialize)]
 struct WorstMediaView {
     undelivered: Option<f64>,
@@ -751,7 +754,7 @@ struct EngineView<'a> {
     us_per_packet: Option<f64>,
     bytes_per_participant: Option<u64>,
     rss_peak_bytes: Option<u64>,
-    /// What the engine counted, directly by name.
+    /// The engine's counters, directly by name.
     #[serde(flatten)]
     counters: CountersView<'a>,
     host_drops: Vec<DropsView>,

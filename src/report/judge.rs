@@ -1,7 +1,7 @@
-//! PASS, FAIL, INVALID or PARTIAL, and why.
+//! The verdict, PASS, FAIL, INVALID or PARTIAL, and its reasons.
 //!
-//! An unknown is never a pass: what a judgement needs and the run did not measure is a reason to
-//! fail. Reasons name the measured value and the limit.
+//! An unknown is never a pass: a figure that a judgement needs and that the run did not measure is
+//! a reason to fail. Reasons name the measured value and the limit.
 
 use std::fmt;
 use std::str::FromStr;
@@ -12,15 +12,15 @@ use crate::knee::{KneeAnswer, KneeLimit};
 use crate::measure::{Histogram, Kind, Media, Record, Session, is_measured};
 use crate::words;
 
-/// What a run is held to.
+/// The limits by which a run is judged.
 #[derive(Clone, Debug)]
 pub struct Judging {
-    /// Per cent; holds for audio and for video, see [`LossShares::worse`].
+    /// In per cent, for audio and for video. See [`LossShares::worse`].
     pub max_loss_pct: f64,
-    /// For the 95th percentile of `session.rtt_rtcp`; `None`: not judged.
+    /// Limit for the 95th percentile of `session.rtt_rtcp`. `None`: not judged.
     pub target_rtt: Option<Duration>,
     pub thresholds: Vec<Threshold>,
-    /// A run in which nothing came that could be judged may pass.
+    /// Whether a run may pass in which nothing arrived that could be judged.
     pub allow_unjudged: bool,
 }
 
@@ -38,9 +38,9 @@ impl Default for Judging {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     Pass,
-    /// The server, or the way to it, did not do what was asked.
+    /// The server, or the path to it, did not do what was asked.
     Fail,
-    /// The generator was the limit: nothing is known about the server.
+    /// The generator was the limit, so nothing is known about the server.
     Invalid,
     /// Ended early.
     Partial,
@@ -69,13 +69,13 @@ impl Verdict {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Judgement {
     pub verdict: Verdict,
-    /// Empty for a PASS. What decided comes first.
+    /// Empty for a PASS. The deciding reasons come first.
     pub reasons: Vec<String>,
 }
 
 impl Judgement {
-    /// PARTIAL stands before INVALID and that before FAIL: each makes the next one unknowable, but
-    /// its reasons are listed too.
+    /// Makes a judgement. PARTIAL comes before INVALID, and INVALID before FAIL: each one makes the
+    /// next unknowable, but the reasons of all are listed.
     fn of(partial: Option<&String>, invalid: Vec<String>, failed: Vec<String>) -> Judgement {
         let verdict = match (partial, invalid.is_empty(), failed.is_empty()) {
             (Some(_), ..) => Verdict::Partial,
@@ -91,7 +91,7 @@ impl Judgement {
     }
 }
 
-/// Judges a whole run: where it had tiers, by those.
+/// Judges a whole run. A run with tiers is judged by its tiers.
 pub fn judge(outcome: &Outcome) -> Judgement {
     if outcome.plan.scenario.search.is_some() {
         return judge_search(outcome);
@@ -106,7 +106,8 @@ pub fn judge(outcome: &Outcome) -> Judgement {
     )
 }
 
-/// A search passes where it has found something, whatever its points came to.
+/// Judges a search. It passes if it found a capacity, or passed at the greatest number allowed,
+/// whatever the verdicts of its points. It fails on complaints that no point has told.
 fn judge_search(outcome: &Outcome) -> Judgement {
     let (invalid, failed) = match outcome.capacity.as_ref().map(|capacity| &capacity.answer) {
         Some(
@@ -149,14 +150,15 @@ fn judge_search(outcome: &Outcome) -> Judgement {
     )
 }
 
-/// Whether a tier complains of this, too.
+/// Whether a tier has this complaint, too.
 fn is_told(complaint: &String, steps: &[Step]) -> bool {
     let mut tiers = steps.iter().filter_map(|step| step.tier.as_ref());
     tiers.any(|tier| tier.complaints.contains(complaint))
 }
 
-/// One tier that failed while the generator kept up is a FAIL, whatever became of the others; one
-/// in which it did not keep up leaves only that open.
+/// Judges a run by its tiers. If one tier failed while the generator kept up, the verdict is FAIL,
+/// whatever became of the others. A tier in which the generator did not keep up leaves only that
+/// tier open.
 fn judge_by_tiers(outcome: &Outcome) -> Judgement {
     let mut reasons: Vec<String> = outcome
         .partial
@@ -171,7 +173,7 @@ fn judge_by_tiers(outcome: &Outcome) -> Judgement {
             (Verdict::Invalid, _) | (_, Verdict::Invalid) => Verdict::Invalid,
             (verdict, Verdict::Pass | Verdict::Partial) => verdict,
         };
-        // That it ended early has been said.
+        // The early end has been reported already.
         let ended_early = usize::from(judged.verdict == Verdict::Partial);
         reasons.extend(
             judged
@@ -206,8 +208,8 @@ fn judge_by_tiers(outcome: &Outcome) -> Judgement {
     }
 }
 
-/// Judges one tier. Where it is the only one, whether the generator kept up is known for the run,
-/// and decides here too.
+/// Judges one step. If it is the only one, whether the generator kept up is known for the whole
+/// run, and decides here too.
 pub fn judge_step(outcome: &Outcome, step: &Step) -> Judgement {
     match &step.tier {
         Some(_) => judge_tier(step, &outcome.judging),
@@ -218,7 +220,7 @@ pub fn judge_step(outcome: &Outcome, step: &Step) -> Judgement {
     }
 }
 
-/// Judges one of several tiers by what is known of it alone.
+/// Judges one of several tiers by its own facts alone.
 pub fn judge_tier(step: &Step, judging: &Judging) -> Judgement {
     let TierFacts {
         invalid,
@@ -230,18 +232,18 @@ pub fn judge_tier(step: &Step, judging: &Judging) -> Judgement {
     Judgement::of(cut_short.as_ref(), invalid, failed)
 }
 
-/// Loss of one kind of media, as shares (0..=1); `None` where nothing tells.
+/// Loss of one kind of media, as shares (0..=1). `None` if it is unknown.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LossShares {
-    /// Missing on arrival.
+    /// Packets missing on arrival.
     pub network: Option<f64>,
-    /// Missing on arrival and repaired.
+    /// Packets missing on arrival and repaired.
     pub repaired: Option<f64>,
-    /// Missing on arrival, and brought by the redundancy of another packet.
+    /// Packets missing on arrival, and recovered from the redundancy of another packet.
     pub recovered: Option<f64>,
-    /// Missing on arrival, and neither repaired nor recovered.
+    /// Packets missing on arrival, and neither repaired nor recovered.
     pub residual: Option<f64>,
-    /// Frames that publishers sent and a live subscription never got whole.
+    /// Frames that publishers sent and that a live subscription never received whole.
     pub undelivered: Option<f64>,
 }
 
@@ -250,10 +252,10 @@ impl LossShares {
         LossShares::counted([media])
     }
 
-    /// Over several kinds of media together.
+    /// Shares over several kinds of media together.
     pub fn counted<'a>(media: impl IntoIterator<Item = &'a Media> + Clone) -> LossShares {
         let sum = |counter: fn(&Media) -> u64| media.clone().into_iter().map(counter).sum::<u64>();
-        // What others send is theirs.
+        // Leave out the packets of foreign tracks.
         let own = |all: fn(&Media) -> u64, foreign: fn(&Media) -> u64| {
             sum(all).saturating_sub(sum(foreign))
         };
@@ -277,9 +279,9 @@ impl LossShares {
         }
     }
 
-    /// What `--max-loss` judges: the worse of residual RTP loss and undelivered frames. A server
-    /// hides what it drops from RTP, but not from the publishers' log. `None` if either is
-    /// unknown.
+    /// The loss that `--max-loss` judges: the worse of residual RTP loss and undelivered frames. A
+    /// server can hide dropped packets from RTP, but not from the publishers' log. `None` if either
+    /// is unknown.
     pub fn worse(&self) -> Option<f64> {
         Some(self.residual?.max(self.undelivered?))
     }
@@ -330,7 +332,7 @@ fn failures(outcome: &Outcome) -> Vec<String> {
     reasons
 }
 
-/// `complaints` are known already, and not told twice.
+/// `complaints` are already known reasons, which are not repeated.
 fn step_failures(step: &Step, complaints: &[String], judging: &Judging) -> Vec<String> {
     let mut reasons = complaints.to_vec();
     let is_quiet = step.tier.is_some() && step.record.session.joins_planned == 0;
@@ -356,7 +358,7 @@ fn step_failures(step: &Step, complaints: &[String], judging: &Judging) -> Vec<S
     reasons
 }
 
-/// Why a part of a hold does not pass, as far as a part can tell.
+/// Returns why a part of a hold does not pass, as far as a part can tell.
 pub fn media_failures(record: &Record, judging: &Judging) -> Vec<String> {
     let media = [(Kind::Audio, &record.audio), (Kind::Video, &record.video)];
     let loss = media
@@ -420,7 +422,7 @@ fn loss_exceeded(kind: Kind, media: &Media, max_loss_pct: f64) -> Option<String>
     })
 }
 
-/// Where nobody of this run is to be heard, what others send is judged, by what packets tell.
+/// Judges foreign tracks by their packets, if no track of this run was expected.
 fn others_failed(step: &Step, judging: &Judging) -> Vec<String> {
     let kinds = [Kind::Audio, Kind::Video].map(|kind| (kind, step.media(kind)));
     if kinds.iter().any(|(_, media)| media.tracks_expected > 0) {
@@ -461,7 +463,7 @@ fn others_failed(step: &Step, judging: &Judging) -> Vec<String> {
     reasons
 }
 
-/// Somebody joined, and none of them published.
+/// Whether participants joined, and none of them published.
 fn is_audience(step: &Step) -> bool {
     let published = |kind| step.media(kind).tracks_published;
     step.record.session.participants_total > 0
@@ -502,29 +504,30 @@ pub(super) const fn name(kind: Kind) -> &'static str {
     }
 }
 
-/// One limit on one figure of the report: `audio.one_way_latency.p95<150ms`,
+/// A limit on one figure of the report, for example `audio.one_way_latency.p95<150ms` or
 /// `session.disconnects<1`.
 ///
-/// Histograms are judged in microseconds and need a unit; counters have none.
+/// Histograms are judged in microseconds and need a unit. Counters have none.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Threshold {
-    /// Without what follows the limit.
+    /// Text of the threshold, without the conditions after the limit.
     text: String,
     scope: Scope,
     figure: Figure,
     comparison: Comparison,
-    /// Microseconds, a count, or a score.
+    /// In microseconds, or a count, or a score.
     limit: f64,
-    /// Has to hold over every stretch of a hold that is so long; `None`: over all of it.
+    /// The limit must hold over every stretch of a hold of this length. `None`: over the whole
+    /// hold.
     pub window: Option<Duration>,
-    /// Ends the run as soon as it does not hold.
+    /// Whether the run ends as soon as it does not hold.
     pub aborts: bool,
 }
 
-/// What a threshold is about, so far: cumulative, or a difference of such.
+/// Value of a threshold's figure: cumulative, or a difference of cumulative values.
 pub(super) enum Value {
     Counter(i64),
-    /// What came, and how many are missing.
+    /// Values that came, and the number of missing ones.
     Histogram(Histogram, i64),
 }
 
@@ -550,7 +553,7 @@ enum Stat {
     Max,
 }
 
-/// A statistic of scores: quantiles count from the worst, and a missing score is worst.
+/// A statistic of scores. Quantiles count from the worst, and a missing score is worst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ScoreStat {
     Quantile(u16),
@@ -580,7 +583,7 @@ const SCOPES: &[(&str, Scope)] = &[
     ("audio", Scope::Audio),
     ("video", Scope::Video),
 ];
-/// Quantiles are in thousandths.
+/// Statistics of histograms. Quantiles are in thousandths.
 const STATS: &[(&str, Stat)] = &[
     ("p50", Stat::Quantile(500)),
     ("p90", Stat::Quantile(900)),
@@ -591,7 +594,7 @@ const STATS: &[(&str, Stat)] = &[
     ("mean", Stat::Mean),
     ("max", Stat::Max),
 ];
-/// Quantiles are in thousandths: the least score lies at the first one of all.
+/// Statistics of scores. Quantiles are in thousandths. The lowest score is at the first of all.
 const SCORE_STATS: &[(&str, ScoreStat)] = &[
     ("p1", ScoreStat::Quantile(10)),
     ("p5", ScoreStat::Quantile(50)),
@@ -600,7 +603,7 @@ const SCORE_STATS: &[(&str, ScoreStat)] = &[
     ("min", ScoreStat::Quantile(0)),
     ("mean", ScoreStat::Mean),
 ];
-/// Longer before shorter, so that `<=` is not read as `<`.
+/// Comparisons, longer ones first, so that `<=` is not read as `<`.
 const COMPARISONS: &[(&str, Comparison)] = &[
     ("<=", Comparison::AtMost),
     (">=", Comparison::AtLeast),
@@ -610,8 +613,8 @@ const COMPARISONS: &[(&str, Comparison)] = &[
 const UNITS: &[(&str, f64)] = &[("us", 1.0), ("ms", 1e3), ("s", 1e6)];
 
 impl Threshold {
-    /// Why `record` does not hold it; `None` if it does. What has to hold over windows is not told
-    /// by a record.
+    /// Returns why `record` does not meet the threshold, or `None` if it does. A record alone
+    /// cannot tell this for a threshold over windows.
     fn violation(&self, record: &Record) -> Option<String> {
         match self.figure {
             _ if self.window.is_some() => None,
@@ -637,11 +640,11 @@ impl Threshold {
         }
     }
 
-    /// The same of a value by itself.
+    /// Returns why `value` does not meet the threshold, or `None` if it does.
     pub(super) fn violation_of(&self, value: &Value) -> Option<String> {
         match (self.figure, value) {
             (Figure::Histogram(_, stat), Value::Histogram(values, missing)) => {
-                // More may have come than were known to be expected.
+                // More values may have come than were known to be expected.
                 let values =
                     values.expecting(values.count() + u64::try_from(*missing).unwrap_or(0));
                 match stat.of(&values) {
@@ -654,7 +657,7 @@ impl Threshold {
                 }
             }
             (_, Value::Counter(value)) => {
-                // A packet thought lost before may have come.
+                // A packet that was counted as lost before may have arrived.
                 let value = u64::try_from(*value).unwrap_or(0);
                 (!self.comparison.holds(value as f64, self.limit))
                     .then(|| format!("{self} does not hold: it is {}", words::number(value)))
@@ -663,7 +666,7 @@ impl Threshold {
         }
     }
 
-    /// The same, but for what has not come yet: nothing is known of that.
+    /// Like [`Threshold::violation_of`], but a figure without any values yet violates nothing.
     pub(super) fn known_violation(&self, value: &Value) -> Option<String> {
         match value {
             Value::Histogram(values, missing) if values.count() == 0 && *missing <= 0 => None,
@@ -671,15 +674,15 @@ impl Threshold {
         }
     }
 
-    /// What it is about, as it stands in `record`. Scores have no value before the end.
+    /// Value of its figure in `record`. Scores have no value before the end.
     pub(super) fn value(&self, record: &Record) -> Value {
         match self.figure {
             Figure::Counter(name) => Value::Counter(self.counter(record, name).unwrap_or(0) as i64),
             Figure::Score(..) => Value::Counter(0),
             Figure::Histogram(name, _) => {
                 let histogram = self.histogram(record, name).cloned().unwrap_or_default();
-                // Of frames it is known how many are missing; a tier's record says of other figures
-                // how many ought to have come.
+                // For frames the number of missing ones is known. For other figures a tier's record
+                // says how many values were expected.
                 let late = match (self.scope, name) {
                     (Scope::Audio, "one_way_latency") => Some(&record.audio),
                     (Scope::Video, "one_way_latency") => Some(&record.video),
@@ -694,12 +697,13 @@ impl Threshold {
         }
     }
 
-    /// Scores are made up when a stream has ended: there are none of a tier while others follow.
+    /// Whether its figure is a score. Scores are computed when a stream has ended, so a tier has
+    /// none while others follow.
     fn is_known_at_the_end(&self) -> bool {
         matches!(self.figure, Figure::Score(..))
     }
 
-    /// Names were checked when the threshold was read, so this finds one.
+    /// Value of a counter. Names were checked when the threshold was read, so there is one.
     fn counter(&self, record: &Record, name: &str) -> Option<u64> {
         let found = match self.scope {
             Scope::Session => record.session.counters().find(|(n, _)| *n == name),
@@ -729,7 +733,7 @@ impl Threshold {
 }
 
 impl ScoreStat {
-    /// Missing scores leave no mean.
+    /// Computes the statistic. Missing scores leave no mean.
     fn of(self, scores: &Histogram) -> Option<f64> {
         match self {
             ScoreStat::Quantile(thousandths) => scores
@@ -744,8 +748,8 @@ impl ScoreStat {
 }
 
 impl Stat {
-    /// Microseconds. What was expected and never came counts as later than everything, so it leaves
-    /// no mean and no maximum.
+    /// Computes the statistic in microseconds. An expected value that never came counts as later
+    /// than everything, so it leaves no mean and no maximum.
     fn of(self, histogram: &Histogram) -> Option<f64> {
         match self {
             Stat::Quantile(thousandths) => histogram
@@ -781,14 +785,14 @@ impl fmt::Display for Threshold {
     }
 }
 
-/// Why a text is no threshold: what to write instead.
+/// Why a text is not a threshold, and what to write instead.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RefusedThreshold {
     #[error(
         "write SCOPE.METRIC.STAT<VALUE, as in audio.one_way_latency.p95<150ms, or SCOPE.COUNTER<VALUE"
     )]
     Shape,
-    /// With the names that there are.
+    /// The text includes the known names.
     #[error("{0}")]
     UnknownName(String),
     #[error("{0} is a counter and takes no statistic: write {0}<VALUE")]
@@ -870,8 +874,8 @@ impl FromStr for Threshold {
     }
 }
 
-/// What stands behind a limit, in either order: ` for TIME` and `:abort`. Gives the limit without
-/// them.
+/// Parses the conditions behind a limit, in either order: ` for TIME` and `:abort`. Returns the
+/// text without them, the window, and whether to abort.
 fn conditions(text: &str) -> Result<(&str, Option<Duration>, bool), RefusedThreshold> {
     const WORD: &str = " for ";
     let (mut text, mut window, mut aborts) = (text.trim(), None, false);
@@ -897,7 +901,7 @@ fn conditions(text: &str) -> Result<(&str, Option<Duration>, bool), RefusedThres
     }
 }
 
-/// Longest window: what came in each of its seconds is kept.
+/// Longest window. It is bounded because the values of each of its seconds are kept.
 const WINDOW_MAX: Duration = Duration::from_secs(3_600);
 
 fn window_length(text: &str) -> Result<Duration, RefusedThreshold> {
@@ -982,7 +986,7 @@ fn micros(value: &str) -> Result<f64, RefusedThreshold> {
     Ok(number(digits).ok_or_else(wrong)? * scale)
 }
 
-/// Names that are close come first and alone; where none is, all of them.
+/// Lists at most three names that are close, the closest first. If none is close, lists all.
 fn unknown<'a>(what: &str, name: &str, known: impl Iterator<Item = &'a str>) -> RefusedThreshold {
     let known: Vec<&str> = known.collect();
     let mut near: Vec<(f64, &str)> = known

@@ -1,8 +1,8 @@
-//! From what was measured to what people and scripts read: verdict, terminal text, JSON, one line a
+//! Turns measurements into what people and scripts read: verdict, terminal text, JSON, one line per
 //! participant, percentile files.
 //!
-//! An [`Outcome`] goes in, complete and plain; nothing here measures or reads a clock. Writers
-//! share [`emit`], so a reader that leaves early (`| head`) ends the output and nothing else.
+//! The input is an [`Outcome`], complete and plain. Nothing here measures or reads a clock. Writers
+//! share [`emit`], so a reader that stops early (`| head`) ends the output and nothing else.
 
 pub mod hgrm;
 pub mod json;
@@ -36,55 +36,55 @@ use crate::sfu::SendMode;
 use crate::sfu::server::ServerStatistics;
 use crate::signal::AddressUse;
 
-/// The version that reports carry.
+/// Version that is shown in reports.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// Everything that one run found out.
+/// All results of one run.
 pub struct Outcome {
-    /// Since 1970, by this host's clock.
+    /// Time since 1970, by this host's clock.
     pub started: Duration,
-    /// Since 1970, by this host's clock.
+    /// Time since 1970, by this host's clock.
     pub finished: Duration,
     pub plan: Plan,
     pub judging: Judging,
     pub target: TargetInfo,
-    /// One per tier; one where there is no ramp.
+    /// One step per tier, or a single one if there is no ramp.
     pub steps: Vec<Step>,
-    /// Tiers that it did not come to.
+    /// Tiers that the run did not reach.
     pub unmeasured: Vec<Unmeasured>,
-    /// What a search has found; `None` without one, and where it did not come to its end.
+    /// Result of a search. `None` without a search, or if it did not finish.
     pub capacity: Option<Capacity>,
     /// The whole run.
     pub totals: Step,
     /// One row a second.
     pub series: Vec<RunSample>,
     pub engine: EngineHealth,
-    /// How near it came to what this host was calibrated for; `None` where it was not.
+    /// How near the run came to this host's calibrated ceiling. `None` if it was not calibrated.
     pub nearness: Option<Nearness>,
-    /// What the embedded SFU says of itself; `None` where the target was another.
+    /// What the embedded SFU reports about itself. `None` for another target.
     pub sfu: Option<EmbeddedSfu>,
-    /// What else is a reason to fail: of a run that is one hold; and why any run came to its end
-    /// before its time, where the server ended it.
+    /// Further reasons to fail: those of a run that is a single hold, and for any run, why it ended
+    /// early if the server ended it.
     pub complaints: Vec<String>,
-    /// What the server's own pages said; `None` where none was asked for.
+    /// Contents of the server's own pages. `None` if none was asked for.
     pub server: Option<Account>,
-    /// Why the run ended before its time; `None` if it did not.
+    /// Why the run ended early. `None` if it did not.
     pub partial: Option<String>,
-    /// What the reader should know and the verdict does not say.
+    /// Facts that the reader should know and the verdict does not tell.
     pub notes: Vec<String>,
     /// Why joins failed, with counts.
     pub failures: Vec<(String, u64)>,
     pub participants: Vec<ParticipantOutcome>,
 }
 
-/// The server under test, as it turned out to be. Address and mode are the plan's.
+/// The server under test, as it was found. Its address and mode are in the plan.
 #[derive(Clone, Debug)]
 pub struct TargetInfo {
     pub kind: TargetKind,
-    /// As the server said in its Join response.
+    /// Version from the server's Join response.
     pub server_version: Option<String>,
-    /// Where signalling was connected to: the addresses of the server's name, or those of the
-    /// proxy before it.
+    /// Addresses to which signalling connected: those of the server's name, or those of the proxy
+    /// in front of it.
     pub addresses: Vec<AddressUse>,
 }
 
@@ -95,7 +95,7 @@ pub enum TargetKind {
 }
 
 impl TargetKind {
-    /// As the JSON report names it.
+    /// Name in the JSON report.
     pub const fn name(self) -> &'static str {
         match self {
             TargetKind::LiveKit => "livekit",
@@ -104,36 +104,36 @@ impl TargetKind {
     }
 }
 
-/// One tier of a run, or all of it.
+/// One tier of a run, or the whole run.
 #[derive(Clone, Default)]
 pub struct Step {
     pub name: String,
     pub participants: u32,
-    /// What rates are divided by: the time during which the record's media was counted.
+    /// Divisor of rates: the time during which the record's media was counted.
     pub seconds: f64,
     pub record: Record,
-    /// Where it is one of several: what is known of it alone.
+    /// The tier's own facts, if it is one of several.
     pub tier: Option<TierFacts>,
 }
 
-/// What a tier is judged by, besides its record.
+/// Facts by which a tier is judged, besides its record.
 #[derive(Clone, Debug, Default)]
 pub struct TierFacts {
-    /// In each room; `None` where the number is of no room.
+    /// Subscribers in each room. `None` if their number is a total.
     pub subscribers: Option<u32>,
-    /// Why the generator was the limit while it lasted; empty where it was not.
+    /// Why the generator was the limit during the tier. Empty if it was not.
     pub invalid: Vec<String>,
-    /// What else is a reason to fail.
+    /// Further reasons to fail.
     pub complaints: Vec<String>,
-    /// Why it ended before its time; `None` if it did not.
+    /// Why the tier ended early. `None` if it did not.
     pub cut_short: Option<String>,
 }
 
-/// What a search for the most subscribers per room has found.
+/// Result of a search for the most subscribers per room.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Capacity {
     pub answer: KneeAnswer,
-    /// The number at which it broke first, and why.
+    /// The number of subscribers at which it first failed, and the reasons.
     pub broke_first: Option<(u32, Vec<String>)>,
     pub points: Vec<CapacityPoint>,
 }
@@ -141,26 +141,26 @@ pub struct Capacity {
 /// One point of a search.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct CapacityPoint {
-    /// Per room.
+    /// Subscribers per room.
     pub subscribers: u32,
     pub phase: &'static str,
     pub verdict: &'static str,
 }
 
-/// A tier that was asked for, and never held.
+/// A tier that was asked for and never held.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unmeasured {
     pub name: String,
     pub subscribers: Option<u32>,
 }
 
-/// One second of the run. `None` is unknown, which is not zero.
+/// One second of the run. `None` means unknown, which is not zero.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct RunSample {
     /// Seconds since the start of the run.
     pub t: f64,
-    /// The step ([`Step::name`]) in whose hold all of this second lies; `None` while people join,
-    /// settle or leave.
+    /// The step ([`Step::name`]) whose hold covers all of this second. `None` while participants
+    /// join, settle or leave.
     pub step: Option<String>,
     pub participants: u32,
     pub joins_per_second: f64,
@@ -168,23 +168,23 @@ pub struct RunSample {
     pub packets_received_per_second: f64,
     pub bytes_sent_per_second: f64,
     pub bytes_received_per_second: f64,
-    /// Residual RTP loss of this second: packets.
+    /// Packets of this second that were lost after repair (residual RTP loss).
     pub packets_lost: u64,
     pub rtt_us_p50: Option<u64>,
     pub one_way_us_p50: Option<u64>,
     pub one_way_us_p99: Option<u64>,
     pub tick_late_us_p99: Option<u64>,
-    /// Cores that the process kept busy.
+    /// Number of cores that the process kept busy.
     pub cpu_cores: Option<f64>,
-    /// The mean of what receivers told the server by REMB; `None` where none did.
+    /// Mean of the estimates that receivers sent to the server by REMB. `None` if none did.
     pub downlink_estimate_bps: Option<u64>,
-    /// The mean of what publishers that obey their estimate made of their paths; `None` where none
-    /// did.
+    /// Mean of the estimates that publishers made of their paths, for publishers that obey them.
+    /// `None` if none did.
     pub uplink_estimate_bps: Option<u64>,
     #[serde(flatten)]
     pub generator: Second,
-    /// What each of the server's pages said, in the order in which they were named: `None` for one
-    /// that was not read in this second, and for all where none was asked for.
+    /// Row of each of the server's pages, in the order in which they were named. `None` for a page
+    /// that was not read in this second, and for all if none was asked for.
     pub server: Option<Vec<Option<NodeRow>>>,
 }
 
@@ -193,13 +193,13 @@ pub struct RunSample {
 pub struct EmbeddedSfu {
     pub send: SendMode,
     pub routers: usize,
-    /// CPU time of all its threads, signalling included; `None` where the kernel does not say.
+    /// CPU time of all its threads, signalling included. `None` if the kernel does not tell.
     pub cpu_seconds: Option<f64>,
     pub statistics: ServerStatistics,
 }
 
 impl EmbeddedSfu {
-    /// CPU for each media packet that it sent.
+    /// CPU time for each media packet that it sent, resends included.
     pub fn us_per_packet_sent(&self) -> Option<f64> {
         let media = &self.statistics.media;
         let sent = media.media_out + media.resends_out;
@@ -209,45 +209,45 @@ impl EmbeddedSfu {
     }
 }
 
-/// How well the generator did. `tick_late` and `send_lag` are in the totals' record.
+/// How well the generator kept up. `tick_late` and `send_lag` are in the totals' record.
 #[derive(Clone, Default)]
 pub struct EngineHealth {
     pub threads: usize,
     /// User and system time of the process since its media was made, without the embedded SFU's
-    /// threads; `None` where the kernel does not tell them apart.
+    /// threads. `None` if the kernel does not tell them apart.
     pub cpu_seconds: Option<f64>,
     pub us_per_packet: Option<f64>,
     pub bytes_per_participant: Option<u64>,
     pub rss_peak_bytes: Option<u64>,
-    /// Lateness of a bare timer thread in the same run: the host's own floor.
+    /// Lateness of a bare timer thread in the same run, which is the host's own floor.
     pub floor_tick_late: Option<Histogram>,
     /// Datagrams dropped on this host, by place.
     pub host_drops: HostDrops,
-    /// How often a CPU left received packets for later.
+    /// Number of times that a CPU left received packets for later.
     pub softnet_squeezed: Option<u64>,
-    /// Taken by the hypervisor, over all CPUs.
+    /// CPU time taken by the hypervisor, over all CPUs.
     pub stolen_seconds: Option<f64>,
-    /// How often and how long this process's control group was kept from running.
+    /// Number of times that this process's control group was throttled, and below it, for how long.
     pub throttled_times: Option<u64>,
     pub throttled_seconds: Option<f64>,
-    /// What every thread used, and how long it waited for a CPU; empty where the kernel does not
-    /// say.
+    /// CPU time of every thread, and its waits for a CPU. Empty if the kernel does not tell.
     pub thread_times: Vec<ThreadTime>,
-    /// Who stood still, and when.
+    /// Stalls of the generator, the host and the server, with their times.
     pub stalls: Vec<Stall>,
     pub valid: bool,
-    /// Why the generator was the limit; empty where `valid`.
+    /// Why the generator was the limit. Empty if `valid`.
     pub reasons: Vec<String>,
 }
 
-/// A run beside this host's calibration.
+/// A run compared with this host's calibration.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Nearness {
-    /// Since 1970, by this host's clock.
+    /// Time since 1970, by this host's clock.
     pub calibrated_at: Duration,
-    /// RTP packets sent and received, of the busiest second.
+    /// RTP packets sent and received, in the busiest second.
     pub packets_per_second_peak: f64,
-    /// What the run's engine threads bear, by the CPU time that a packet took in the calibration.
+    /// Packets that the run's engine threads can handle, given the CPU time of a packet in the
+    /// calibration.
     pub packets_per_second_ceiling: f64,
 }
 
@@ -257,16 +257,17 @@ impl Nearness {
     }
 }
 
-/// The threads of one name, over the whole run. One that ended within a second is not in it.
+/// Times of all threads with one name, over the whole run. A thread that ended within a second is
+/// not included.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct ThreadTime {
     pub name: String,
     pub cpu_seconds: f64,
-    /// Ready to run, and waiting for a CPU.
+    /// Time spent ready to run, waiting for a CPU.
     pub run_queue_seconds: f64,
 }
 
-/// What became of one participant.
+/// Results of one participant.
 #[derive(Clone, Debug, Default)]
 pub struct ParticipantOutcome {
     pub index: u32,
@@ -276,9 +277,9 @@ pub struct ParticipantOutcome {
     pub publishes_video: bool,
     pub subscribes: bool,
     pub timeline: JoinTimeline,
-    /// Why the join failed.
+    /// Why the join failed or the session ended, or what happened to a source that is gone.
     pub failure: Option<String>,
-    /// What carried its media when it was in last; `None`: it never was.
+    /// Transport of its media when it was last connected. `None`: it never was.
     pub transport: Option<MediaTransport>,
     pub disconnects: u32,
     pub rtt_us: Option<u64>,
@@ -302,33 +303,33 @@ pub struct MediaQuality {
     pub frames_lost_sfu: u64,
     pub frames_lost_downlink: u64,
     pub frames_lost_unattributed: u64,
-    /// Delivered, and too late for a conversation.
+    /// Frames that were delivered too late for a conversation.
     pub frames_late: u64,
-    /// Audio only, by the playout model.
+    /// Audio only, according to the playout model.
     pub freezes: u64,
-    /// By the playout model.
+    /// According to the playout model.
     pub frames_late_for_playout: u64,
-    /// By the playout model; `None` for video, where nothing is concealed.
+    /// According to the playout model. `None` for video, where nothing is concealed.
     pub played_us: Option<u64>,
     pub concealed_us: Option<u64>,
-    /// By the E-model, of the audio track that fared worst; `None` where nothing was heard.
+    /// According to the E-model, for the audio track that fared worst. `None` if nothing was heard.
     pub mos: Option<f64>,
-    /// From the worst track: a histogram for every subscription would not fit in memory.
+    /// Of the worst track, because a histogram for every subscription would not fit in memory.
     pub one_way_us_mean: Option<u64>,
     pub one_way_us_max: Option<u64>,
-    /// From the worst track, at the end.
+    /// Of the worst track, at the end.
     pub jitter_us: Option<u64>,
 }
 
 impl MediaQuality {
-    /// What was counted since `earlier`, an older value of the same. Tracks are a state; what is no
-    /// count is left out.
+    /// Returns the counts since `earlier`, an older value of the same participant. Tracks are a
+    /// state. Values that are not counts are left out.
     #[must_use]
     pub fn since(&self, earlier: &MediaQuality) -> MediaQuality {
         let grown =
             |now: Option<u64>, before: Option<u64>| Some(now?.saturating_sub(before.unwrap_or(0)));
-        // A packet thought lost may arrive, and a loss be attributed anew: differences of those
-        // stop at zero.
+        // A packet counted as lost may arrive, and a loss may be attributed anew. So differences of
+        // these counts stop at zero.
         MediaQuality {
             tracks_expected: self.tracks_expected,
             tracks_live: self.tracks_live,
@@ -380,7 +381,7 @@ impl Step {
     }
 }
 
-/// Writes all of `text` and flushes. That the reader has gone is no error.
+/// Writes all of `text` and flushes. It is not an error if the reader has gone.
 pub fn emit(out: &mut dyn Write, text: &str) -> io::Result<()> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),

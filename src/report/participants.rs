@@ -1,7 +1,7 @@
-//! One JSON object a line for every participant: its timeline and its quality.
+//! One JSON object per line for every participant: its timeline and its quality.
 //!
-//! Times are microseconds since the start of the run, on the run's own clock; `null` never happened
-//! or does not apply.
+//! Times are microseconds since the start of the run, on the run's own clock. `null` means that it
+//! never happened or does not apply.
 
 use serde::Serialize;
 
@@ -33,7 +33,7 @@ struct ParticipantLine<'a> {
     video: &'a MediaQuality,
 }
 
-/// NDJSON, in the order of `outcome.participants`.
+/// Renders NDJSON, in the order of `outcome.participants`.
 pub fn render(outcome: &Outcome) -> String {
     let mut text = String::new();
     for participant in &outcome.participants {

@@ -1,5 +1,4 @@
-//! The one line that tells how the run is doing: redrawn in place on a terminal, printed now and
-//! then elsewhere.
+//! The progress line of a run: redrawn in place on a terminal, printed at intervals elsewhere.
 
 use std::io::{self, Write};
 use std::time::Duration;
@@ -7,34 +6,34 @@ use std::time::Duration;
 use super::{RunSample, emit};
 use crate::words;
 
-/// Before that no second is complete of which the engine's threads have reported, and rates would
-/// print as zero.
+/// Time of the first line. Before that the engine's threads have not reported a complete second,
+/// and rates would print as zero.
 const FIRST_AFTER: Duration = Duration::from_secs(2);
-/// How often a line is printed where it cannot be redrawn.
+/// Interval at which a line is printed if it cannot be redrawn.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(5);
-/// A redrawn line must not wrap on a terminal of 80 columns, or `\r` no longer returns to its
-/// start.
+/// Width of a redrawn line. It must not wrap on a terminal of 80 columns, or `\r` no longer returns
+/// to its start.
 const WIDTH: usize = 79;
 
 /// The run so far.
 #[derive(Clone, Debug, Default)]
 pub struct ProgressSnapshot {
-    /// Since the start of the run.
+    /// Time since the start of the run.
     pub elapsed: Duration,
-    /// Joining and measuring together, as planned; `None` where nobody knows.
+    /// Planned time for joining and measuring together. `None` if it is unknown.
     pub total: Option<Duration>,
-    /// The tier under way, where there are several.
+    /// The current tier, if there are several.
     pub tier: Option<String>,
     pub joined: u32,
     pub planned: u32,
     pub failed: u32,
-    /// Residual loss (0..=1) over both kinds of media; `None` is unknown.
+    /// Residual loss (0..=1) over both kinds of media. `None` means unknown.
     pub loss: Option<f64>,
     /// The last second.
     pub sample: RunSample,
 }
 
-/// Draws snapshots; knows whether it may redraw, and when it last drew.
+/// Draws snapshots. Knows whether it may redraw, and when it last drew.
 #[derive(Debug)]
 pub struct Progress {
     redraw: bool,
@@ -43,7 +42,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// `redraw`: on a terminal and not switched off.
+    /// `redraw`: the output is a terminal, and redrawing is not switched off.
     pub const fn new(redraw: bool) -> Progress {
         Progress {
             redraw,
@@ -52,7 +51,7 @@ impl Progress {
         }
     }
 
-    /// Draws `snapshot` if it is due. May be called as often as one likes.
+    /// Draws `snapshot` if it is due. May be called at any rate.
     pub fn update(&mut self, snapshot: &ProgressSnapshot, out: &mut dyn Write) -> io::Result<()> {
         if snapshot.elapsed < FIRST_AFTER {
             return Ok(());
@@ -70,7 +69,7 @@ impl Progress {
         emit(out, &format!("{}\n", line(snapshot)))
     }
 
-    /// Wipes a redrawn line, so that the report starts on a clean one.
+    /// Clears a redrawn line, so that the report starts on an empty one.
     pub fn finish(&mut self, out: &mut dyn Write) -> io::Result<()> {
         if self.drawn_width == 0 {
             return Ok(());

@@ -1,4 +1,4 @@
-//! What `throng sfu` says: where it is and how to use it, and at the end what it did.
+//! Texts of `throng sfu`: where it listens and how to use it, and at the end what it did.
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -7,7 +7,8 @@ use super::VERSION;
 use crate::sfu::server::ServerStatistics;
 use crate::words::{count, number, scaled};
 
-/// `public_secret`: the well-known one, which may be printed; one's own never is.
+/// `public_secret`: the well-known secret, which may be printed. The user's own secret is never
+/// printed.
 pub fn greeting(url: &str, api_key: &str, public_secret: Option<&str>) -> String {
     let secret = public_secret.unwrap_or("...");
     format!(

@@ -1,5 +1,5 @@
-//! What the server's own pages said, for people and for scripts: what a participant, a gigabit and
-//! a million packets cost it. A coordinator shows the same.
+//! The figures of the server's own pages, for people and for scripts: the server's cost of a
+//! participant, a gigabit and a million packets. A coordinator shows the same.
 
 use std::fmt::Write as _;
 
@@ -12,12 +12,11 @@ use crate::server_metrics::page::{Bracket, Counter, Counters};
 use crate::server_metrics::{Account, NodeReadings, ReadingGap, StretchCost};
 use crate::words::{count, maybe, micros, number, scaled, wrapped};
 
-/// The fields of the JSON report's `server` that come from its pages; both `null` where none was
-/// read.
+/// Fields of the JSON report's `server` that come from its pages. Both are `null` if none was read.
 #[derive(serde::Serialize)]
 pub struct AccountView<'a> {
     nodes: Option<Vec<NodeView<'a>>>,
-    /// All nodes together.
+    /// Costs of all nodes together.
     steps: Option<Vec<StepCostView<'a>>>,
 }
 
@@ -55,8 +54,8 @@ impl<'a> NodeView<'a> {
     }
 }
 
-/// A step by its name. What is not known is `null`, all of it where the page could not be read near
-/// the step's ends.
+/// Cost of a step, by its name. Unknown values are `null`, and so are all values if the page could
+/// not be read near the step's ends.
 struct StepCostView<'a>(&'a StretchCost);
 
 impl Serialize for StepCostView<'_> {
@@ -113,7 +112,7 @@ impl Serialize for StepCostView<'_> {
     }
 }
 
-/// How long packets were in the server, as far as its buckets tell.
+/// Time that packets spent in the server, as far as its buckets tell.
 #[derive(serde::Serialize)]
 struct LatencyView {
     count: u64,
@@ -129,7 +128,7 @@ struct BracketView {
 }
 
 impl LatencyView {
-    /// `None` where the server measured none.
+    /// Returns `None` if the server measured no latencies.
     fn new(cost: &Cost) -> Option<LatencyView> {
         let came = cost.latency.as_ref().filter(|came| came.count() > 0.0)?;
         let bracket = |share| {
@@ -145,8 +144,8 @@ impl LatencyView {
     }
 }
 
-/// What the step with the most participants cost, or the whole test where there was none; and the
-/// packets of all of it, because the server's counters of a part lag.
+/// Text on the cost of the step with the most participants, or of the whole test if there was no
+/// step. Packet counts are those of the whole test, because the server's counters of a part lag.
 pub(super) fn text(outcome: &Outcome, style: Style) -> String {
     let Some(account) = &outcome.server else {
         return String::new();
@@ -166,14 +165,14 @@ pub(super) fn text(outcome: &Outcome, style: Style) -> String {
     block(account, &ours, style)
 }
 
-/// What stands beside the server's figures.
+/// Our own figures, shown beside the server's.
 pub(crate) struct Ours {
     pub packets_received: u64,
-    /// How many datagrams were dropped, and where.
+    /// Number of dropped datagrams, and where they were dropped.
     pub drops: String,
 }
 
-/// A paragraph; nothing where no page was read.
+/// Formats the paragraph. Empty if no page was read.
 pub(crate) fn block(account: &Account, ours: &Ours, style: Style) -> String {
     let Some(stretch) = busiest(account) else {
         return String::new();
@@ -243,7 +242,7 @@ fn packets_line(counted: &Counters, ours: &Ours) -> String {
     )
 }
 
-/// Over the whole test.
+/// Counters over the whole test.
 fn counted_in_all(account: &Account) -> Counters {
     let all = account
         .stretches
@@ -252,7 +251,7 @@ fn counted_in_all(account: &Account) -> Counters {
     all.map_or_else(Counters::default, |all| all.counted)
 }
 
-/// The step with the most participants; the whole test where there are no steps.
+/// The step with the most participants, or the whole test if there are no steps.
 fn busiest(account: &Account) -> Option<&StretchCost> {
     let (total, steps) = account.stretches.split_last()?;
     let people = |stretch: &&StretchCost| {
@@ -282,7 +281,7 @@ fn latency_line(cost: &Cost) -> String {
     }
 }
 
-/// `50 us to 100 us`, `over 20 ms`
+/// Formats a bracket, for example `50 us to 100 us` or `over 20 ms`.
 fn bracket(bracket: &Bracket) -> String {
     match bracket.at_most {
         Some(at_most) if bracket.over == 0.0 => format!("up to {}", micros(at_most)),
@@ -291,7 +290,7 @@ fn bracket(bracket: &Bracket) -> String {
     }
 }
 
-/// What the server and its host say that they dropped.
+/// Drops reported by the server and its host.
 fn drops(counted: &Counters) -> String {
     let places = [
         (Counter::HostPacketsDropped, "by its host"),
@@ -320,8 +319,8 @@ mod tests {
     use crate::server_metrics::book::NodeBook;
     use crate::server_metrics::page::MetricsPage;
 
-    /// A page of LiveKit's after so many seconds of half a core, four people, and 5,000 packets a
-    /// second.
+    /// A page of LiveKit's, after this number of seconds with half a core, four participants, and
+    /// 5,000 packets a second.
     fn page(seconds: f64, measures_latency: bool) -> MetricsPage {
         let told = (seconds / 5.0).floor() * 25_000.0;
         let latency = |at_most: f64| {

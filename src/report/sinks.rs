@@ -1,5 +1,5 @@
-//! Where reports go. Files are opened before the run: an hour's figures must not be lost to a
-//! mistyped directory.
+//! Where reports are written. Files are opened before the run, so that an hour's figures are not
+//! lost to a mistyped directory.
 
 use std::error::Error;
 use std::fmt;
@@ -15,9 +15,9 @@ pub struct Destinations {
     /// `-` is standard output; the text then goes to standard error.
     pub json: Option<PathBuf>,
     pub participants: Option<PathBuf>,
-    /// A directory, made if it is absent.
+    /// A directory, made if it does not exist.
     pub hgrm: Option<PathBuf>,
-    /// Recordings; a directory, made if it is absent. They are written during the run, by
+    /// Directory for recordings, made if it does not exist. They are written during the run, by
     /// [`crate::recording`].
     pub record: Option<PathBuf>,
 }
@@ -33,7 +33,7 @@ impl Destinations {
 pub struct UnwritableReport {
     path: PathBuf,
     cause: io::Error,
-    /// The directory that has to be made first.
+    /// The directory that must be made first.
     missing: Option<PathBuf>,
 }
 
@@ -79,30 +79,30 @@ enum Sink {
     File(ReportFile),
 }
 
-/// An open file. One that this run made and never wrote to is removed again: empty, it would pass
-/// for a broken report.
+/// An open file. If this run made it and never wrote to it, it is removed again, because an empty
+/// file would look like a broken report.
 #[derive(Debug)]
 struct ReportFile {
     path: PathBuf,
     file: File,
-    /// Made by us, and still empty.
+    /// Whether this run made it, and it is still empty.
     is_blank: bool,
 }
 
 impl Drop for ReportFile {
     fn drop(&mut self) {
         if self.is_blank {
-            // It was an attempt to tidy up, after another error that is being told.
+            // Only an attempt to tidy up, after another error that is being reported.
             let _ = fs::remove_file(&self.path);
         }
     }
 }
 
 impl Sinks {
-    /// Opens what was asked for. What is in the files stays until [`Sinks::write`].
+    /// Opens all requested destinations. The contents of the files stay until [`Sinks::write`].
     ///
     /// # Errors
-    /// One for each destination that cannot be written.
+    /// Returns one error for each destination that cannot be written.
     pub fn open(destinations: &Destinations) -> Result<Sinks, Vec<UnwritableReport>> {
         let mut refusals = Vec::new();
         let mut open = |path: &Option<PathBuf>| {
@@ -127,10 +127,10 @@ impl Sinks {
         }
     }
 
-    /// Writes a JSON document that is no report of a run.
+    /// Writes a JSON document that is not the report of a run.
     ///
     /// # Errors
-    /// Where it cannot be written, by name.
+    /// Returned if it cannot be written. Names the destination.
     pub fn write_json(self, text: &str) -> Result<(), UnwritableReport> {
         self.json.map_or(Ok(()), |sink| sink.write(text))
     }
@@ -138,7 +138,7 @@ impl Sinks {
     /// Writes every report.
     ///
     /// # Errors
-    /// The first destination that failed, named; the others are written all the same.
+    /// Returns the first destination that failed, by name. The others are written all the same.
     pub fn write(self, outcome: &Outcome) -> Result<(), UnwritableReport> {
         let mut first = Ok(());
         if let Some(sink) = self.json {

@@ -11,7 +11,7 @@ pub struct Style {
 }
 
 impl Style {
-    /// Colour only on a terminal, and not where NO_COLOR is set to anything (no-color.org).
+    /// Uses colour only on a terminal, and only if NO_COLOR is unset or empty (no-color.org).
     pub fn of(stream: &impl IsTerminal, no_color: Option<&str>) -> Style {
         Style {
             colour: stream.is_terminal() && no_color.is_none_or(str::is_empty),

@@ -1,8 +1,8 @@
-//! What the terminal shows: the first line, the dry run, and the final report on one screen of 80
+//! Text on the terminal: the first line, the dry run, and the final report on one screen of 80
 //! columns.
 //!
-//! What is not known prints `n/a`; a percentile that falls among what never happened prints
-//! `never`. Neither ever prints as zero.
+//! An unknown value prints `n/a`. A percentile prints `never` if it falls among events that never
+//! happened. Neither ever prints as zero.
 
 use std::fmt::Write as _;
 
@@ -21,11 +21,11 @@ use crate::words::{count, duration, maybe, micros, number, percent, scaled, wrap
 const REASONS_MAX: usize = 6;
 const NOTES_MAX: usize = 4;
 const FAILURES_MAX: usize = 3;
-/// ITU-T G.107, Annex B: from R = 80 on users are satisfied. In thousandths.
+/// ITU-T G.107, Annex B: users are satisfied from R = 80 on. MOS in thousandths.
 const MOS_SATISFIED: u64 = 4_024;
-/// A share of concealed audio that is worth a line.
+/// Share of concealed audio from which on it gets a line.
 const CONCEALED_NOTABLE: f64 = 0.001;
-/// How many of the worst participants are named.
+/// Number of the worst participants that are named.
 const WORST_MAX: usize = 10;
 const QUANTILES: [(&str, f64); 5] = [
     ("p50", 0.5),
@@ -35,7 +35,7 @@ const QUANTILES: [(&str, f64); 5] = [
     ("p99.9", 0.999),
 ];
 
-/// After a run that asked for nothing.
+/// Text shown after a run for which the user asked for nothing.
 pub const WHAT_NEXT: &str = "
 Next: throng --publishers 1 --subscribers 1000
                                             more people, on this host alone
@@ -43,7 +43,7 @@ Next: throng --publishers 1 --subscribers 1000
                                             the same against your own server
       throng --help                         everything else";
 
-/// Target, where it came from, connection mode and plan, on one line.
+/// Target, its origin, connection mode and plan, on one line.
 pub fn first_line(plan: &Plan) -> String {
     let target = &plan.target;
     let (shape, pace) = (shape_line(plan), pace_line(plan));
@@ -63,7 +63,7 @@ fn connection(plan: &Plan) -> String {
     format!("{} connection{reason}", plan.connection.name())
 }
 
-/// What a run would do; nothing was connected to.
+/// What a run would do. No connection is made.
 pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String {
     let mut text = first_line(plan);
     text.push_str(&shape_rows(plan));
@@ -78,7 +78,7 @@ fn dry_row(label: &str, value: String) -> String {
     format!("  {label:<14}{value}\n")
 }
 
-/// Who is where, with what, and when.
+/// Rooms, participants, their media, and times.
 fn shape_rows(plan: &Plan) -> String {
     let last = plan.scenario.rooms.count - 1;
     let rooms = if last == 0 {
@@ -190,7 +190,7 @@ pub fn render(outcome: &Outcome, style: Style) -> String {
 
 fn head(outcome: &Outcome, style: Style) -> String {
     let plan = &outcome.plan;
-    // Our own SFU is named already where we started it.
+    // If we started our own SFU it is named already.
     let version = outcome
         .target
         .server_version
@@ -245,7 +245,7 @@ fn shape_line(plan: &Plan) -> String {
     };
     let most = if plan.has_tiers() { "at most " } else { "" };
     match &plan.part {
-        // In rooms that it shares with other hosts.
+        // In rooms that are shared with other hosts.
         Some(part) => format!(
             "{} here, of {people} on {}",
             count(total, "participant"),
@@ -277,7 +277,7 @@ fn pace_line(plan: &Plan) -> String {
     )
 }
 
-/// `2, 10, 25, 50 subscribers a room`
+/// Formats the tiers, for example `2, 10, 25, 50 subscribers a room`.
 fn tiers_line(plan: &Plan) -> String {
     if plan.scenario.search.is_some() {
         return format!(
@@ -302,7 +302,7 @@ fn tiers_line(plan: &Plan) -> String {
     format!("{}{more} subscribers a room", tiers.join(", "))
 }
 
-/// `each 50 joins/s, 2s to settle, 20s held`
+/// Formats the times of a tier, for example `each 50 joins/s, 2s to settle, 20s held`.
 fn tier_line(plan: &Plan) -> String {
     let joins = match plan.scenario.times().spread {
         Some(time) => format!("{} of joining", duration(time)),
@@ -324,7 +324,8 @@ fn tier_line(plan: &Plan) -> String {
     )
 }
 
-/// At most three decimals: what a time span comes to is seldom round.
+/// Formats a rate with at most three decimals, because a rate that follows from a time is seldom
+/// round.
 fn rate(per_second: f64) -> String {
     let rounded = (per_second * 1e3).round() / 1e3;
     if rounded > 0.0 {
@@ -346,7 +347,8 @@ fn tiers(outcome: &Outcome, style: Style) -> String {
     table
 }
 
-/// `5 publishers + 45 subscribers`; where audio and video publishers differ, how many of which.
+/// Formats the participants, for example `5 publishers + 45 subscribers`. If audio and video
+/// publishers differ, the numbers of both are shown.
 fn people(plan: &Plan) -> String {
     let people = plan.scenario.people();
     let (audio, video) = (people.audio_publishers, people.video_publishers);
@@ -413,7 +415,7 @@ fn layer_line(layer: &VideoSpec) -> String {
     )
 }
 
-/// What people do beyond sending and watching all the time.
+/// Behaviour of participants beyond sending and watching all the time.
 fn habits(plan: &Plan) -> Vec<String> {
     let (audio, video) = (
         plan.scenario.publishers_of(Kind::Audio) > 0,
@@ -453,7 +455,7 @@ fn rate_line(packets_per_second: f64, bits_per_second: f64) -> String {
     )
 }
 
-/// What carried media, where that was not UDP alone.
+/// Transports of media, if it was not UDP alone.
 fn transports(session: &Session) -> String {
     let by = [
         (session.joins_by_udp, "UDP"),
@@ -507,8 +509,8 @@ fn joins(outcome: &Outcome, style: Style) -> String {
 
 type MediaCount = fn(&Media) -> u64;
 
-/// The columns of the media table: audio, video and both; of a kind that nobody publishes there is
-/// none.
+/// The columns of the media table: audio, video and both. A kind that nobody publishes has no
+/// column.
 struct Columns<'a> {
     media: [&'a Media; 2],
     shown: [bool; 2],
@@ -516,7 +518,7 @@ struct Columns<'a> {
 }
 
 impl Columns<'_> {
-    /// A row whose total is the sum.
+    /// Formats a row whose total is the sum.
     fn sum(
         &self,
         label: &str,
@@ -527,7 +529,7 @@ impl Columns<'_> {
         self.row(label, [print(audio), print(video), print(audio + video)])
     }
 
-    /// A row whose total is worked out from both kinds.
+    /// Formats a row whose total is computed from both kinds.
     fn loss(&self, label: &str, print: impl Fn(&LossShares) -> String) -> String {
         let [audio, video] = self.media;
         self.row(
@@ -586,7 +588,8 @@ impl Columns<'_> {
         text
     }
 
-    /// What of it the server had missed itself, where it did: the rest was lost behind it.
+    /// Packets that the server had missed itself, if it had missed any. The rest was lost behind
+    /// it.
     fn missing_by_leg(&self) -> String {
         if self.media.iter().all(|m| m.uplink_packets_asked == 0) {
             return String::new();
@@ -618,7 +621,8 @@ impl Columns<'_> {
             ),
         ]
         .concat();
-        // Only a server that takes back what it got later says what it never got.
+        // Only a server that withdraws its requests for packets that came later tells what it never
+        // got.
         let sum = |counter: MediaCount| self.media.iter().map(|m| counter(m)).sum::<u64>();
         if sum(|m| m.uplink_packets_lost) < sum(|m| m.uplink_packets_asked) {
             text.push_str(&self.ratio(
@@ -631,7 +635,7 @@ impl Columns<'_> {
         text
     }
 
-    /// What nobody of this run sends, as far as any came.
+    /// Rows for tracks published by nobody of this run, if any frames of them came.
     fn of_others(&self) -> String {
         if self.media.iter().all(|media| media.foreign_frames == 0) {
             return String::new();
@@ -691,7 +695,7 @@ impl Columns<'_> {
         }
     }
 
-    /// Where frames were lost, as far as any were there.
+    /// Places where frames were lost, if any were.
     fn loss_places(&self) -> String {
         let places: [(&str, MediaCount); 5] = [
             ("    never sent, source gone", |m| m.frames_lost_source),
@@ -709,7 +713,7 @@ impl Columns<'_> {
             .collect()
     }
 
-    /// What the models say, where it is worth saying.
+    /// Results of the models, if they are notable.
     fn playout(&self) -> String {
         let [audio, video] = self.media;
         let mut text = String::new();
@@ -749,7 +753,7 @@ impl Columns<'_> {
         text
     }
 
-    /// A row of one counter by another: `part/whole`, or the share of it.
+    /// Formats a row of one counter by another: `part/whole`, or the share.
     fn ratio(
         &self,
         label: &str,
@@ -820,7 +824,7 @@ fn media(outcome: &Outcome, style: Style) -> String {
     text
 }
 
-/// `41/88/160 ms`
+/// Formats three percentiles, for example `41/88/160 ms`.
 fn triple(histogram: &Histogram) -> String {
     if histogram.expected() == 0 {
         return "n/a".to_owned();
@@ -876,7 +880,7 @@ fn times(outcome: &Outcome, style: Style) -> String {
         if kind == Kind::Video {
             text.push_str(&times_row("  first frame", &media.first_frame));
         }
-        // What need not happen is shown where it did.
+        // Events that need not happen are shown only if they did.
         for (label, histogram) in [
             ("  loss to repair", &media.loss_to_repair),
             ("  PLI to key frame sent", &media.pli_received_to_key_sent),
@@ -910,7 +914,7 @@ fn quantile(histogram: &Histogram, value: Option<u64>) -> String {
     }
 }
 
-/// What congestion control said and did; nothing where it did neither.
+/// What congestion control reported and did. Empty if it did neither.
 fn bandwidth(counted: &Bandwidth, style: Style) -> String {
     let mut lines = Vec::new();
     if counted.transport_cc_sent + counted.transport_cc_received > 0 {
@@ -972,7 +976,7 @@ fn seconds(seconds: f64) -> String {
     format!("{seconds:.1} s")
 }
 
-/// ` (mean 1.2 Mbps)`; nothing where there is none.
+/// Formats a mean, for example ` (mean 1.2 Mbps)`. Empty if there is none.
 fn mean_kbps(sum: u64, count: u64) -> String {
     let mean = (sum * 1_000).checked_div(count).map(Bitrate::from_bps);
     mean.map(|mean| format!(" (mean {mean})"))
@@ -1020,7 +1024,7 @@ fn generator(outcome: &Outcome, style: Style) -> String {
     text
 }
 
-/// Whether the generator kept up, and what it took.
+/// Whether the generator kept up, and its cost.
 fn costs(outcome: &Outcome) -> String {
     let health = &outcome.engine;
     let wall = outcome
@@ -1046,7 +1050,7 @@ fn costs(outcome: &Outcome) -> String {
     )
 }
 
-/// How long the engine was kept from a CPU, where it is worth a word.
+/// How long the engine waited for a CPU, if it is notable.
 fn waits(health: &EngineHealth) -> Option<String> {
     const WORTH_A_WORD: f64 = 0.1;
     let engine = health
@@ -1073,7 +1077,7 @@ fn waits(health: &EngineHealth) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
-/// How often whose side stood still, how long, and the worst of each.
+/// For each side, how often and how long it stood still, and the worst standstill.
 fn stalls(health: &EngineHealth) -> Option<String> {
     let of = |side: Side, name: &str| {
         let stalls: Vec<_> = health
@@ -1108,14 +1112,14 @@ fn stalls(health: &EngineHealth) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join("; "))
 }
 
-/// A row of the generator's section, on as many lines as it takes.
+/// Formats a row of the generator's section, on as many lines as needed.
 fn labelled(label: &str, line: &str) -> String {
     const INDENT: usize = 15;
     let lines = wrapped(line, INDENT);
     format!("  {label:<13}{}", lines.trim_start())
 }
 
-/// What the embedded SFU says of itself, where it was the target.
+/// What the embedded SFU reports about itself, if it was the target.
 fn embedded_sfu(outcome: &Outcome, style: Style) -> String {
     let Some(sfu) = &outcome.sfu else {
         return String::new();
@@ -1168,7 +1172,7 @@ fn drops(outcome: &Outcome) -> String {
     }
 }
 
-/// Those of the worst one per cent with whom something was wrong.
+/// The participants among the worst one per cent that had a fault.
 fn worst(outcome: &Outcome, style: Style) -> String {
     let ranked = worst::worst(&outcome.participants, outcome.judging.max_loss_pct);
     let unlucky: Vec<_> = ranked

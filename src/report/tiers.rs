@@ -1,5 +1,4 @@
-//! Tiers side by side, and what they say together: the last one that passed before the first one
-//! that did not.
+//! Compares tiers, and finds the last one that passed before the first one that did not.
 
 use std::fmt::Write as _;
 
@@ -10,33 +9,33 @@ use crate::measure::Histogram;
 use crate::plan::Subscribers;
 use crate::words::{count, maybe, micros, number, percent, wrapped};
 
-/// Reasons that are told of one tier.
+/// Most reasons shown for one tier.
 const REASONS_MAX: usize = 3;
 
-/// What a ramp found.
+/// Result of a ramp.
 pub struct Knee<'a> {
     pub answer: TiersAnswer,
-    /// The last tier that passed before the first one that did not; `None` where the first one did
-    /// not. Where all passed, the largest.
+    /// The last tier that passed before the first one that did not. `None` if the first tier did
+    /// not pass. If all passed, the largest.
     pub passed: Option<&'a Step>,
-    /// The first one that did not, as far as it was held.
+    /// The first tier that did not pass, as far as it was held.
     pub broke: Option<(&'a Step, Judgement)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TiersAnswer {
-    /// Every tier passed: the knee lies higher.
+    /// Every tier passed, so the knee lies higher.
     AllPassed,
     Found,
-    /// The first tier failed: the knee lies lower.
+    /// The first tier failed, so the knee lies lower.
     FirstFailed,
-    /// Before any tier failed there was one of which nothing is known: the generator was the limit,
+    /// Before any tier failed there was one without a result, because the generator was the limit
     /// or the run ended.
     NotMeasured,
 }
 
 impl TiersAnswer {
-    /// As the JSON report has it.
+    /// Name in the JSON report.
     pub const fn name(self) -> &'static str {
         match self {
             TiersAnswer::AllPassed => "all_passed",
@@ -48,7 +47,7 @@ impl TiersAnswer {
 }
 
 impl<'a> Knee<'a> {
-    /// `None` for a run without tiers.
+    /// Returns `None` for a run without tiers.
     pub fn of(outcome: &'a Outcome) -> Option<Knee<'a>> {
         if outcome.plan.scenario.search.is_some() {
             None
@@ -57,7 +56,7 @@ impl<'a> Knee<'a> {
         }
     }
 
-    /// Among tiers in the order in which they were held, each with what it came to.
+    /// Finds the knee among tiers in the order in which they were held, each with its judgement.
     pub fn among(tiers: Vec<(&'a Step, Judgement)>, unmeasured: &[Unmeasured]) -> Option<Knee<'a>> {
         if tiers.is_empty() && unmeasured.is_empty() {
             return None;
@@ -96,7 +95,7 @@ impl<'a> Knee<'a> {
         })
     }
 
-    /// In one sentence.
+    /// The result in one sentence.
     pub(crate) fn sentence(&self, unmeasured: &[Unmeasured]) -> String {
         let passed = self.passed.map(size);
         let broke = self
@@ -128,14 +127,14 @@ impl<'a> Knee<'a> {
     }
 }
 
-/// Steps that are tiers, and what each came to.
+/// Steps that are tiers, each with its judgement.
 pub fn tiers(outcome: &Outcome) -> impl Iterator<Item = (&Step, Judgement)> {
     let tiers = outcome.steps.iter().filter(|step| step.tier.is_some());
     tiers.map(|step| (step, judge_step(outcome, step)))
 }
 
-/// A line a tier, why those did not pass that did not, and what they say together. Nothing for a
-/// run without tiers.
+/// Formats one line per tier, the reasons of those that did not pass, and the overall result. Empty
+/// for a run without tiers.
 pub(super) fn table(
     outcome: &Outcome,
     paint: impl Fn(&str) -> String,
@@ -174,7 +173,7 @@ pub(super) fn table(
             per_room(tier.subscribers)
         );
     }
-    // For a search's points it is enough to say why the capacity is what it is.
+    // For the points of a search it is enough to say why the capacity is what it is.
     if outcome.plan.scenario.search.is_none() {
         text.push_str(&reasons(outcome));
     }
@@ -225,7 +224,7 @@ fn cells(step: &Step) -> [String; 7] {
     ]
 }
 
-/// What a search found, in a sentence or two.
+/// Result of a search, in a sentence or two.
 fn capacity_sentence(outcome: &Outcome) -> String {
     let Some(capacity) = &outcome.capacity else {
         return "not found: the search did not come to its end".to_owned();
@@ -286,7 +285,7 @@ fn capacity_sentence(outcome: &Outcome) -> String {
     }
 }
 
-/// As it goes on from the answer.
+/// Where it broke first and why, as a continuation of the answer.
 fn broke_first(capacity: &Capacity) -> String {
     capacity
         .broke_first
@@ -301,7 +300,7 @@ fn first_of(reasons: &[String]) -> &str {
     reasons.first().map_or("no reason is known", String::as_str)
 }
 
-/// In each room; `None` where the number is of no room.
+/// Subscribers in each room. `None` if their number is a total.
 pub fn subscribers(step: &Step) -> Option<u32> {
     step.tier.as_ref().and_then(|tier| tier.subscribers)
 }
@@ -310,7 +309,7 @@ fn per_room(subscribers: Option<u32>) -> String {
     maybe(subscribers, |subscribers| number(subscribers.into()))
 }
 
-/// With the name before it and a verdict behind it, 80 columns.
+/// Formats a row. With the name before it and the verdict behind it, it takes 80 columns.
 fn row([subscribers, healthy, join, loss, audio, video, rtt]: [String; 7]) -> String {
     format!("{subscribers:>10}{healthy:>10}{join:>9}{loss:>7}{audio:>10}{video:>10}{rtt:>8}")
 }
@@ -323,7 +322,7 @@ fn p95(histogram: &Histogram) -> String {
     }
 }
 
-/// Over both kinds of media, if there are both; unknown if one of them is.
+/// Loss over both kinds of media, if there are both. Unknown if one of them is.
 fn worst_loss(step: &Step) -> Option<f64> {
     let kinds = [&step.record.audio, &step.record.video]
         .into_iter()
@@ -332,7 +331,7 @@ fn worst_loss(step: &Step) -> Option<f64> {
     losses?.into_iter().reduce(f64::max)
 }
 
-/// `25 subscribers a room (27 participants)`
+/// Formats the size of a step, for example `25 subscribers a room (27 participants)`.
 fn size(step: &Step) -> String {
     let participants = count(step.participants.into(), "participant");
     match subscribers(step) {

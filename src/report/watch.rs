@@ -1,8 +1,8 @@
-//! Thresholds while a tier is held: those that end the run, and those that every window of some
-//! length has to hold.
+//! Checks thresholds during a hold: those that end the run, and those that every window of some
+//! length must meet.
 //!
-//! Values come in once a second, cumulative; a window is a difference of two of them. What is not
-//! known yet ends nothing.
+//! Values come in once a second and are cumulative. A window is a difference of two of them. An
+//! unknown value does not end the run.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -12,32 +12,33 @@ use crate::measure::{Histogram, Record};
 use crate::units::Time;
 use crate::words;
 
-/// A look is taken just after each whole second, and as late as the run is busy.
+/// Tolerance in the time between two looks. A look happens just after each whole second, later if
+/// the run is busy.
 const LOOK_TOLERANCE: Duration = Duration::from_millis(60);
 
-/// The thresholds of one hold that are looked at while it lasts.
+/// The thresholds of one hold that are checked while it lasts.
 #[derive(Default)]
 pub struct ThresholdWatch {
     watched: Vec<WatchedThreshold>,
-    /// The one that ended the run.
+    /// Index of the threshold that ended the run.
     broken: Option<usize>,
 }
 
 struct WatchedThreshold {
     threshold: Threshold,
-    /// `None` where the hold as a whole is looked at.
+    /// `None` if the hold is checked as a whole.
     windows: Option<Windows>,
-    /// The first time that it did not hold.
+    /// The first violation.
     violation: Option<String>,
 }
 
-/// The last values of one figure, and how many windows there have been.
+/// The last values of one figure, and the number of windows so far.
 struct Windows {
     length: Duration,
-    /// When each look was, and what had come since the one before.
+    /// Time of each look, and what had come since the look before.
     looks: VecDeque<(Time, Delta)>,
     last: Value,
-    /// Over all of `looks` but the first.
+    /// Sum over all of `looks` but the first.
     sum: Value,
     count: u64,
     violated: u64,
@@ -46,13 +47,13 @@ struct Windows {
 /// The difference of two cumulative values.
 enum Delta {
     Counter(i64),
-    /// Values and how often each came: a histogram has room for a hundred times as many. And how
-    /// many more are missing.
+    /// Values, with how often each came, because a histogram has room for a hundred times as many.
+    /// Then the number of additional missing values.
     Histogram(Vec<(u64, u64)>, i64),
 }
 
 impl ThresholdWatch {
-    /// A hold begins; `record` is the run's then.
+    /// Starts a hold. `record` is the run's record at that moment.
     pub fn begin(thresholds: &[Threshold], record: &Record, now: Time) -> ThresholdWatch {
         let watched = thresholds
             .iter()
@@ -76,8 +77,8 @@ impl ThresholdWatch {
         self.watched.iter().any(|watched| watched.windows.is_none())
     }
 
-    /// Takes what was counted until `now`: over the run, and since the hold began. Says why the run
-    /// is to end, where it is.
+    /// Takes what was counted until `now`, over the run and since the hold began. Returns why the
+    /// run must end, if it must.
     pub fn take(&mut self, record: &Record, hold: Option<&Record>, now: Time) -> Option<String> {
         let mut why = None;
         for (at, watched) in self.watched.iter_mut().enumerate() {
@@ -98,8 +99,8 @@ impl ThresholdWatch {
         why
     }
 
-    /// The hold is over: why windows were not held, besides what has ended the run. A hold too
-    /// short for a window has not shown that it holds.
+    /// Returns which windows were violated, without the threshold that ended the run. Called after
+    /// the hold. A hold too short for a window has not shown that the threshold holds.
     pub fn complaints(&self) -> Vec<String> {
         let complaint = |watched: &WatchedThreshold| {
             let windows = watched.windows.as_ref()?;
@@ -138,14 +139,15 @@ impl Windows {
         }
     }
 
-    /// Why the window that ends now does not hold; `None` where it does, or there is none yet.
+    /// Returns why the window that ends now violates the threshold. `None` if it does not, or if
+    /// there is no complete window yet.
     fn take(&mut self, threshold: &Threshold, record: &Record, now: Time) -> Option<String> {
         let value = threshold.value(record);
         let delta = value.delta(&self.last);
         self.sum.add(&delta);
         self.looks.push_back((now, delta));
         self.last = value;
-        // The shortest stretch that is long enough: the look that it begins with is the first.
+        // Keep the shortest stretch that is long enough. The look at its start is the first.
         while self
             .looks
             .get(1)
@@ -220,8 +222,8 @@ impl Value {
 mod tests {
     use super::*;
 
-    /// A hold from second 10 on, in which `latency(second)` was the latency of each of 50 frames a
-    /// second, and `lost` of them never came.
+    /// A hold from second 10 on with 50 frames a second. `latency(second)` is the latency of each,
+    /// and `lost` is how many of them never came.
     fn held(
         thresholds: &[&str],
         seconds: u64,
@@ -233,7 +235,7 @@ mod tests {
             .map(|text| text.parse().unwrap())
             .collect();
         let mut record = Record::default();
-        // What was before the hold counts for nothing.
+        // Values from before the hold do not count.
         (0..500).for_each(|_| record.audio.one_way_latency.record_micros(900_000));
         (record.audio.frames_expected, record.audio.frames_delivered) = (500, 500);
         let before = record.clone();
@@ -279,8 +281,7 @@ mod tests {
             ALL_CAME,
         );
         assert_eq!(broken, None);
-        // From five bad seconds of ten on, and as long as six are: those that end with seconds 35
-        // to 43.
+        // Windows with at least six bad seconds out of ten: those that end with seconds 35 to 43.
         assert_eq!(
             complaints,
             [

@@ -1,8 +1,8 @@
-//! The participants that fared worst, and what was wrong with each: percentiles over all of them
-//! hide one ruined user.
+//! The participants that fared worst, and the faults of each, because percentiles over all of them
+//! hide a single bad case.
 //!
-//! The order is stated in docs/metrics.md. Shares are compared in whole per cents, so that a single
-//! frame of one does not outweigh a minute of another.
+//! The order is defined in docs/metrics.md. Shares are compared in whole per cents, so that a
+//! single frame of one participant does not outweigh a minute of another.
 
 use std::cmp::Reverse;
 
@@ -10,11 +10,11 @@ use super::{MediaQuality, ParticipantOutcome, judge};
 use crate::measure::Kind;
 use crate::words::{count, micros, percent};
 
-/// ITU-T G.114: up to here delay does not bother most people.
+/// ITU-T G.114: delay up to this value does not bother most people.
 const UNNOTICED_LATENCY_US: u64 = 150_000;
 
-/// Joined, never disconnected, every expected track live, and of the frames of either kind no more
-/// missing or late than `--max-loss` allows.
+/// Whether it joined, never disconnected, has every expected track live, and for each kind of media
+/// has no more frames missing or late than `--max-loss` allows.
 pub fn is_healthy(participant: &ParticipantOutcome, max_loss_pct: f64) -> bool {
     let kept = is_in(participant) && participant.disconnects == 0;
     kept && kinds(participant).into_iter().all(|(_, quality)| {
@@ -24,15 +24,15 @@ pub fn is_healthy(participant: &ParticipantOutcome, max_loss_pct: f64) -> bool {
     })
 }
 
-/// One of the worst.
+/// One of the participants that fared worst.
 pub struct Ranked<'a> {
     pub participant: &'a ParticipantOutcome,
     pub healthy: bool,
-    /// In the order in which it was judged; empty where nothing was.
+    /// Faults in the order in which they were judged. Empty if there is none.
     pub wrong: Vec<String>,
 }
 
-/// One per cent of all participants, at least one of them, the worst first.
+/// Returns one per cent of all participants, at least one of them, the worst first.
 pub fn worst(participants: &[ParticipantOutcome], max_loss_pct: f64) -> Vec<Ranked<'_>> {
     let mut ranked: Vec<&ParticipantOutcome> = participants.iter().collect();
     ranked.sort_by_key(|participant| Reverse(severity(participant)));
@@ -45,7 +45,7 @@ pub fn worst(participants: &[ParticipantOutcome], max_loss_pct: f64) -> Vec<Rank
     ranked.collect()
 }
 
-/// Frames of one kind that were expected and never came.
+/// Number of frames of one kind that were expected and never came.
 pub fn undelivered(quality: &MediaQuality) -> u64 {
     quality
         .frames_expected
@@ -56,7 +56,7 @@ pub fn tracks_missing(quality: &MediaQuality) -> u64 {
     quality.tracks_expected.saturating_sub(quality.tracks_live)
 }
 
-/// Time that was concealed, as a share of the time to be played.
+/// Concealed time as a share of the time to be played.
 pub fn concealed_share(quality: &MediaQuality) -> Option<f64> {
     let (played, concealed) = (quality.played_us?, quality.concealed_us?);
     (played + concealed > 0).then(|| concealed as f64 / (played + concealed) as f64)
@@ -77,7 +77,7 @@ fn share(part: u64, whole: u64) -> Option<f64> {
     (whole > 0).then(|| part as f64 / whole as f64)
 }
 
-/// What ranks participants: the first difference decides.
+/// Key by which participants are ranked. The first difference decides.
 fn severity(participant: &ParticipantOutcome) -> (bool, u32, u64, u64, u64, u64, u64) {
     let both = kinds(participant).map(|(_, quality)| quality);
     let whole_percent = |share: Option<f64>| (share.unwrap_or(0.0) * 100.0) as u64;
@@ -101,7 +101,7 @@ fn severity(participant: &ParticipantOutcome) -> (bool, u32, u64, u64, u64, u64,
     )
 }
 
-/// The same in words.
+/// The faults of a participant in words.
 fn wrong(participant: &ParticipantOutcome) -> Vec<String> {
     let mut said = Vec::new();
     if let Some(failure) = &participant.failure {
@@ -156,7 +156,7 @@ fn wrong(participant: &ParticipantOutcome) -> Vec<String> {
     said
 }
 
-/// ` (uplink 3, downlink 310)`
+/// Formats the places of losses, for example ` (uplink 3, downlink 310)`.
 fn places(quality: &MediaQuality) -> String {
     let places = [
         ("source", quality.frames_lost_source),
@@ -182,7 +182,7 @@ mod tests {
     use crate::measure::JoinTimeline;
     use crate::units::Time;
 
-    /// One who got everything, and got it in time.
+    /// A participant that got everything in time.
     fn happy(index: u32) -> ParticipantOutcome {
         let quality = MediaQuality {
             tracks_expected: 1,
@@ -209,7 +209,7 @@ mod tests {
 
     type Hurt = fn(&mut ParticipantOutcome);
 
-    /// What can be wrong, the worst first.
+    /// Faults that a participant can have, the worst first.
     fn sorrows() -> Vec<(&'static str, Hurt)> {
         vec![
             ("failed: refused", |who| {
@@ -246,8 +246,8 @@ mod tests {
                 (690 - 100 * at, &[said.to_owned()][..])
             );
         }
-        // Concealment is a model's word and latency has no limit of its own: neither makes anybody
-        // unhealthy.
+        // Concealment is a model's estimate and latency has no limit of its own, so neither makes a
+        // participant unhealthy.
         assert_eq!(
             ranked
                 .iter()
