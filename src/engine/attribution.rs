@@ -1,10 +1,11 @@
-//! Where the frames were lost that a subscription ought to have received and did not.
+//! Attributes the missing frames of a subscription: where each frame that it ought to have received
+//! was lost.
 //!
-//! Two witnesses. The subscriber sees whether sequence numbers are missing where the missing frames
-//! should have been: where none is, the SFU never sent them. The publisher has heard which frames
-//! the server never had ([`super::uplink`]): those are the uplink's, whether or not the SFU lets
-//! the hole show. What neither can tell stays unattributed. Flat, bounded state; nothing here
-//! allocates.
+//! There are two witnesses. The subscriber sees whether sequence numbers are missing at the place
+//! of the missing frames: if none is, the SFU never sent them. The publisher knows which frames the
+//! server never received ([`super::uplink`]): these count for the uplink, whether or not the SFU
+//! leaves the gap visible. A frame that neither witness can place stays unattributed. The state is
+//! flat and bounded; nothing here allocates.
 
 use std::time::Duration;
 
@@ -15,27 +16,27 @@ use crate::net;
 use crate::transport::receive::{ReceiveStream, WINDOW};
 use crate::units::Time;
 
-/// Gaps that wait for repair at a time; in worse loss the oldest is settled early, and what still
-/// comes of it is taken back.
+/// Maximum number of gaps that wait for repair at the same time. With heavier loss the oldest gap
+/// is settled early, and the count is corrected if its frames still arrive.
 const GAPS_MAX: usize = 12;
 
-/// After this nothing is repaired any more: NACKs end a second after the loss was noticed, and
-/// resends take a round trip.
+/// Age at which a gap is settled. Nothing is repaired after this time: NACKs end a second after the
+/// loss was noticed, and retransmissions take a round trip.
 const SETTLE_AFTER: Duration = Duration::from_secs(2);
 
-/// Gaps are settled when their sequence numbers come this close to the end of what is remembered: a
-/// frame has fewer packets.
+/// Margin before the end of the remembered sequence numbers at which a gap is settled. A frame has
+/// fewer packets than this.
 const WINDOW_MARGIN: u64 = 256;
 
-/// Frames by where they were lost.
+/// Numbers of lost frames, by the place where they were lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Losses {
-    /// Never made: the source was gone, and the plan meant it to send.
+    /// Frames that were never made: the source was gone although the plan meant it to send.
     pub source: u64,
     pub uplink: u64,
     pub sfu: u64,
     pub downlink: u64,
-    /// Known at the end only.
+    /// Known only at the end.
     pub unattributed: u64,
 }
 
@@ -48,30 +49,30 @@ impl Losses {
     }
 }
 
-/// A delivered frame's place among the publisher's frames, and among the stream's packets.
+/// Position of a delivered frame among the publisher's frames and among the stream's packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlacedFrame {
     pub layer: u8,
     pub frame: u32,
-    /// Unwrapped.
+    /// Unwrapped sequence number.
     pub first_seq: u64,
     pub last_seq: u64,
 }
 
-/// Whose frames these are.
+/// Publisher of the frames, and the roster that knows it.
 #[derive(Clone, Copy)]
 pub struct FrameOrigin<'a> {
     pub roster: &'a Roster,
     pub origin: Origin,
 }
 
-/// Missing frames between two that were delivered.
+/// Missing frames between two delivered frames.
 #[derive(Clone, Copy, Default)]
 struct FrameGap {
     first_frame: u32,
     missing: u32,
-    /// The low halves of the unwrapped numbers of the last packet before it and the first one
-    /// after it.
+    /// Low halves of two unwrapped sequence numbers: the last packet before the gap and the first
+    /// packet after it.
     before: u32,
     after: u32,
     noticed_ms: u32,
@@ -87,7 +88,8 @@ impl FrameGap {
         )
     }
 
-    /// The sequence numbers between the two frames, unwrapped by one that is newer.
+    /// Returns the unwrapped sequence numbers of the two packets next to the gap. `newest` is an
+    /// unwrapped number that is newer than both.
     fn between(&self, newest: u64) -> (u64, u64) {
         let unwrap = |low: u32| newest - u64::from((newest as u32).wrapping_sub(low));
         (unwrap(self.before), unwrap(self.after))
@@ -103,14 +105,14 @@ impl FrameGap {
     }
 }
 
-/// The missing frames of one received stream. What every frame needs comes first.
+/// The missing frames of one received stream. Fields that every frame needs come first.
 #[derive(Default)]
 #[repr(C)]
 pub struct Attribution {
-    /// By sequence number, which is by time.
+    /// The delivered frame with the highest sequence number. This order is also the order in time.
     newest: Option<PlacedFrame>,
     len: u8,
-    /// Sequence number of the first frame that was delivered.
+    /// Sequence number of the first packet of the first delivered frame.
     oldest_seq: u64,
     uplink: u32,
     sfu: u32,
@@ -120,13 +122,13 @@ pub struct Attribution {
 }
 
 impl Attribution {
-    /// Fetches what the next frame will need.
+    /// Prefetches what the next frame will need.
     pub fn prefetch(&self) {
         net::prefetch(self, std::mem::offset_of!(Attribution, gaps));
     }
 
-    /// Takes a frame that was delivered for the first time. `withheld` says how many frames of the
-    /// layer before are missing where it is of another.
+    /// Takes a frame that was delivered for the first time. If the frame is of another layer than
+    /// the one before, `withheld` returns how many frames of the earlier layer are missing.
     pub fn deliver(
         &mut self,
         frame: PlacedFrame,
@@ -166,8 +168,8 @@ impl Attribution {
         }
     }
 
-    /// The stream goes on after a pause that was asked for: what was not sent meanwhile is not
-    /// missing.
+    /// Continues the stream after a pause that was requested. Frames that were not sent during the
+    /// pause are not missing.
     pub fn resume_with(
         &mut self,
         frame: PlacedFrame,
@@ -179,7 +181,7 @@ impl Attribution {
         self.newest = Some(frame);
     }
 
-    /// Settles what has waited long enough.
+    /// Settles the gaps that have waited long enough.
     pub fn settle_due(&mut self, stream: &ReceiveStream, origin: FrameOrigin<'_>, now: Time) {
         while self.len > 0 {
             let gap = self.gaps[0];
@@ -191,7 +193,7 @@ impl Attribution {
         }
     }
 
-    /// All that is missing, at the end: `missing` frames.
+    /// Settles every gap at the end. `missing` is the number of all missing frames.
     pub fn finish(
         &mut self,
         missing: u64,
@@ -203,8 +205,8 @@ impl Attribution {
         }
         let losses = self.losses();
         let attributed = losses.uplink + losses.sfu + losses.downlink;
-        // What is expected over a switch of layers may still shrink when a frame comes late: never
-        // more causes than losses.
+        // A frame that comes late can still lower the number of expected frames around a layer
+        // switch. Causes must never outnumber losses.
         let mut excess = attributed.saturating_sub(missing);
         for count in [&mut self.downlink, &mut self.sfu, &mut self.uplink] {
             let taken = excess.min(u64::from(*count));
@@ -217,7 +219,7 @@ impl Attribution {
         }
     }
 
-    /// What has been attributed so far.
+    /// Returns the losses attributed so far.
     pub fn losses(&self) -> Losses {
         Losses {
             source: 0,
@@ -232,7 +234,7 @@ impl Attribution {
         self.newest.map_or(0, |newest| newest.last_seq)
     }
 
-    /// A frame between two that were delivered before.
+    /// Handles a frame that lies between two frames delivered before.
     fn deliver_late(
         &mut self,
         frame: &PlacedFrame,
@@ -253,8 +255,8 @@ impl Attribution {
         self.fill(at, frame.frame, place, stream, origin);
     }
 
-    /// Takes a missing frame that another packet brought; `seq` is where its own packet would have
-    /// been.
+    /// Takes a missing frame that arrived in another packet. `seq` is the sequence number that its
+    /// own packet would have had.
     pub fn recover(
         &mut self,
         identity: &FrameIdentity,
@@ -273,7 +275,7 @@ impl Attribution {
         };
         let gap = gaps[at];
         let (before, after) = gap.between(self.newest_seq());
-        // An SFU that closes holes leaves it no place of its own.
+        // If the SFU closes gaps in the numbering, the frame has no number of its own.
         let place = if (before + 1..after).contains(&seq) {
             (seq as u32, seq as u32)
         } else {
@@ -282,7 +284,7 @@ impl Attribution {
         self.fill(at, identity.frame, place, stream, origin);
     }
 
-    /// One of a gap's frames came, in packets `first..=last`.
+    /// Removes a frame from a gap. The frame arrived in packets `first..=last`.
     fn fill(
         &mut self,
         at: usize,
@@ -314,7 +316,7 @@ impl Attribution {
         }
     }
 
-    /// Puts two gaps in the place of one; the oldest of all makes room.
+    /// Replaces one gap by two. If the table is full, the oldest gap of all is settled first.
     fn split(
         &mut self,
         at: usize,
@@ -332,8 +334,8 @@ impl Attribution {
         self.open(at, right);
     }
 
-    /// A frame that was given up came after all. It was sent, so its lateness is a link's: the
-    /// downlink's, where any loss was.
+    /// Corrects the counts when a frame arrives that was already counted as lost. It was sent, so a
+    /// link delayed it: the downlink, if any loss was counted there.
     fn take_back(&mut self) {
         for count in [&mut self.downlink, &mut self.uplink, &mut self.sfu] {
             if *count > 0 {
@@ -376,9 +378,9 @@ impl Attribution {
         let Some(holes) = stream.holes_between(before, after) else {
             return;
         };
-        // A hole of the uplink shows here too, unless the SFU closes it; so one that does not show
-        // is probable no more. Every other frame that was sent and lost has left a hole at
-        // least.
+        // A packet lost on the uplink leaves a gap here too, unless the SFU closes it. So a
+        // probable loss without a visible gap does not count as uplink loss. Every other frame that
+        // was sent and lost has left at least one gap.
         let holes = u32::try_from(holes)
             .unwrap_or(u32::MAX)
             .saturating_sub(lacking);

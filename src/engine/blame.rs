@@ -1,4 +1,4 @@
-//! Which stalls there were, whose they were, and what the kernel says of their cause.
+//! Finds the stalls of a run, who caused each, and what the kernel says about the cause.
 
 use std::time::Duration;
 
@@ -7,23 +7,24 @@ use crate::measure::second::Second;
 use crate::measure::stalls::{Cause, Stall, StillSpan, gathered, silences, union};
 use crate::units::Time;
 
-/// So much of a stall must be accounted for by one cause.
+/// Share of a stall that one cause must account for.
 const SHARE_MIN: f64 = 0.5;
 
-/// What a run saw of itself and of the server.
+/// Observations of the run about itself and about the server.
 pub struct Observed<'a> {
-    /// When media left, and when anything came.
+    /// Times at which media was sent (`sends`) and at which anything arrived (`arrivals`).
     pub sends: &'a ThreadPresence,
     pub arrivals: &'a ThreadPresence,
-    /// Late beats of all engine threads, and of the bare timer thread.
+    /// Late beats of all engine threads (`engine_gaps`) and of the bare timer thread
+    /// (`floor_gaps`).
     pub engine_gaps: &'a [StillSpan],
     pub floor_gaps: &'a [StillSpan],
     pub seconds: &'a [Second],
-    /// When publishers stopped: after that nothing is owed.
+    /// Time at which publishers stopped. Nothing is owed after it.
     pub until: Time,
 }
 
-/// All stalls, in order.
+/// Returns all stalls in order of time.
 pub fn stalls(observed: &Observed<'_>) -> Vec<Stall> {
     let asleep = union(observed.engine_gaps.to_vec());
     let ours = gathered(&asleep).into_iter().map(|pieces| {
@@ -37,7 +38,7 @@ pub fn stalls(observed: &Observed<'_>) -> Vec<Stall> {
         Time::ZERO,
         observed.until,
     );
-    // Where no media came before, none was owed: what is missing then is a matter of joins.
+    // If no media came before the gap, none was owed: the silence is then a matter of joins.
     let silent: Vec<StillSpan> = silent
         .into_iter()
         .filter(|gap| media_came_before(gap, observed.seconds))
@@ -54,7 +55,7 @@ pub fn stalls(observed: &Observed<'_>) -> Vec<Stall> {
     stalls
 }
 
-/// In the row in which it began, or in the one before.
+/// Whether media arrived in the row in which the gap began, or in the row before.
 fn media_came_before(gap: &StillSpan, seconds: &[Second]) -> bool {
     let began = seconds.partition_point(|second| second.from <= gap.from);
     let rows = seconds[..began].iter().rev().take(2);
@@ -77,9 +78,9 @@ fn length(pieces: &[StillSpan]) -> Duration {
     pieces.iter().map(StillSpan::length).sum()
 }
 
-/// Throttled and stolen time are the kernel's word. A wait in the run queue is so too, but some of
-/// it is found in every busy second. A process that was stopped leaves no trace but that the bare
-/// timer thread, which has nothing to do, was late as well.
+/// Returns the cause of a stall. Throttled and stolen time are reported by the kernel. So is a wait
+/// in the run queue, but some of it occurs in every busy second. A stopped process leaves only one
+/// trace: the bare timer thread, which has nothing to do, was late as well.
 fn cause(pieces: &[StillSpan], observed: &Observed<'_>) -> Cause {
     let enough = |time: Option<Duration>| {
         time.is_some_and(|time| time.as_secs_f64() >= length(pieces).as_secs_f64() * SHARE_MIN)
@@ -99,7 +100,7 @@ fn cause(pieces: &[StillSpan], observed: &Observed<'_>) -> Cause {
     }
 }
 
-/// A figure's sum over the rows that a stall touches; `None` where none of them knows.
+/// Returns the sum of a figure over the rows that a stall touches, or `None` if no row has it.
 fn around(
     pieces: &[StillSpan],
     seconds: &[Second],
@@ -121,7 +122,7 @@ fn touched<'a>(pieces: &[StillSpan], seconds: &'a [Second]) -> impl Iterator<Ite
         .filter(move |second| span.is_some_and(|(from, to)| second.from < to && second.to > from))
 }
 
-/// How much of a stall the bare timer thread was late, too.
+/// Returns how much of the stall the bare timer thread was late as well.
 fn floor_asleep(pieces: &[StillSpan], floor_gaps: &[StillSpan]) -> Duration {
     let within = |gap: &StillSpan| {
         floor_gaps

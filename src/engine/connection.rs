@@ -1,4 +1,4 @@
-//! One peer connection at work: its tracks, its streams, and the RTCP between them and the server.
+//! One peer connection: its tracks, its streams, and the RTCP between them and the server.
 
 use crate::transport::rtp::Ssrc;
 use std::collections::VecDeque;
@@ -26,20 +26,22 @@ use crate::transport::sequence::Seq;
 use crate::transport::srtp::Sealer;
 use crate::units::{Bitrate, Time, ntp_middle};
 
-/// How often a stream that waits for a key frame is looked at again.
+/// Interval at which a stream that waits for a key frame is checked again.
 pub const KEY_FRAME_CHECK: Duration = Duration::from_millis(100);
-/// Until a round trip has been measured.
+/// Round-trip time assumed until one has been measured.
 const RTT_UNKNOWN: Duration = Duration::from_millis(100);
 
-/// How many streams to prefetch for a connection whose turn comes.
+/// Number of streams to prefetch for a connection whose turn comes.
 const PREFETCHED_STREAMS: usize = 2;
 
-/// Media of streams that are not announced yet: some ms of all streams of a large room.
+/// Maximum number of packets kept for streams that are not announced yet: a few ms of media of all
+/// streams of a large room.
 const EARLY_PACKETS_MAX: usize = 128;
-/// An answer is no more than a few ms behind the media. What waits longer belongs to nothing.
+/// Maximum age of a kept packet. An answer arrives no more than a few ms after the media. A packet
+/// that waits longer belongs to no stream.
 const EARLY_AGE_MAX: Duration = Duration::from_secs(1);
 
-/// What a connection needs from around it for one call.
+/// What a connection needs from its surroundings for one call.
 pub struct ConnectionContext<'a, I> {
     pub config: &'a ShardConfig,
     pub record: &'a mut Record,
@@ -51,19 +53,19 @@ pub struct ConnectionContext<'a, I> {
 pub struct PeerConnection {
     pub transport: Peer,
     pub tracks: Vec<SendTrack>,
-    /// When the repair timer is due.
+    /// Time at which the repair timer is due.
     pub repair_at: Time,
     pub saw_media: bool,
     pub failed: bool,
-    /// Signalling knows when ICE had a path.
+    /// Whether signalling has been told that ICE has found a path.
     pub ice_told: bool,
     rtt_stun: Option<Duration>,
-    /// The shortest one that anything has measured.
+    /// The shortest round-trip time measured by any means.
     rtt_least: Option<Duration>,
-    /// Set where this connection's media is recorded.
+    /// Set if this connection's media is recorded.
     pub tap: Option<Box<Tap>>,
     streams: Vec<RecvStream>,
-    /// `(ssrc, stream, is_rtx)`, by ssrc.
+    /// `(ssrc, stream, is_rtx)`, sorted by SSRC.
     ssrcs: Vec<(Ssrc, u32, bool)>,
     key: PeerKey,
     pub participant: u32,
@@ -72,32 +74,32 @@ pub struct PeerConnection {
     cname: String,
     intended_at: Time,
     rtt_rtcp: Option<Duration>,
-    /// The other side's reference time, to be answered with a DLRR (RFC 3611, section 4.5).
+    /// The server's reference time, to be answered with a DLRR (RFC 3611, section 4.5).
     reference_time: Option<ReferenceTime>,
     closed: bool,
-    /// By plan.
+    /// The plan has the participant leave.
     leaves: bool,
-    /// Streams that were live when it was last looked whether one takes the place of another.
+    /// Number of live streams at the last check for streams that replace others.
     streams_live: usize,
     early: VecDeque<EarlyPacket>,
-    /// Where any was agreed on.
+    /// Present if a kind of feedback was agreed on.
     feedback: Option<Box<Feedback>>,
-    /// Where our packets have transport-wide numbers.
+    /// Present if our packets carry transport-wide sequence numbers.
     sending: Option<Box<Sending>>,
     obeys_bandwidth: bool,
-    /// When tracks are due may have changed.
+    /// Set when the times at which tracks are due may have changed.
     tracks_changed: bool,
 }
 
-/// Media whose SSRC no description has named yet, or whose keys are still on their way. Where
-/// offers are ours, the server sends as soon as it has written its answer and its side of the DTLS
-/// handshake is done.
+/// A packet whose SSRC no description has named yet, or whose keys are not known yet. If the offers
+/// are ours, the server sends media as soon as it has written its answer and finished its side of
+/// the DTLS handshake.
 pub struct EarlyPacket {
     pub arrival: Time,
     pub datagram: Box<[u8]>,
 }
 
-/// When what a packet brought about wants to be sent.
+/// Times at which the RTCP caused by a packet should be sent.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
     pub nack_at: Time,
@@ -151,8 +153,8 @@ impl PeerConnection {
         }
     }
 
-    /// Expects one more stream. One that is expected already stays as it is, but for a
-    /// retransmission SSRC that it did not have.
+    /// Adds an expected stream. A stream that is already expected keeps its state; only a
+    /// retransmission SSRC that it did not have is added.
     pub fn add_stream(&mut self, parameters: StreamParameters) {
         let known = self.find_stream(parameters.ssrc).map(|(at, _)| at);
         let at = known.unwrap_or(self.streams.len());
@@ -169,7 +171,7 @@ impl PeerConnection {
         self.note_send_rate();
     }
 
-    /// Takes one more track to send.
+    /// Adds a track to send.
     pub fn add_track(&mut self, track: SendTrack, now: Time, record: &mut Record) {
         if track.has_transport_seq() && self.sending.is_none() {
             self.sending = Some(Box::new(Sending::new(self.obeys_bandwidth, now)));
@@ -185,7 +187,7 @@ impl PeerConnection {
         }
     }
 
-    /// The server withdrew these streams.
+    /// Marks these streams as withdrawn by the server.
     pub fn withdraw_streams(&mut self, ssrcs: &[Ssrc], roster: &Roster, record: &mut Record) {
         for stream in self
             .streams
@@ -198,8 +200,8 @@ impl PeerConnection {
             .retain(|(_, at, _)| !self.streams[*at as usize].has_ended());
     }
 
-    /// The plan has the participant leave: its streams are owed nothing from now on, and what is
-    /// under way may still come.
+    /// Notes that the plan has the participant leave. From now on nothing more is owed to its
+    /// streams. Packets under way may still arrive.
     pub fn leave(&mut self, roster: &Roster, record: &mut Record, now: Time) {
         self.leaves = true;
         self.streams
@@ -225,7 +227,7 @@ impl PeerConnection {
             .for_each(|stream| stream.end(roster, record));
     }
 
-    /// Neither up nor given up.
+    /// Whether the connection is neither up, nor failed, nor closed.
     pub fn is_in_setup(&self) -> bool {
         self.transport.connected_at().is_none() && !self.failed && !self.closed
     }
@@ -234,9 +236,9 @@ impl PeerConnection {
         self.closed
     }
 
-    /// Fetches what every packet needs. What that leads to follows, in this order, each when the
-    /// one before has come: [`PeerConnection::prefetch_streams`] and
-    /// [`PeerConnection::prefetch_next`].
+    /// Prefetches what every packet needs. [`PeerConnection::prefetch_streams`] and then
+    /// [`PeerConnection::prefetch_next`] prefetch what that memory points to. Call each one after
+    /// the data of the one before has arrived.
     pub fn prefetch(&self) {
         self.transport.prefetch_opener();
         net::prefetch(&self.streams, usize::MAX);
@@ -246,8 +248,8 @@ impl PeerConnection {
         net::prefetch(&self.intended_at, usize::MAX);
     }
 
-    /// One or two streams are all that most subscribers have; with many, which one comes next is
-    /// not known.
+    /// Prefetches the first streams. Most subscribers have only one or two; with many streams it is
+    /// not known which one comes next.
     pub fn prefetch_streams(&self) {
         if let Some(ssrc) = self.ssrcs.first() {
             net::prefetch(ssrc, usize::MAX);
@@ -271,8 +273,8 @@ impl PeerConnection {
             .for_each(RecvStream::prefetch_next);
     }
 
-    /// Fetches what every turn of a track needs. What that leads to follows:
-    /// [`PeerConnection::prefetch_track`].
+    /// Prefetches what every turn of a track needs. [`PeerConnection::prefetch_track`] prefetches
+    /// what that memory points to.
     pub fn prefetch_for_sending(&self) {
         self.transport.prefetch_sending();
         net::prefetch(&self.tracks, usize::MAX);
@@ -286,13 +288,14 @@ impl PeerConnection {
         }
     }
 
-    /// Nothing is sent or taken any more. What its streams still ought to have received goes on
-    /// being expected: the participant is missing it.
+    /// Closes the connection. Nothing is sent or received any more. Its streams keep expecting what
+    /// they ought to have received, because the participant is missing it.
     pub fn close(&mut self) {
         self.closed = true;
     }
 
-    /// The tracks of a connection that is gone. Where the plan had it go, they owe nothing.
+    /// Takes the tracks of a connection that is gone. If the plan had the participant leave, its
+    /// tracks owe nothing and none is returned.
     pub fn take_tracks(&mut self) -> Vec<SendTrack> {
         let mut tracks = std::mem::take(&mut self.tracks);
         tracks.iter_mut().for_each(SendTrack::lose);
@@ -300,36 +303,36 @@ impl PeerConnection {
         tracks
     }
 
-    /// The publishers stop now: a picture that stands still at this moment is a freeze, although no
-    /// frame will end it.
+    /// Settles the streams when the publishers stop. A picture that stands still at this moment is
+    /// a freeze, although no frame will end it.
     pub fn settle(&mut self, roster: &Roster, record: &mut Record, now: Time) {
         self.streams
             .iter_mut()
             .for_each(|stream| stream.settle(roster, record, now));
     }
 
-    /// The server was asked at `at` for another layer of a stream, or for nothing.
+    /// Notes that at `at` the server was asked for another layer of a stream, or for none.
     pub fn watch(&mut self, ssrc: Ssrc, layer: Option<u8>, at: Time, roster: &Roster) {
         if let Some((stream, false)) = self.find_stream(ssrc) {
             self.streams[stream].watch(layer, at, roster);
         }
     }
 
-    /// The server pauses a stream since `at`, or sends it again.
+    /// Notes that since `at` the server pauses a stream, or sends it again.
     pub fn set_paused(&mut self, ssrc: Ssrc, paused: bool, at: Time, record: &mut Record) {
         if let Some((stream, false)) = self.find_stream(ssrc) {
             self.streams[stream].set_paused(paused, at, record);
         }
     }
 
-    /// The stream of an SSRC, and whether it is its retransmission SSRC.
+    /// Returns the stream of an SSRC, and whether the SSRC is the stream's retransmission SSRC.
     fn find_stream(&self, ssrc: Ssrc) -> Option<(usize, bool)> {
         let at = self.ssrcs.partition_point(|(known, ..)| *known < ssrc);
         let (known, stream, is_rtx) = *self.ssrcs.get(at)?;
         (known == ssrc).then_some((stream as usize, is_rtx))
     }
 
-    /// One RTP datagram; `None` where no parser took it.
+    /// Handles one RTP datagram. Returns `None` if it could not be parsed.
     pub fn handle_rtp(
         &mut self,
         datagram: &mut [u8],
@@ -379,7 +382,7 @@ impl PeerConnection {
         }
     }
 
-    /// Keeps a packet until it can be read; false where too many wait.
+    /// Keeps a packet until it can be read. Returns false if too many packets wait.
     fn keep_early(&mut self, datagram: &[u8], arrival: Time, record: &mut Record) -> bool {
         while self
             .early
@@ -399,13 +402,13 @@ impl PeerConnection {
         true
     }
 
-    /// What could not be read when it came: to be handled again when that may have changed, or to
-    /// be given up.
+    /// Takes the packets that could not be read when they arrived. The caller handles them again
+    /// when that may have changed, or gives them up.
     pub fn take_early(&mut self) -> VecDeque<EarlyPacket> {
         std::mem::take(&mut self.early)
     }
 
-    /// Sends what is due on one track. Returns when it is due again.
+    /// Sends what is due on one track. Returns the time at which it is due again.
     pub fn send_due<I: Io>(&mut self, track: usize, around: &mut ConnectionContext<'_, I>) -> Time {
         let now = around.now;
         let (Some(to), Some(sealer)) = (self.transport.remote(), self.transport.sealer()) else {
@@ -492,8 +495,8 @@ impl PeerConnection {
         self.allocate(around.now, around.record);
     }
 
-    /// Holds back the layers that the path has no room for, and looks for more where some are;
-    /// nothing where the connection does not obey.
+    /// Holds back the layers that do not fit the estimated bandwidth, and probes for more if some
+    /// are held back. Does nothing if the connection does not obey the estimate.
     fn allocate(&mut self, now: Time, record: &mut Record) {
         let Some(sending) = &mut self.sending else {
             return;
@@ -518,7 +521,8 @@ impl PeerConnection {
                         held_back: track.is_held_back(),
                     };
                 }
-                // What has no numbers is not in the feedback, and so not in the estimate.
+                // Packets without transport-wide sequence numbers are not in the feedback, and so
+                // not in the estimate.
                 None if track.is_wanted() && track.has_transport_seq() => others += bps,
                 None => {}
             }
@@ -553,20 +557,20 @@ impl PeerConnection {
         sending.plan_probe(Bitrate::from_bps(wanted_bps(others, layers)), now, counted);
     }
 
-    /// Whether tracks may be due at other times than before, since this was asked last.
+    /// Whether tracks may be due at other times, since the last call.
     pub fn take_tracks_changed(&mut self) -> bool {
         std::mem::take(&mut self.tracks_changed)
     }
 
-    /// When a packet of a probe is due.
+    /// Returns the time at which the next probe packet is due.
     pub fn probe_at(&self) -> Time {
         self.sending
             .as_ref()
             .map_or(Time::MAX, |sending| sending.probe_at())
     }
 
-    /// Sends the packets of a probe that are due, of the highest layer that is sent. Returns when
-    /// the next one is.
+    /// Sends the probe packets that are due, from the highest layer that is being sent. Returns the
+    /// time at which the next one is due.
     pub fn send_probe<I: Io>(&mut self, around: &mut ConnectionContext<'_, I>) -> Time {
         let now = around.now;
         let PeerConnection {
@@ -648,7 +652,7 @@ impl PeerConnection {
         }
     }
 
-    /// A STUN check was answered.
+    /// Takes the round-trip time of an answered STUN check.
     pub fn handle_stun_rtt(&mut self, rtt: Duration) {
         self.rtt_stun = Some(rtt);
         self.note_rtt(rtt);
@@ -700,7 +704,7 @@ impl PeerConnection {
         }
     }
 
-    /// Once a second: what the path carries, where that is obeyed.
+    /// Counts the bandwidth estimate, if the connection obeys one. Called once a second.
     pub fn count_estimate(&mut self, now: Time, record: &mut Record) {
         let Some(sending) = self.sending.as_mut().filter(|_| !self.closed) else {
             return;
@@ -714,8 +718,8 @@ impl PeerConnection {
         }
     }
 
-    /// Sends one round of reports: SR for every track, RR for every stream, and the reference times
-    /// of XR.
+    /// Sends one round of reports: an SR for every track, an RR for every stream, and the XR
+    /// reference times.
     pub fn send_reports<I: Io>(&mut self, around: &mut ConnectionContext<'_, I>) {
         self.send_sender_reports(around);
         self.send_receiver_reports(around);
@@ -785,8 +789,8 @@ impl PeerConnection {
                 .report_block(now)
                 .map(|numbers| numbers.block(stream.ssrc()))
         });
-        // A receiver that has no sender report to answer learns its round trip from XR (RFC 3611):
-        // the first compound carries the question.
+        // A receiver without a sender report to answer measures its round-trip time with XR (RFC
+        // 3611). The first compound packet carries the reference time.
         let mut reference = Some(ntp);
         loop {
             let mut written = 0;
@@ -810,7 +814,7 @@ impl PeerConnection {
         }
     }
 
-    /// Sends the NACKs and PLIs that are due. Returns when to look again.
+    /// Sends the NACKs and PLIs that are due. Returns the time of the next check.
     pub fn repair<I: Io>(&mut self, around: &mut ConnectionContext<'_, I>) -> Time {
         let (now, rtt) = (around.now, self.round_trip());
         let PeerConnection {
@@ -849,7 +853,8 @@ impl PeerConnection {
         next_at
     }
 
-    /// When the feedback's timer is due; [`Time::MAX`] where none was agreed on.
+    /// Returns the time at which the feedback timer is due, or [`Time::MAX`] if no feedback was
+    /// agreed on.
     pub fn feedback_timer_at(&self) -> Time {
         self.feedback
             .as_ref()
@@ -862,7 +867,7 @@ impl PeerConnection {
         }
     }
 
-    /// Tells the server of its path what is due. Returns when to look again.
+    /// Sends the feedback that is due to the server. Returns the time of the next check.
     pub fn send_feedback<I: Io>(&mut self, around: &mut ConnectionContext<'_, I>) -> Time {
         let (now, rtt) = (around.now, self.rtt());
         let PeerConnection {
@@ -913,7 +918,7 @@ impl PeerConnection {
             .for_each(|stream| stream.finish(roster, record));
     }
 
-    /// Brings the record up to date with what the streams counted.
+    /// Updates the record with what the streams counted.
     pub fn account(&mut self, roster: &Roster, record: &mut Record) {
         self.end_replaced_streams(roster, record);
         self.streams
@@ -921,8 +926,8 @@ impl PeerConnection {
             .for_each(|stream| stream.account(roster, record));
     }
 
-    /// A stream that the server withdrew, and gave again under another SSRC, is owed nothing from
-    /// the new one's first frame on.
+    /// Ends streams that the server withdrew and announced again under another SSRC. Nothing more
+    /// is owed to them from the new stream's first frame on.
     fn end_replaced_streams(&mut self, roster: &Roster, record: &mut Record) {
         let live = self
             .streams
@@ -957,7 +962,8 @@ impl PeerConnection {
     }
 }
 
-/// The way out of connection `key` for the track of one kind in a place among its tracks.
+/// Builds the way out of connection `key` for one track, given by its kind and its index among the
+/// tracks.
 fn wire<'a, I: Io>(
     key: PeerKey,
     to: SocketAddr,
@@ -992,7 +998,7 @@ fn wire<'a, I: Io>(
     }
 }
 
-/// Writes one compound into the lent buffer, seals and sends it.
+/// Writes one compound packet into the lent buffer, seals it and sends it.
 fn send_compound<I: Io>(
     transport: &mut Peer,
     key: PeerKey,

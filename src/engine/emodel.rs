@@ -1,36 +1,37 @@
-//! The E-model (ITU-T G.107): a mean opinion score from delay and concealment. A planning tool's
-//! estimate of what listeners would say, and no measurement.
+//! The E-model (ITU-T G.107): estimates a mean opinion score from delay and concealment. It is a
+//! planning tool's estimate of what listeners would say, not a measurement.
 //!
-//! R = R0 - Idd - Ie,eff: all of a telephone's other impairments (echo, noise, loudness) are left
-//! at the Recommendation's defaults, or at none.
+//! R = R0 - Idd - Ie,eff: all other impairments of a telephone (echo, noise, loudness) are left at
+//! the Recommendation's defaults, or at none.
 
 use std::time::Duration;
 
-/// G.107, with all parameters at their defaults: 93.2.
+/// G.107 with all parameters at their defaults: 93.2.
 const R_DEFAULT: f64 = 93.2;
 
-/// Opus's equipment impairment and packet loss robustness. G.113 has no values for it. Without
-/// loss, from 24 kb/s on, it is no worse than G.711 (Ie 0); 10 is what the open-source estimator
-/// rtcscore takes for Opus without forward error correction, and G.113's value for GSM-EFR.
+/// Equipment impairment (Ie) and packet loss robustness (Bpl) of Opus. G.113 has no values for it.
+/// Without loss, from 24 kb/s on, Opus is no worse than G.711 (Ie 0). Bpl 10 is what the
+/// open-source estimator rtcscore takes for Opus without forward error correction, and G.113's
+/// value for GSM-EFR.
 const OPUS_IE: f64 = 0.0;
 const OPUS_BPL: f64 = 10.0;
 
-/// Opus looks so far ahead when it codes (RFC 6716, section 2).
+/// Lookahead of the Opus encoder (RFC 6716, section 2).
 const OPUS_LOOKAHEAD: Duration = Duration::from_micros(6_500);
 
-/// G.107, 7.4: below this, delay does no harm.
+/// Delay below which there is no impairment (G.107, 7.4).
 const HARMLESS_DELAY: Duration = Duration::from_millis(100);
 
-/// The score of one stream of Opus, from 1 to 4.5, in thousandths. `mouth_to_ear` is from the end
-/// of a frame's recording, when it may leave, to its playout; `concealed` is a share (0..=1), as if
-/// it were random.
+/// Returns the score of one Opus stream, from 1 to 4.5, in thousandths. `mouth_to_ear` runs from
+/// the end of a frame's recording, when it may be sent, to its playout. `concealed` is the
+/// concealed share (0..=1), treated as random loss.
 pub fn opus_mos_thousandths(mouth_to_ear: Duration, frame: Duration, concealed: f64) -> u64 {
     let delay = mouth_to_ear + frame + OPUS_LOOKAHEAD;
     let r = R_DEFAULT - delay_impairment(delay) - loss_impairment(concealed * 100.0);
     (mos(r) * 1_000.0).round() as u64
 }
 
-/// Idd (G.107, equations 7-27 and 7-28).
+/// Returns Idd (G.107, equations 7-27 and 7-28).
 fn delay_impairment(delay: Duration) -> f64 {
     if delay <= HARMLESS_DELAY {
         return 0.0;
@@ -40,12 +41,12 @@ fn delay_impairment(delay: Duration) -> f64 {
         + 2.0)
 }
 
-/// Ie,eff (G.107, equation 7-29) at a burst ratio of 1.
+/// Returns Ie,eff (G.107, equation 7-29) at a burst ratio of 1.
 fn loss_impairment(per_cent: f64) -> f64 {
     OPUS_IE + (95.0 - OPUS_IE) * per_cent / (per_cent + OPUS_BPL)
 }
 
-/// G.107, Annex B.
+/// Converts R to a mean opinion score (G.107, Annex B).
 fn mos(r: f64) -> f64 {
     match r {
         r if r <= 0.0 => 1.0,
@@ -95,7 +96,7 @@ mod tests {
         for (better, worse) in [(0.0, 0.01), (0.01, 0.05), (0.05, 0.3)] {
             assert!(score(50, better) > score(50, worse));
         }
-        // By hand from the equations.
+        // Calculated by hand from the equations.
         for (millis, idd) in [(100, 0.0), (250, 8.92), (400, 24.07)] {
             assert!(
                 (delay_impairment(Duration::from_millis(millis)) - idd).abs() < 0.01,

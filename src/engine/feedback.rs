@@ -1,10 +1,10 @@
-//! What one connection tells the server of its path: transport-wide feedback, or REMB, by what its
-//! packets carry.
+//! What one connection tells the server about its path: transport-wide feedback or REMB, depending
+//! on what its packets carry.
 //!
-//! As in libwebrtc, a packet with a transport-wide sequence number is for the one, any other with
-//! abs-send-time for the other, and both are of the connection, whatever stream a packet belongs
-//! to: media, retransmissions and padding alike. LiveKit agrees on both where there is one
-//! connection, and stamps packets with the one that it uses.
+//! As in libwebrtc, a packet with a transport-wide sequence number goes to transport-wide feedback,
+//! and any other packet with abs-send-time goes to REMB. Both cover the whole connection, whatever
+//! stream a packet belongs to: media, retransmissions and padding alike. LiveKit agrees on both if
+//! there is one connection, and stamps packets with the one that it uses.
 
 use crate::transport::rtp::Ssrc;
 use std::time::Duration;
@@ -17,14 +17,14 @@ use crate::transport::rtcp::{RtcpWriter, WriteError};
 use crate::transport::rtp::{Header, be16, be24};
 use crate::units::{Bitrate, Time};
 
-/// Sources that a REMB names: as many as its length field can say.
+/// Maximum number of sources named in a REMB: the limit of its length field.
 const REMB_SOURCES_MAX: usize = 255;
 
-/// The feedback of one connection. Made when the first stream is announced that wants any. What
-/// every packet needs comes first.
+/// The feedback of one connection. It is made when the first stream that wants feedback is
+/// announced. Fields that every packet needs come first.
 #[repr(C)]
 pub struct Feedback {
-    /// When the connection's timer is due.
+    /// Time at which the connection's timer is due.
     pub timer_at: Time,
     transport_cc: Option<TransportCc>,
     remb: Option<Remb>,
@@ -33,7 +33,7 @@ pub struct Feedback {
 #[repr(C)]
 struct TransportCc {
     extension: u8,
-    /// SSRC of the stream that received last: a server finds the connection by it.
+    /// SSRC of the stream that received a packet last. A server finds the connection by it.
     media_ssrc: Ssrc,
     sent_at: Option<Time>,
     interval: Duration,
@@ -45,13 +45,13 @@ struct Remb {
     estimator: ReceiveEstimator,
     /// Streams whose packets carry abs-send-time, in their order of appearance.
     sources: Vec<Ssrc>,
-    /// Streams that may.
+    /// Number of streams whose packets may carry it.
     streams: usize,
 }
 
 impl Feedback {
-    /// What a stream adds. Extension ids are the same in all sections of a bundle (RFC 8843,
-    /// section 9.2), so the first one's hold.
+    /// Adds what a stream needs. Extension ids are the same in all sections of a bundle (RFC 8843,
+    /// section 9.2), so those of the first stream hold for all.
     pub fn add_stream(feedback: &mut Option<Box<Feedback>>, stream: &StreamParameters) {
         if stream.transport_cc_extension.is_none() && stream.abs_send_time_extension.is_none() {
             return;
@@ -79,13 +79,13 @@ impl Feedback {
                 sources: Vec::new(),
                 streams: 0,
             });
-            // Room now, so that no packet has to make it.
+            // Reserve now, so that no packet has to allocate.
             remb.streams = (remb.streams + 1).min(REMB_SOURCES_MAX);
             remb.sources.reserve(remb.streams - remb.sources.len());
         }
     }
 
-    /// Fetches what every packet needs.
+    /// Prefetches what every packet needs.
     pub fn prefetch(&self) {
         let to_log =
             std::mem::offset_of!(Feedback, transport_cc) + std::mem::offset_of!(TransportCc, log);
@@ -93,22 +93,23 @@ impl Feedback {
         net::prefetch(&self.remb, usize::MAX);
     }
 
-    /// Fetches what the next packet will need, once that has come.
+    /// Prefetches what the next packet will need, once the data of [`Feedback::prefetch`] has
+    /// arrived.
     pub fn prefetch_next(&self) {
         if let Some(cc) = &self.transport_cc {
             cc.log.prefetch_next();
         }
     }
 
-    /// What this connection sends decides how much of it may be feedback.
+    /// Sets the send rate of this connection, which decides how often feedback may be sent.
     pub fn set_send_rate(&mut self, bps: u64) {
         if let Some(transport_cc) = &mut self.transport_cc {
             transport_cc.interval = feedback_interval(bps);
         }
     }
 
-    /// Takes an authentic packet of `bytes` behind its header, of the stream with `media_ssrc`.
-    /// Returns when [`Feedback::write`] is wanted.
+    /// Takes an authentic packet of the stream with `media_ssrc`; `packet` is the whole packet.
+    /// Returns the time at which [`Feedback::write`] should be called.
     pub fn handle_packet(
         &mut self,
         header: &Header,
@@ -138,8 +139,8 @@ impl Feedback {
         self.next_at(arrival)
     }
 
-    /// Notes the arrival of a packet that nobody can read yet, so that it is not reported as lost.
-    /// When it can be read it comes again.
+    /// Notes the arrival of a packet that cannot be read yet, so that it is not reported as lost.
+    /// The packet is handled again when it can be read.
     pub fn handle_early_packet(&mut self, header: &Header, packet: &[u8], arrival: Time) {
         if let Some(cc) = &mut self.transport_cc
             && let Some(seq) = header
@@ -150,7 +151,8 @@ impl Feedback {
         }
     }
 
-    /// When [`Feedback::write`] is wanted; [`Time::MAX`] while there is nothing to tell.
+    /// Returns the time at which [`Feedback::write`] should be called, or [`Time::MAX`] while there
+    /// is nothing to tell.
     fn next_at(&self, now: Time) -> Time {
         let transport_cc = self.transport_cc.as_ref().filter(|cc| cc.log.has_news());
         let transport_cc = transport_cc.map_or(Time::MAX, |cc| {
@@ -163,7 +165,8 @@ impl Feedback {
         transport_cc.min(remb)
     }
 
-    /// Writes one message of what is due, if anything is. Returns whether there may be more.
+    /// Writes one message of what is due, if anything is. Returns what was written. There may be
+    /// more to write unless it returns `None`.
     pub fn write(
         &mut self,
         writer: &mut RtcpWriter<'_>,
@@ -190,7 +193,7 @@ impl Feedback {
         Ok(None)
     }
 
-    /// After a turn of [`Feedback::write`]: when the next one is wanted.
+    /// Sets the timer after a round of [`Feedback::write`], and returns when the next round is due.
     pub fn settle(&mut self, now: Time) -> Time {
         self.timer_at = self.next_at(now);
         self.timer_at
@@ -212,8 +215,9 @@ impl Remb {
     }
 }
 
-/// libwebrtc gives 5 % of what a connection sends to feedback: a message with its headers each 50
-/// to 250 ms. One that sends nothing keeps the default.
+/// Returns the interval between feedback messages. libwebrtc spends 5 % of what a connection sends
+/// on feedback: one message with its headers every 50 to 250 ms. A connection that sends nothing
+/// keeps the default.
 fn feedback_interval(send_bps: u64) -> Duration {
     const MESSAGE_BITS: u64 = (20 + 8 + 10 + 30) * 8;
     const SHARES: u64 = 20;
@@ -257,7 +261,8 @@ mod tests {
         feedback
     }
 
-    /// A packet of 1,000 bytes with these extensions; returns when feedback is wanted.
+    /// Takes a packet of 1,000 bytes with these extensions. Returns the time at which feedback is
+    /// due.
     fn take(
         feedback: &mut Feedback,
         ssrc: Ssrc,
@@ -283,7 +288,7 @@ mod tests {
         feedback.handle_packet(&header, &packet, ssrc, arrival)
     }
 
-    /// All that is written at one time.
+    /// Returns everything that is written at one time.
     fn turn(feedback: &mut Feedback, now: Time) -> (Vec<Sent>, Vec<u8>) {
         let (mut sent, mut bytes) = (Vec::new(), Vec::new());
         loop {

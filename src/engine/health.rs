@@ -1,9 +1,9 @@
-//! Was the generator the limit? The host's own floor, what the engine saw of itself, and the limits
-//! past which a run is INVALID.
+//! Decides whether the load generator was the limit: the host's own timer floor, what the engine
+//! saw of itself, and the limits beyond which a run is INVALID.
 //!
-//! Limits hold over the whole run, relative to the floor where the host may be noisy; and second by
-//! second, absolutely: a stall of the whole process stops the floor thread too, and a percentile
-//! over a long run hides it.
+//! Limits over the whole run are relative to the floor where the host may be noisy. Limits over
+//! each second are absolute, because a stall of the whole process stops the floor thread too, and a
+//! percentile over a long run hides it.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,32 +17,36 @@ use crate::measure::stalls::{Cause, STALL_MIN, Stall, StillSpan, union};
 use crate::measure::{Histogram, Record};
 use crate::units::{Epoch, Time};
 
-/// Ticks this late at the 99th percentile, and well above the host's floor, show in every latency
-/// that we report.
+/// Limit of tick lateness at the 99th percentile. Later ticks, if they are well above the host's
+/// floor, show in every latency that we report.
 const TICK_LATE_P99_MAX: Duration = Duration::from_millis(10);
-/// A host whose bare timer is late itself is noisy, not overloaded by us: only what exceeds its
-/// floor by this factor is ours.
+/// Factor by which ticks must exceed the host's floor to count against us. A host whose bare timer
+/// is late itself is noisy, not overloaded by us.
 const FLOOR_FACTOR: u64 = 3;
-/// Media that left this late was not the load that the plan describes.
+/// Limit of send lag at the 99th percentile. Media that left later was not the load that the plan
+/// describes.
 const SEND_LAG_P99_MAX: Duration = Duration::from_millis(20);
-/// Frames that were never sent because their slot had passed: the load was less than the plan's by
-/// this. One hiccup of 50 ms in ten seconds is below it.
+/// Maximum share of frames that were never sent because their slot had passed. The load was that
+/// much less than planned. One hiccup of 50 ms in ten seconds is below this limit.
 const SLOTS_SKIPPED_SHARE_MAX: f64 = 0.005;
-/// Fewer than these are a hiccup and no lack of load, however little there was to send.
+/// Minimum number of skipped slots. Fewer are a hiccup, not a lack of load, however little there
+/// was to send.
 const SLOTS_SKIPPED_MIN: u64 = 5;
-/// Packets that arrived at this host and were dropped by it.
+/// Maximum share of packets that arrived at this host and were dropped by it.
 const HOST_DROPS_SHARE_MAX: f64 = 0.0005;
-/// A worker this busy has no room for a burst.
+/// Maximum busy share of a worker. A busier worker has no room for a burst.
 pub const WORKER_BUSY_MAX: f64 = 0.9;
-/// Of any second of the run, what an engine thread may stand still in stalls of [`STALL_MIN`] and
-/// more. A tenth: then one frame in ten of that second left late because of us. Virtual machines
-/// that are well are stopped for some ten ms now and then; that is named, and is no reason.
+/// Maximum time that an engine thread may stand still in any second of the run, in stalls of
+/// [`STALL_MIN`] and more. It is a tenth: one frame in ten of that second then left late because of
+/// us. Healthy virtual machines are stopped for some ten ms now and then; such stalls are reported,
+/// but are no reason for INVALID.
 const STILL_MAX: Duration = Duration::from_millis(100);
 
-/// A wake-up costs some 30 us: a hundred a second tell enough and take nothing worth mention.
+/// The floor thread wakes once in this many ticks. A wake-up costs some 30 us; a hundred a second
+/// give enough data at no cost worth mentioning.
 const FLOOR_TICKS: u32 = 10;
 
-/// A bare thread that does nothing but wake up: how late this host wakes anyone.
+/// A bare thread that only wakes up, to measure how late this host wakes any thread.
 pub struct FloorThread {
     stop: Arc<AtomicBool>,
     since: Arc<Mutex<FloorSince>>,
@@ -50,10 +54,10 @@ pub struct FloorThread {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the floor thread saw since it was last asked.
+/// What the floor thread saw since the last call of [`FloorThread::take`].
 #[derive(Default)]
 pub struct FloorSince {
-    /// `None` where it has not woken.
+    /// `None` if it has not woken.
     pub late_max: Option<Duration>,
     /// Wake-ups that were late by [`STALL_MIN`] or more.
     pub gaps: Vec<StillSpan>,
@@ -95,7 +99,7 @@ impl FloorThread {
         })
     }
 
-    /// One that measures nothing.
+    /// Returns a floor thread that measures nothing.
     pub fn idle() -> FloorThread {
         FloorThread {
             stop: Arc::default(),
@@ -109,7 +113,7 @@ impl FloorThread {
         std::mem::take(&mut self.since.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// How late it was, since its start.
+    /// Returns how late the thread woke, since its start.
     pub fn so_far(&self) -> Histogram {
         self.late
             .lock()
@@ -119,13 +123,13 @@ impl FloorThread {
 
     pub fn finish(mut self) -> Histogram {
         self.stop.store(true, Ordering::Relaxed);
-        // One that panicked has told what it could.
+        // If the thread panicked, what it measured until then is still used.
         let _ = self.thread.take().map(JoinHandle::join);
         self.so_far()
     }
 }
 
-/// What the judgement of the generator stands on.
+/// Data from which the generator is judged.
 pub struct Evidence<'a> {
     pub record: &'a Record,
     pub floor: &'a Histogram,
@@ -133,17 +137,17 @@ pub struct Evidence<'a> {
     pub host_drops: u64,
     /// The busiest worker's share of its core while media flowed.
     pub busiest_worker: f64,
-    /// The server under test runs on this host, too.
+    /// The server under test runs on this host as well.
     pub server_is_here: bool,
-    /// One row a second; none where nobody kept them: then only the run as a whole is judged.
+    /// One row a second. If empty, only the run as a whole is judged.
     pub seconds: &'a [Second],
     /// Late beats of all engine threads.
     pub gaps: &'a [StillSpan],
-    /// What [`super::blame::stalls`] made of them.
+    /// The result of [`super::blame::stalls`].
     pub stalls: &'a [Stall],
 }
 
-/// Why the generator was the limit, each with what to do; empty where it was not.
+/// Returns the reasons why the generator was the limit, each with what to do; empty if it was not.
 pub fn reasons(evidence: &Evidence<'_>) -> Vec<String> {
     let engine = &evidence.record.engine;
     let frames = evidence.record.audio.frames_sent + evidence.record.video.frames_sent;
@@ -188,8 +192,8 @@ pub fn reasons(evidence: &Evidence<'_>) -> Vec<String> {
     reasons
 }
 
-/// Seconds in which the engine stood still for too long, a reason for each cause. The floor excuses
-/// nothing here.
+/// Returns one reason per cause for the seconds in which the engine stood still for too long. The
+/// floor excuses nothing here.
 fn still_seconds(evidence: &Evidence<'_>) -> Vec<String> {
     let mut by_cause: Vec<(Cause, Vec<u64>, Duration)> = Vec::new();
     for (second, still) in stillness(evidence.gaps) {
@@ -213,7 +217,7 @@ fn still_seconds(evidence: &Evidence<'_>) -> Vec<String> {
             None => by_cause.push((cause, vec![second], still)),
         }
     }
-    // A server in the same process that kept a good part of a core busy is worth a word.
+    // A server in the same process is mentioned if it kept a good part of a core busy.
     let busy_sfu = |second: &Second| second.embedded_sfu_cores > Some(0.3);
     by_cause
         .iter()
@@ -238,8 +242,8 @@ fn still_seconds(evidence: &Evidence<'_>) -> Vec<String> {
         .collect()
 }
 
-/// How long any engine thread stood still in each second of the run; seconds without any are left
-/// out.
+/// Returns how long any engine thread stood still in each second of the run. Seconds without
+/// standstill are left out.
 fn stillness(gaps: &[StillSpan]) -> Vec<(u64, Duration)> {
     const SECOND: Duration = Duration::from_secs(1);
     let mut seconds: Vec<(u64, Duration)> = Vec::new();
@@ -256,17 +260,17 @@ fn stillness(gaps: &[StillSpan]) -> Vec<(u64, Duration)> {
     seconds
 }
 
-/// What runs beside the generator.
+/// Process that runs beside the generator.
 #[derive(Clone, Copy)]
 enum Neighbour {
-    /// Busy at that time.
+    /// The embedded SFU, which was busy at that time.
     EmbeddedSfu,
     /// The server under test.
     Server,
     Unknown,
 }
 
-/// Why, and what to do.
+/// Returns why the engine stood still, and what to do.
 const fn explanation(cause: Cause, beside: Neighbour) -> (&'static str, &'static str) {
     match (cause, beside) {
         (Cause::Stopped, _) => (
@@ -328,7 +332,7 @@ fn late_sends(evidence: &Evidence<'_>) -> Option<String> {
     })
 }
 
-/// `, seconds 3-5 and 9`: the rows that something is true of.
+/// Formats the seconds of the rows for which `is_so` holds: `, seconds 3-5 and 9`.
 fn rows_where(seconds: &[Second], is_so: impl Fn(&Second) -> bool) -> String {
     let rows = seconds.iter().filter(|second| is_so(second));
     let mut found: Vec<u64> = rows.flat_map(Second::whole_seconds).collect();
@@ -340,11 +344,11 @@ fn rows_where(seconds: &[Second], is_so: impl Fn(&Second) -> bool) -> String {
     }
 }
 
-/// How many ranges are named: the others are counted.
+/// Maximum number of ranges that are named. The others are counted.
 const RANGES_MAX: usize = 4;
 
-/// `second 7`, `seconds 3-5, 9 and 12`; of ascending seconds, counted from 0 at the start of the
-/// run.
+/// Formats ascending seconds, counted from 0 at the start of the run: `second 7`, `seconds 3-5, 9
+/// and 12`.
 fn names(seconds: &[u64]) -> String {
     let ranges: Vec<&[u64]> = seconds.chunk_by(|one, next| one + 1 == *next).collect();
     let mut names: Vec<String> = ranges
@@ -372,7 +376,7 @@ fn names(seconds: &[u64]) -> String {
     format!("second{} {list}", if seconds.len() == 1 { "" } else { "s" })
 }
 
-/// The share in percent, where it exceeds `limit`.
+/// Returns the share in percent if it exceeds `limit`.
 fn above(count: u64, of: u64, limit: f64) -> Option<f64> {
     let share = count as f64 / of.max(1) as f64;
     (share > limit).then_some(share * 1e2)
@@ -497,7 +501,8 @@ mod tests {
                  generator cores of its own",
             ]
         );
-        // The same stillness in short pieces is as bad; the server's silence is not ours.
+        // The same standstill in short pieces is as bad. The server's silence does not count as
+        // ours.
         let pieces: Vec<StillSpan> = (0..5)
             .map(|n| gap(5_000 + n * 100, 5_021 + n * 100))
             .collect();

@@ -1,14 +1,15 @@
-//! What one subscription ought to have received of a track, whichever layers it was given, and what
-//! of it arrived.
+//! Account of one subscription: what it ought to have received of a track, whichever layers it was
+//! given, and what of it arrived.
 //!
-//! The truth is the publisher's: frame numbers and intended moments are read from the frames, and
-//! how many there are from the [`Roster`]. A subscription is a row of *stretches*, each on one
-//! layer. Of a stretch every frame from its first to its last is expected; between two stretches,
-//! those of the earlier layer whose turn came before the later one began.
+//! The publisher is the reference. Frame numbers and intended moments are read from the frames, and
+//! the number of frames made comes from the [`Roster`]. A subscription is a sequence of
+//! *stretches*, each on one layer. Within a stretch every frame from its first to its last is
+//! expected. Between two stretches, the frames of the earlier layer that were due before the later
+//! stretch began are expected.
 //!
-//! A source that is gone though the plan means it to send goes on owing frames that it never makes;
-//! the roster counts them, and each subscription is owed those of the layer that it was given last
-//! ([`Ledger::unsent`]).
+//! A source that is gone although the plan means it to send goes on owing frames that it never
+//! makes. The roster counts them, and each subscription is owed those of the layer that it was
+//! given last ([`Ledger::unsent`]).
 
 use std::time::Duration;
 
@@ -17,39 +18,40 @@ use crate::media::assemble::{DeliveredWindow, Delivery};
 use crate::media::identity::{FrameIdentity, Origin};
 use crate::net;
 
-/// Intended moments are rounded up to whole milliseconds: two of them lie up to this much closer
-/// together or further apart than their slots.
+/// Maximum error from rounding. Intended moments are rounded up to whole milliseconds, so two of
+/// them lie up to this much closer together or further apart than their slots.
 const SLOT_ROUNDING_US: u64 = 1_000;
 
 #[derive(Default)]
 pub struct Ledger {
     current: FrameStretch,
-    /// The one before: what is repaired late may still be of it.
+    /// The stretch before the current one. Late repairs may still belong to it.
     previous: FrameStretch,
-    /// Expected of all before those.
+    /// Frames expected in all stretches before those two.
     settled_expected: u64,
     settled_delivered: u64,
-    /// Nothing was asked for: what comes still belongs to the current stretch, and what does not
-    /// come is not missed.
+    /// No layer is requested. Frames that arrive still belong to the current stretch, and frames
+    /// that do not arrive are not missed.
     paused: bool,
-    /// Asked for again; the next new frame begins a stretch.
+    /// A layer is requested again. The next new frame begins a stretch.
     resumed: bool,
-    /// How far each layer was when the subscription ended.
+    /// What each layer owed when the subscription ended.
     ended_at: Option<[Owed; LAYERS_MAX]>,
-    /// How often the source had begun when its first frame came: what it sends after it has begun
-    /// anew is for other subscriptions.
+    /// How often the source had begun when its first frame came. What it sends after beginning
+    /// again is for other subscriptions.
     publications: u32,
-    /// The server withdrew the subscription, when the current layer had made so many frames.
+    /// Set when the server has withdrawn the subscription: how many frames the current layer had
+    /// made then.
     withdrawn: Option<u32>,
-    /// Frames that the source owed and never made: of earlier stretches, and how many the current
-    /// layer had left unsent when this one began.
+    /// `settled_unsent`: frames of earlier stretches that the source owed and never made.
+    /// `unsent_before`: unsent frames of the current layer when this stretch began.
     settled_unsent: u64,
     unsent_before: u32,
-    /// Packets that the server missed itself, in the same way.
+    /// The same two numbers for packets that the server itself missed.
     settled_asked: u64,
     asked_before: u32,
-    /// How far each layer was at the last mark, and how many frames from before it have come
-    /// since.
+    /// `mark`: how many frames each layer had made at the last mark. `overdue`: how many frames
+    /// from before the mark have arrived since.
     mark: [u32; LAYERS_MAX],
     overdue: u32,
 }
@@ -58,11 +60,12 @@ pub struct Ledger {
 #[derive(Default)]
 struct FrameStretch {
     layer: u8,
-    /// No frames in between are missed: nobody had asked for them.
+    /// Frames between the stretch before and this one are not missed, because nobody had requested
+    /// them.
     after_pause: bool,
-    /// How many frames the layer had sent when the next stretch began.
+    /// Number of frames that the layer had sent when the next stretch began.
     sent: u32,
-    /// Intended moments of its first frame and its last.
+    /// Intended moments of its first frame and of its last frame, in microseconds of Unix time.
     first_at: u64,
     last_at: u64,
     window: DeliveredWindow,
@@ -96,14 +99,14 @@ impl FrameStretch {
         self.window.range().map(|(_, last)| last)
     }
 
-    /// Frames from the first to the last.
+    /// Number of frames from the first to the last.
     fn len(&self) -> u64 {
         self.window
             .range()
             .map_or(0, |(first, last)| u64::from(last - first) + 1)
     }
 
-    /// Frames of this layer that were due, and sent, before `next` began.
+    /// Returns the number of frames of this layer that were due, and sent, before `next` began.
     fn missed_before(&self, next: &FrameStretch, interval: Duration) -> u64 {
         let (Some(last), false, interval_us) =
             (self.last(), next.after_pause, interval.as_micros() as u64)
@@ -115,20 +118,20 @@ impl FrameStretch {
             .saturating_sub(self.last_at)
             .saturating_sub(SLOT_ROUNDING_US);
         let slots = apart.div_ceil(interval_us.max(1)).saturating_sub(1);
-        // A layer that rested had fewer frames than slots.
+        // A layer that was paused had fewer frames than slots.
         slots.min(u64::from(self.sent.saturating_sub(last + 1)))
     }
 }
 
 impl Ledger {
-    /// Fetches what the next frame will need.
+    /// Prefetches what the next frame will need.
     pub fn prefetch(&self) {
         net::prefetch(&self.current, usize::MAX);
         net::prefetch(&self.paused, usize::MAX);
         net::prefetch(&self.mark, usize::MAX);
     }
 
-    /// Takes a whole frame of the track. Only the first delivery of an expected frame is
+    /// Takes a complete frame of the track. Only the first delivery of an expected frame is
     /// [`Delivery::First`].
     pub fn deliver(&mut self, identity: &FrameIdentity, roster: &Roster) -> Delivery {
         let delivery = self.take(identity, roster);
@@ -166,7 +169,7 @@ impl Ledger {
         self.current.deliver(identity)
     }
 
-    /// A frame of the current layer from before the last switch to it.
+    /// Whether the frame is of the current layer, but from before the last switch to it.
     fn is_of_an_older_stretch(&self, identity: &FrameIdentity) -> bool {
         self.previous.last().is_some()
             && self
@@ -176,7 +179,7 @@ impl Ledger {
             && identity.intended_unix_us <= self.previous.last_at
     }
 
-    /// A frame of another layer than the current one that was due before the switch.
+    /// Whether the frame is of another layer than the current one and was due before the switch.
     fn is_late(&self, identity: &FrameIdentity) -> bool {
         let of_previous = self.is_of_previous(identity);
         let known = of_previous
@@ -185,7 +188,8 @@ impl Ledger {
                 .last()
                 .is_some_and(|last| identity.frame <= last);
         let due_before = if of_previous {
-            // Both layers' frames of one moment may come: the earlier layer's ends its stretch.
+            // Frames of both layers may arrive for the same moment. The earlier layer's frame ends
+            // its stretch.
             identity.intended_unix_us <= self.current.first_at
         } else {
             identity.intended_unix_us < self.current.first_at
@@ -197,7 +201,8 @@ impl Ledger {
         self.previous.last().is_some() && identity.layer == self.previous.layer
     }
 
-    /// What is older than the previous stretch cannot be told from what was counted.
+    /// Delivers a frame of the previous stretch. A frame older than that stretch is too old,
+    /// because it cannot be told from frames already counted.
     fn deliver_late(&mut self, identity: &FrameIdentity) -> Delivery {
         let in_previous = self.is_of_previous(identity)
             && self
@@ -230,12 +235,12 @@ impl Ledger {
         self.previous = std::mem::replace(&mut self.current, next);
     }
 
-    /// Whether a frame is missing between two of the current stretch that came.
+    /// Whether this frame is missing between two frames of the current stretch that arrived.
     pub fn is_missing(&self, identity: &FrameIdentity) -> bool {
         identity.layer == self.current.layer && self.current.window.is_missing(identity.frame)
     }
 
-    /// The subscriber wants nothing for now.
+    /// Pauses the subscription: the subscriber wants nothing for now.
     pub fn pause(&mut self, origin: Option<Origin>, roster: &Roster) {
         if let Some(origin) = origin {
             self.settle_unsent(origin, roster);
@@ -243,7 +248,7 @@ impl Ledger {
         self.paused = true;
     }
 
-    /// Frames that the source owed to this subscription and never made.
+    /// Returns the number of frames that the source owed to this subscription and never made.
     pub fn unsent(&self, origin: Option<Origin>, roster: &Roster) -> u64 {
         let of_current = match origin {
             Some(origin) if !self.owes_nothing() => {
@@ -262,7 +267,8 @@ impl Ledger {
         (self.unsent_before, self.asked_before) = (owed.unsent, owed.asked);
     }
 
-    /// Packets of the layers that this subscription was given, which the server missed itself.
+    /// Returns the number of packets that the server itself missed, of the layers that this
+    /// subscription was given.
     pub fn asked(&self, origin: Option<Origin>, roster: &Roster) -> u64 {
         let of_current = match origin {
             Some(origin) if !self.owes_nothing() => {
@@ -274,7 +280,8 @@ impl Ledger {
         self.settled_asked + of_current
     }
 
-    /// Nothing has come yet, or nothing is asked for.
+    /// Whether nothing is owed now: no frame has arrived yet, or no layer is requested, or no frame
+    /// has arrived since the last pause.
     fn owes_nothing(&self) -> bool {
         self.is_empty() || self.paused || self.resumed
     }
@@ -284,12 +291,13 @@ impl Ledger {
         self.paused = false;
     }
 
-    /// The next new frame begins a stretch before which nothing is missing.
+    /// Whether the next new frame begins a stretch before which nothing is missing.
     pub fn is_resuming(&self) -> bool {
         self.resumed
     }
 
-    /// Frames of the stretch before that were due before the current one began, and did not come.
+    /// Returns the number of frames of the previous stretch that were due before the current one
+    /// began and did not arrive.
     pub fn withheld(&self, origin: Origin, roster: &Roster) -> u64 {
         self.previous.missed_before(
             &self.current,
@@ -297,7 +305,7 @@ impl Ledger {
         )
     }
 
-    /// Frames that ought to have come after the last one that did.
+    /// Returns the number of frames that ought to have arrived after the last one that did.
     pub fn missing_at_the_end(&self, origin: Origin, roster: &Roster) -> u64 {
         let sent = self.owed(origin, self.current.layer, roster).frames;
         match (self.current.last(), self.paused || self.resumed) {
@@ -308,15 +316,15 @@ impl Ledger {
         }
     }
 
-    /// The server withdrew the subscription. What its source makes, or owes, until it begins anew
-    /// is still owed.
+    /// Notes that the server withdrew the subscription. What its source makes or owes until it
+    /// begins again is still owed.
     pub fn withdraw(&mut self, origin: Option<Origin>, roster: &Roster) {
         let made = origin.map(|origin| self.owed(origin, self.current.layer, roster).frames);
         self.withdrawn = made;
     }
 
-    /// Frames that are expected although they were made after the server had withdrawn the
-    /// subscription: it cannot have sent them.
+    /// Returns the number of frames that are expected although they were made after the server had
+    /// withdrawn the subscription. The server cannot have sent them.
     pub fn made_since_withdrawal(&self, origin: Origin, roster: &Roster) -> u64 {
         match self.withdrawn {
             Some(before) if !self.owes_nothing() => {
@@ -327,7 +335,7 @@ impl Ledger {
         }
     }
 
-    /// Nothing more is expected than what was sent by now, and what was owed.
+    /// Ends the subscription. Only what was sent or owed until now is expected.
     pub fn end(&mut self, origin: Option<Origin>, roster: &Roster) {
         if self.ended_at.is_some() {
             return;
@@ -340,7 +348,8 @@ impl Ledger {
         self.ended_at = Some(ended_at);
     }
 
-    /// Another subscription has taken the place of this one, from its first frame on.
+    /// Ends the subscription because another has taken its place, from the successor's first frame
+    /// on.
     pub fn end_before(&mut self, successor: &Ledger, origin: Origin, roster: &Roster) {
         self.end(Some(origin), roster);
         let (layer, first) = (successor.current.layer, successor.first_frame());
@@ -351,12 +360,12 @@ impl Ledger {
         }
     }
 
-    /// The first frame on the current layer.
+    /// Returns the first frame of the current stretch.
     fn first_frame(&self) -> Option<u32> {
         self.current.first()
     }
 
-    /// The subscription has ended, and this frame was not made by then.
+    /// Whether the subscription has ended and this frame was made after that.
     pub fn is_beyond_the_end(&self, identity: &FrameIdentity) -> bool {
         let ended_at = self
             .ended_at
@@ -364,17 +373,17 @@ impl Ledger {
         ended_at.is_some_and(|end| identity.frame >= end.frames)
     }
 
-    /// From here on frames that were made by now, and come later, are counted apart.
+    /// Sets a mark. Frames that were made until now and arrive later are counted separately.
     pub fn mark(&mut self, origin: Option<Origin>, roster: &Roster) {
         (self.mark, self.overdue) = (all_sent(origin, roster), 0);
     }
 
-    /// Frames that were under way at the last mark, and have come since.
+    /// Returns the number of frames that were under way at the last mark and have arrived since.
     pub fn overdue(&self) -> u64 {
         self.overdue.into()
     }
 
-    /// How far a layer is, as far as it matters here.
+    /// Returns what a layer owes, as far as it concerns this subscription.
     fn owed(&self, origin: Origin, layer: u8, roster: &Roster) -> Owed {
         let ended_at = self
             .ended_at
@@ -389,7 +398,7 @@ impl Ledger {
             .unwrap_or_else(|| roster.owed(origin, layer))
     }
 
-    /// No frame has come yet.
+    /// Whether no frame has arrived yet.
     pub fn is_empty(&self) -> bool {
         self.current.last().is_none()
     }
@@ -398,7 +407,7 @@ impl Ledger {
         self.settled_delivered + self.previous.window.delivered() + self.current.window.delivered()
     }
 
-    /// Frames that ought to have arrived by now.
+    /// Returns the number of frames that ought to have arrived by now.
     pub fn expected(&self, origin: Option<Origin>, roster: &Roster) -> u64 {
         let (Some(origin), Some(first)) = (origin, self.current.first()) else {
             return 0;
@@ -417,7 +426,7 @@ impl Ledger {
     }
 }
 
-/// How many frames of each layer have been made.
+/// Returns how many frames of each layer have been made.
 fn all_sent(origin: Option<Origin>, roster: &Roster) -> [u32; LAYERS_MAX] {
     std::array::from_fn(|layer| origin.map_or(0, |origin| roster.frames(origin, layer as u8)))
 }
@@ -432,11 +441,11 @@ mod tests {
         publisher: 0,
         track: 1,
     };
-    /// Frames a second of each layer.
+    /// Frames per second of each layer.
     const RATES: [u64; 3] = [15, 20, 30];
 
-    /// A publisher of three layers from time 0 on, each at its own pace, and what a subscriber
-    /// makes of it.
+    /// A publisher with three layers from time 0 on, each with its own frame rate, and the ledger
+    /// of a subscriber.
     struct LedgerWorld {
         roster: Roster,
         ledger: Ledger,
@@ -454,7 +463,7 @@ mod tests {
     }
 
     impl LedgerWorld {
-        /// All layers have sent what was due by `until`, in microseconds.
+        /// All layers have sent what was due until `until`, in microseconds.
         fn new(until: u64) -> LedgerWorld {
             let roster = Roster::new(0, [0].into_iter());
             for layer in 0..3 {
@@ -506,7 +515,7 @@ mod tests {
     fn a_switch_that_loses_nothing_expects_nothing_more_whatever_the_phases() {
         for from in 0..3u8 {
             for to in (0..3u8).filter(|to| *to != from) {
-                // With the earlier layer's picture of the moment of the switch, and without: it is
+                // With and without the earlier layer's picture of the moment of the switch. It is
                 // the same picture.
                 for (first, both) in (7..40).flat_map(|first| [(first, true), (first, false)]) {
                     let mut world = LedgerWorld::new(10_000 * MS);
@@ -531,18 +540,19 @@ mod tests {
     fn what_the_earlier_layer_sent_before_the_later_one_began_is_missed() {
         let mut world = LedgerWorld::new(2_000 * MS);
         world.deliver(0, 0..=3);
-        // The lowest layer's last frame was meant for 200 ms, the highest one's first for 500: 267,
-        // 334, 400 and 467 ms are missing.
+        // The lowest layer's last frame was due at 200 ms, the highest layer's first at 500 ms. The
+        // frames of 267, 334, 400 and 467 ms are missing.
         world.deliver(2, 15..=60);
         assert_eq!(world.expected(), 4 + 4 + 46);
-        // One of them is repaired late; the count of those expected does not change.
+        // One of them is repaired late. The number of expected frames does not change.
         assert_eq!(world.deliver(0, [5]), [Delivery::First]);
         assert_eq!((world.expected(), world.ledger.delivered()), (54, 51));
         assert_eq!(
             world.deliver(0, [5, 3]),
             [Delivery::Duplicate, Delivery::Duplicate]
         );
-        // Back again, at once: 61 frames of the highest layer were sent, the last for 2.0 s.
+        // The layer switches back at once: 61 frames of the highest layer were sent, the last due
+        // at 2.0 s.
         world.roster.set_frames(&frame(0, 0), 32);
         world.deliver(0, [31]);
         assert_eq!((world.expected(), world.ledger.delivered()), (55, 52));
@@ -594,7 +604,7 @@ mod tests {
     fn who_leaves_gets_what_was_made_before_and_owes_nothing_after() {
         let mut world = LedgerWorld::new(1_000 * MS);
         world.deliver(2, 0..=20);
-        // Thirty-one frames of it were made, and half as many of the lowest layer.
+        // Thirty-one frames of this layer were made, and half as many of the lowest layer.
         world.ledger.end(Some(ORIGIN), &world.roster);
         for layer in 0..3 {
             world.roster.set_frames(&frame(layer, 0), 900);
@@ -606,7 +616,7 @@ mod tests {
         );
         world.deliver(2, [22, 21]);
         assert_eq!((world.expected(), world.ledger.delivered()), (31, 23));
-        // Under way on another layer: that one ends where it was, too.
+        // Frames under way on another layer: that layer ends where it was, too.
         world.deliver(0, [14, 15]);
         assert_eq!(
             (world.expected(), world.ledger.delivered()),
@@ -622,8 +632,8 @@ mod tests {
         world.ledger.mark(Some(ORIGIN), &world.roster);
         assert_eq!(world.ledger.overdue(), 0);
         world.roster.set_frames(&frame(2, 0), 61);
-        // 31 frames were made by then and five were under way; the fifth is lost, one comes twice,
-        // and later ones do not count.
+        // 31 frames were made by then and five were under way. The fifth is lost, one arrives
+        // twice, and later ones do not count.
         world.deliver(2, [26, 28, 27, 28, 29]);
         world.deliver(2, 31..=60);
         assert_eq!(world.ledger.overdue(), 4);
@@ -639,7 +649,8 @@ mod tests {
         world.roster.add_unsent(&frame(2, 0), 90);
         world.roster.add_unsent(&frame(0, 0), 45);
         assert_eq!((world.expected(), world.unsent()), (31, 90));
-        // Whoever looks away is owed nothing; nor is who looks again, before anything has come.
+        // A subscriber that pauses is owed nothing. One that resumes is owed nothing before a frame
+        // has arrived.
         world.pause();
         world.roster.add_unsent(&frame(2, 0), 30);
         world.ledger.resume();
@@ -671,7 +682,7 @@ mod tests {
         world.roster.add_unsent(&frame(2, 0), 60);
         assert_eq!((world.expected(), world.unsent()), (61, 15));
         assert_eq!(since(&world), 30);
-        // One that the server never withdrew goes on.
+        // A subscription that the server never withdrew goes on.
         world.ledger.withdrawn = None;
         assert_eq!((world.expected(), world.unsent()), (600, 75));
     }
@@ -696,7 +707,7 @@ mod tests {
         world.deliver(2, 0..=20);
         world.pause();
         assert_eq!(world.expected(), 21);
-        // Under way when the server heard of it.
+        // Under way when the server heard of the pause.
         world.deliver(2, [22]);
         assert_eq!(world.expected(), 23);
         world.ledger.resume();

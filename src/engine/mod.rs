@@ -1,4 +1,4 @@
-//! The engine: one worker thread a core drives its shard of participants by a 1 ms tick.
+//! The engine: one worker thread per core drives its shard of participants with a 1 ms tick.
 //!
 //! A [`shard::Shard`] is sans-IO: time, datagrams and commands go in; datagrams, events and counts
 //! come out. A [`worker`] owns the sockets and the clock around it.
@@ -40,63 +40,64 @@ use publisher::SendParameters;
 use subscriber::StreamOutcome;
 use uplink::{Asked, Lacking, Lacks};
 
-/// The engine's heartbeat.
+/// Interval of the engine's beat.
 pub const TICK: Duration = Duration::from_millis(1);
 
-/// Where a shard's datagrams go. The backend lends the buffer that a packet is written into, so
-/// nothing is copied on the way to the kernel.
+/// Destination of a shard's datagrams. The backend lends the buffer that a packet is written into,
+/// so nothing is copied on the way to the kernel.
 pub trait Io {
-    /// The buffer for what is sent next: at least [`crate::net::SEND_BYTES_MAX`] bytes.
+    /// Lends the buffer for the next datagrams: at least [`crate::net::SEND_BYTES_MAX`] bytes.
     fn lend(&mut self) -> &mut [u8];
 
     /// Sends the first `len` bytes of the lent buffer from peer `key`'s socket, as datagrams of
     /// `segment` bytes (the last may be shorter).
     fn send(&mut self, key: PeerKey, to: SocketAddr, len: usize, segment: usize);
 
-    /// Sends the first `len` bytes of the lent buffer as one datagram of peer `key`'s set-up, by
-    /// any of its candidate pairs.
+    /// Sends the first `len` bytes of the lent buffer as one set-up datagram of peer `key`, for any
+    /// of its candidate pairs.
     fn send_setup(&mut self, key: PeerKey, to: FarEnd, len: usize) {
         self.send(key, to.address, len, len);
     }
 
-    /// From now on peer `key` talks to `to` only.
+    /// Restricts peer `key` to `to`: it talks to no other address from now on.
     fn connect(&mut self, key: PeerKey, to: FarEnd);
 
-    /// Peer `key` is up: what its path does not need any more may be closed.
+    /// Notes that peer `key` is up. The backend may close what its path does not need any more.
     fn settle(&mut self, _key: PeerKey) {}
 
-    /// Peer `key` may hear from other addresses again. Where nothing else is shut out by
-    /// [`Io::connect`], there is nothing to do.
+    /// Lets peer `key` hear from other addresses again. A backend whose [`Io::connect`] shuts
+    /// nothing out has nothing to do.
     fn disconnect(&mut self, _key: PeerKey) {}
 }
 
-/// What signalling asks of a shard. Peers are named by their keys.
+/// Commands of signalling to a shard. Peers are named by their keys.
 pub enum ShardCommand {
-    /// A peer that was removed may be followed by another with its key: that one's account is then
-    /// closed.
+    /// Adds a peer. It may have the key of a peer that was removed; the account of the removed peer
+    /// is then closed.
     AddPeer {
         key: PeerKey,
-        /// `None` in simulations: the [`Io`] then knows where the key's datagrams go.
+        /// `None` in simulations, where the [`Io`] knows where the key's datagrams go.
         path: Option<Path>,
         peer: Box<NewPeer>,
-        /// Where this peer's events go.
+        /// Receiver of this peer's events.
         events: tokio::sync::mpsc::UnboundedSender<ShardEvent>,
     },
-    /// Candidates of the server want another socket or connection, which is there until the peer
-    /// is up. `end` is ours of it.
+    /// Adds another socket or connection, which candidates of the server need. It is kept until the
+    /// peer is up. `end` is our end of it.
     AddPath {
         key: PeerKey,
         path: Path,
         end: NearEnd,
     },
-    /// At the relay that gave us an address, this channel leads to a candidate of the server.
+    /// Binds a channel at the relay that gave us an address. The channel leads to a candidate of
+    /// the server.
     BindChannel {
         key: PeerKey,
         relayed: SocketAddr,
         peer: SocketAddr,
         number: u16,
     },
-    /// What whoever keeps an allocation at that relay says to it.
+    /// A message to that relay from the task that keeps the allocation there.
     TellRelay {
         key: PeerKey,
         relayed: SocketAddr,
@@ -106,103 +107,106 @@ pub enum ShardCommand {
         key: PeerKey,
         address: SocketAddr,
     },
-    /// New ICE credentials on both sides, and the other side's new candidates. The DTLS session and
-    /// all media stay.
+    /// Sets new ICE credentials on both sides, and the server's new candidates. The DTLS session
+    /// and all media stay.
     RestartIce {
         key: PeerKey,
         local: IceCredentials,
         remote: IceCredentials,
         remote_candidates: Vec<SocketAddr>,
     },
-    /// Tracks to send, once their description is agreed.
+    /// Adds tracks to send, after their description is agreed.
     Publish {
         key: PeerKey,
         tracks: Vec<SendParameters>,
     },
-    /// Streams that the server announced for this peer.
+    /// Adds streams that the server announced for this peer.
     Subscribe {
         key: PeerKey,
         streams: Vec<StreamParameters>,
     },
-    /// Streams that the server withdrew, by media SSRC. What their sources make from then on stays
-    /// owed: see [`ShardCommand::Leave`] for who is to go.
+    /// Removes streams that the server withdrew, by media SSRC. What their sources make from then
+    /// on stays owed. For a participant that is meant to leave, see [`ShardCommand::Leave`].
     Unsubscribe {
         key: PeerKey,
         ssrcs: Vec<Ssrc>,
     },
-    /// The server took one of our tracks out of the room. It stops, and what the plan means it to
-    /// send stays owed.
+    /// Stops one of our tracks that the server took out of the room. What the plan means it to send
+    /// stays owed.
     LoseTrack {
         key: PeerKey,
         track: u8,
     },
-    /// Which layers of a track somebody watches, one bit each, the lowest layer first. The others
-    /// rest, and start again with a key frame.
+    /// Sets the layers of a track that somebody watches, one bit each, the lowest layer first. The
+    /// other layers pause, and start again with a key frame.
     SetLayers {
         key: PeerKey,
         track: u8,
         layers: u8,
     },
-    /// A muted track sends nothing, whoever watches.
+    /// Mutes or unmutes a track. A muted track sends nothing, whoever watches.
     SetMuted {
         key: PeerKey,
         track: u8,
         muted: bool,
     },
-    /// Which layer the server was asked for at `at`, by media SSRC; `None`: none at all for now.
+    /// Notes which layer the server was asked for at `at`, by media SSRC. `None` means no layer for
+    /// now.
     Watch {
         key: PeerKey,
         ssrc: Ssrc,
         layer: Option<u8>,
         at: Time,
     },
-    /// The server said at `at` that it pauses a stream for want of bandwidth, or sends it again; by
-    /// media SSRC.
+    /// Notes that the server said at `at` that it pauses a stream for lack of bandwidth, or sends
+    /// it again; by media SSRC.
     SetPaused {
         key: PeerKey,
         ssrc: Ssrc,
         paused: bool,
         at: Time,
     },
-    /// What this participant receives, from its first subscription on, is copied to the tap.
+    /// Copies what this participant receives to the tap, from its first subscription on.
     Record {
         participant: u32,
         tap: Box<Tap>,
     },
-    /// The plan has the participant leave: what is sent to this peer from now on is not expected,
-    /// and what is under way may still come; what its tracks do not send from now on is owed to
-    /// nobody. [`ShardCommand::RemovePeer`] follows, where the peer is still there.
+    /// Notes that the plan has the participant leave. What is sent to this peer from now on is not
+    /// expected, and what is under way may still arrive. What its tracks do not send from now on is
+    /// owed to nobody. [`ShardCommand::RemovePeer`] follows if the peer is still there.
     Leave {
         key: PeerKey,
     },
-    /// Every track of every peer stops at its next frame; repair goes on.
+    /// Stops every track of every peer at its next frame. Repair goes on.
     StopPublishing,
-    /// Closes one peer for good. Where no [`ShardCommand::Leave`] came before, it is lost: what the
-    /// plan means it to send and to receive stays owed.
+    /// Closes one peer for good. Without an earlier [`ShardCommand::Leave`] the peer is lost: what
+    /// the plan means it to send and to receive stays owed.
     RemovePeer {
         key: PeerKey,
     },
     /// Asks for a [`worker::WorkerReport`] now.
     Report,
-    /// The same, with what has become of every peer so far; then every stream is marked
+    /// Asks for the same report with the outcome of every peer so far. Then every stream is marked
     /// ([`subscriber::StreamOutcome::frames_overdue`]).
     Survey,
     /// Ends the worker.
     Stop,
 }
 
-/// A peer connection with all that both descriptions say.
+/// A peer connection with everything that both descriptions say.
 pub struct NewPeer {
-    /// The participant's index over the whole run, and its room.
+    /// Index of the participant over the whole run (`participant`), and its room.
     pub participant: u32,
     pub room: u32,
     pub parameters: PeerParameters,
-    /// Our SSRC in RTCP where the peer sends no media.
+    /// Our SSRC in RTCP if the peer sends no media.
     pub rtcp_ssrc: Ssrc,
     pub cname: String,
-    /// It sends no more than its path carries, as transport-wide feedback and REMB show it.
+    /// Whether it sends no more than its path carries, as measured by transport-wide feedback and
+    /// REMB.
     pub obeys_bandwidth: bool,
-    /// When this participant ought to have joined: latencies of its subscriptions count from here.
+    /// Time at which this participant ought to have joined. Latencies of its subscriptions count
+    /// from here.
     pub intended_at: Time,
 }
 
@@ -214,22 +218,22 @@ pub struct StreamParameters {
     pub rtx_ssrc: Option<Ssrc>,
     /// Whether NACKs were agreed on.
     pub nack: bool,
-    /// The id of the transport-wide sequence number, where feedback about it was agreed on.
+    /// Extension id of the transport-wide sequence number, if feedback about it was agreed on.
     pub transport_cc_extension: Option<u8>,
-    /// The id of abs-send-time, where REMB was agreed on.
+    /// Extension id of abs-send-time, if REMB was agreed on.
     pub abs_send_time_extension: Option<u8>,
-    /// When the description that names it was applied.
+    /// Time at which the description that names it was applied.
     pub announced_at: Time,
 }
 
-/// What a shard tells signalling.
+/// Events of a shard for signalling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShardEvent {
-    /// [`ShardCommand::RestartIce`] is done: the other side's checks will be understood.
+    /// [`ShardCommand::RestartIce`] is done: from now on the other side's checks are understood.
     IceRestarted {
         key: PeerKey,
     },
-    /// ICE has a path, and DTLS has not followed at once: where it never does, this is all that is
+    /// ICE has a path, and DTLS has not followed at once. If it never does, this is all that is
     /// known of the join.
     IceConnected {
         key: PeerKey,
@@ -238,24 +242,24 @@ pub enum ShardEvent {
     /// DTLS is done: media may flow.
     Connected {
         key: PeerKey,
-        /// When ICE had a path.
+        /// Time at which ICE had a path.
         ice_at: Option<Time>,
         at: Time,
-        /// By what of ours it goes.
+        /// Which of our transports carries the connection.
         via: Via,
     },
     Failed {
         key: PeerKey,
         failure: PeerFailure,
     },
-    /// The first media packet came.
+    /// The first media packet arrived.
     FirstMedia {
         key: PeerKey,
         at: Time,
     },
 }
 
-/// What every shard of a run shares.
+/// Configuration that all shards of a run share.
 #[derive(Clone)]
 pub struct ShardConfig {
     pub identity: Identity,
@@ -263,21 +267,21 @@ pub struct ShardConfig {
     pub epoch: Epoch,
 }
 
-/// What became of one peer connection, for the report's lines per participant.
+/// Outcome of one peer connection, for the report's lines per participant.
 #[derive(Clone, Debug, Default)]
 pub struct PeerOutcome {
     pub participant: u32,
-    /// When the participant ought to have joined, or was lost: later than all that an earlier
-    /// visit of its has left behind.
+    /// Time at which the participant ought to have joined, or was lost. It is later than everything
+    /// that an earlier visit of this participant has left behind.
     pub intended_at: Time,
-    /// The last one measured.
+    /// The last round-trip time measured by RTCP.
     pub rtt_rtcp: Option<Duration>,
     pub streams: Vec<StreamOutcome>,
 }
 
 impl PeerOutcome {
-    /// Both connections of one participant as one: what its streams come to, those of one track
-    /// together.
+    /// Merges the outcomes of both connections of one participant. Streams of the same track are
+    /// added together.
     pub fn plus(mut self, later: PeerOutcome) -> PeerOutcome {
         self.participant = later.participant;
         self.intended_at = self.intended_at.max(later.intended_at);
@@ -295,7 +299,7 @@ impl PeerOutcome {
     }
 }
 
-/// What the sockets saw since the shard last took the counts.
+/// What the sockets have counted since the shard last took the counts.
 #[derive(Default)]
 pub struct IoCounts {
     pub socket_drops: u64,
@@ -304,20 +308,20 @@ pub struct IoCounts {
     pub setup_dropped: u64,
 }
 
-/// What all participants of a run know of one another: who publishes what, since when, and how far
-/// they are.
+/// What all participants of a run know about one another: who publishes what, since when, and how
+/// many frames each has made.
 ///
-/// Written by the publisher's shard, read by subscribers' shards: plain relaxed atomics, one cell
-/// for each layer of each track.
+/// Written by the publisher's shard and read by subscribers' shards: plain relaxed atomics, one
+/// cell for each layer of each track.
 ///
-/// Where another host plays the publisher, nobody here writes its log. Then how far it is comes
-/// from that host now and then ([`Roster::set_frames_elsewhere`]), and is never less than what was
-/// received here; what nobody told (when it began, whether it is muted, what the server lacks of
-/// it) is unknown. Its frames bear the other host's time, which is ours only as far as that clock
-/// is known ([`Roster::set_clock`]).
+/// If another host plays the publisher, nobody here writes its cells. Its frame counts then come
+/// from that host now and then ([`Roster::set_frames_elsewhere`]), and are never less than what was
+/// received here. What no host reports (when it began, whether it is muted, what the server lacks
+/// of it) is unknown. Its frames carry the other host's time, which can be converted to ours only
+/// as far as that clock is known ([`Roster::set_clock`]).
 pub struct Roster {
     cells: Vec<LayerCell>,
-    /// What to add to each host's time to get ours, in microseconds; or [`CLOCK_UNKNOWN`].
+    /// Offset to add to each host's time to get ours, in microseconds; or [`CLOCK_UNKNOWN`].
     clocks: Vec<AtomicI64>,
     pub run: u32,
 }
@@ -325,64 +329,66 @@ pub struct Roster {
 #[derive(Default)]
 struct LayerCell {
     room: u32,
-    /// The host that plays the publisher, where that is another one, from 1 on; else 0.
+    /// Number of the host that plays the publisher, from 1 on; 0 if it is this host.
     elsewhere: u32,
     frames: AtomicU32,
-    /// From one frame to the next.
+    /// Time from one frame to the next.
     interval_us: AtomicU32,
-    /// How often the track was muted and unmuted: odd while it is muted. Kept for the lowest
+    /// Number of times the track was muted or unmuted: odd while it is muted. Kept for the lowest
     /// layer.
     mute_changes: AtomicU32,
-    /// For another host's publisher: how many more frames than we know of it may have made.
+    /// For a publisher on another host: how many more frames it may have made than we know of.
     frames_unheard_max: u32,
-    /// Nanoseconds on the run's clock; 0 while not published. Kept for the lowest layer.
+    /// Nanoseconds on the run's clock; 0 while it is not published. Kept for the lowest layer.
     published_at: AtomicU64,
-    /// Made when the layer is first published: most participants publish nothing.
+    /// Allocated when the layer is first published, because most participants publish nothing.
     lacking: OnceLock<Box<Lacking>>,
-    /// Frames that the plan meant the layer to send while its source was gone: they were never
-    /// made.
+    /// Number of frames that the plan meant the layer to send while its source was gone. They were
+    /// never made.
     unsent: AtomicU32,
-    /// Packets that the server has asked for again, each counted once.
+    /// Number of packets that the server has named in NACKs, each counted once.
     asked: AtomicU32,
-    /// How often the layer began: once, and again each time that its source came back.
+    /// Number of times the layer began: once, and once more each time its source came back.
     publications: AtomicU32,
-    /// What had been made and left unsent when it began last.
+    /// Frames made, and frames left unsent, when it last began.
     began_with: [AtomicU32; 2],
 }
 
-/// How far a layer is, or was: the frames that it has sent, and those that it owes and never sent.
+/// State of a layer, now or at an earlier time: the frames that it has sent, and those that it owes
+/// and never sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Owed {
     frames: u32,
     unsent: u32,
-    /// Packets that the server has asked for again, each counted once.
+    /// Number of packets that the server has named in NACKs, each counted once.
     asked: u32,
 }
 
-/// How many frames one layer of one track has sent since it began.
+/// Number of frames that one layer of one track has sent since it began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameCount {
     pub origin: Origin,
     pub layer: u8,
     pub frames: u32,
-    /// Those that it owes and never sent, because its source is gone.
+    /// Number of frames that it owes and never sent, because its source is gone.
     pub unsent: u32,
 }
 
 const CLOCK_UNKNOWN: i64 = i64::MIN;
 
-/// So long nothing need have been heard of another host's publisher, or from it: longer than any
-/// outage after which the run goes on. A frame number beyond that is none that it can have made.
+/// Maximum time without any news of, or frames from, a publisher on another host. It is longer than
+/// any outage after which the run goes on. The publisher cannot have made a frame with a higher
+/// number than this time allows.
 const UNHEARD_MAX: Duration = Duration::from_secs(120);
 
-/// The number of a participant's audio track in frame identities; its video track has the next one.
+/// Number of a participant's audio track in frame identities. Its video track has the next number.
 pub const AUDIO_TRACK: u8 = 0;
 pub const VIDEO_TRACK: u8 = 1;
-/// Simulcast layers of a video track, at most.
+/// Maximum number of simulcast layers of a video track.
 pub const LAYERS_MAX: usize = 3;
 pub const CELLS_PER_PARTICIPANT: usize = 1 + LAYERS_MAX;
 
-/// The number of a participant's track of one kind.
+/// Returns the number of a participant's track of one kind.
 pub const fn track_number(kind: Kind) -> u8 {
     match kind {
         Kind::Audio => AUDIO_TRACK,
@@ -391,7 +397,7 @@ pub const fn track_number(kind: Kind) -> u8 {
 }
 
 impl Roster {
-    /// All publishers are on this host. `rooms` gives each participant's room.
+    /// Makes a roster with all publishers on this host. `rooms` gives each participant's room.
     pub fn new(run: u32, rooms: impl Iterator<Item = u32>) -> Roster {
         let here = rooms.map(|room| Member {
             room,
@@ -402,7 +408,7 @@ impl Roster {
         Roster::of_hosts(run, here, [Duration::ZERO; CELLS_PER_PARTICIPANT])
     }
 
-    /// Those of the plan, on this host and on others.
+    /// Makes the roster of a plan, with publishers on this host and on others.
     pub fn of(plan: &Plan) -> Roster {
         let mut intervals = [Duration::ZERO; CELLS_PER_PARTICIPANT];
         intervals[0] = plan.scenario.media.audio.frame;
@@ -412,9 +418,10 @@ impl Roster {
         Roster::of_hosts(plan.run_tag, plan.everybody(), intervals)
     }
 
-    /// `intervals`: from one frame to the next of audio, and of each layer of video, the lowest
-    /// first; zero of a layer that there is not. Used for publishers of other hosts; those of
-    /// this one say it themselves ([`Roster::set_published`]).
+    /// Makes a roster of `members`. `intervals` is the time from one frame to the next: of audio,
+    /// then of each layer of video, the lowest first; zero for a layer that does not exist. It is
+    /// used for publishers on other hosts. Publishers on this host set their own
+    /// ([`Roster::set_published`]).
     pub fn of_hosts(
         run: u32,
         members: impl Iterator<Item = Member>,
@@ -452,7 +459,7 @@ impl Roster {
         }
     }
 
-    /// How far this host's publishers are: every layer that has sent anything.
+    /// Returns the frame counts of this host's publishers, for every layer that has sent anything.
     pub fn frame_counts(&self) -> impl Iterator<Item = FrameCount> + '_ {
         let counts = self
             .cells
@@ -474,8 +481,8 @@ impl Roster {
         counts.filter(|count| count.frames > 0)
     }
 
-    /// Another host says how far a publisher of its own is. What it says of others is not believed;
-    /// nor that one has made less than before.
+    /// Takes the frame count that another host reports for one of its publishers. A count for a
+    /// publisher on this host is ignored, and a count never goes down.
     pub fn set_frames_elsewhere(&self, count: FrameCount) {
         let cell = self
             .cell(count.origin, count.layer)
@@ -486,16 +493,16 @@ impl Roster {
         }
     }
 
-    /// What to add to another host's time to get ours, in microseconds; `None` where that is not
-    /// known (any more).
+    /// Sets the offset to add to another host's time to get ours, in microseconds. `None` means
+    /// that it is not known, or not known any more.
     pub fn set_clock(&self, host: usize, offset_us: Option<i64>) {
         if let Some(clock) = self.clocks.get(host) {
             clock.store(offset_us.unwrap_or(CLOCK_UNKNOWN), Relaxed);
         }
     }
 
-    /// A moment that a publisher's host wrote into a frame (microseconds since 1970), by our clock;
-    /// `None` where that host's clock is not known.
+    /// Converts a time that a publisher's host wrote into a frame (microseconds since 1970) to our
+    /// clock. Returns `None` if that host's clock is not known.
     fn unix_us_here(&self, origin: Origin, unix_us: u64) -> Option<u64> {
         let Some(host) = self.cell(origin, 0)?.elsewhere.checked_sub(1) else {
             return Some(unix_us);
@@ -506,7 +513,8 @@ impl Roster {
             .and_then(|offset_us| unix_us.checked_add_signed(offset_us))
     }
 
-    /// Whether the publisher has made this frame. Of another host's: whether it can have.
+    /// Whether the publisher has made this frame. For a publisher on another host: whether it can
+    /// have made it.
     fn is_made(&self, identity: &FrameIdentity) -> bool {
         let Some(cell) = self.cell(identity.origin, identity.layer) else {
             return false;
@@ -518,7 +526,7 @@ impl Roster {
                 .saturating_add(cell.frames_unheard_max)
     }
 
-    /// A layer begins at `at`, with a frame every `interval`.
+    /// Notes that a layer begins at `at`, with a frame every `interval`.
     pub fn set_published(&self, identity: &FrameIdentity, at: Time, interval: Duration) {
         if let Some(cell) = self.cell(identity.origin, identity.layer) {
             cell.published_at.store(at.as_nanos().max(1), Relaxed);
@@ -531,28 +539,27 @@ impl Roster {
         }
     }
 
-    /// The source of a layer is gone, and has let so many frames go by that the plan meant it to
-    /// send.
+    /// Adds frames that the plan meant a layer to send while its source was gone.
     fn add_unsent(&self, identity: &FrameIdentity, frames: u32) {
         if let Some(cell) = self.cell(identity.origin, identity.layer) {
             cell.unsent.fetch_add(frames, Relaxed);
         }
     }
 
-    /// How often the source of a layer has begun to send it.
+    /// Returns how often the source of a layer has begun to send it.
     fn publications(&self, origin: Origin, layer: u8) -> u32 {
         self.cell(origin, layer)
             .map_or(0, |cell| cell.publications.load(Relaxed))
     }
 
-    /// How far a layer is.
+    /// Returns what a layer has sent and owes.
     fn owed(&self, origin: Origin, layer: u8) -> Owed {
         self.cell(origin, layer)
             .map_or(Owed::default(), LayerCell::owed)
     }
 
-    /// How far a layer came before its source began once more: what that sends is for another
-    /// subscription. `None` where it has not.
+    /// Returns what a layer had sent and owed before its source last began again: what the source
+    /// sends since then is for another subscription. Returns `None` if it has not begun again.
     fn owed_before_return(&self, origin: Origin, layer: u8, publications: u32) -> Option<Owed> {
         let cell = self.cell(origin, layer)?;
         (cell.publications.load(Relaxed) > publications).then(|| Owed {
@@ -571,7 +578,7 @@ impl Roster {
         }
     }
 
-    /// The server has asked for a packet of this frame.
+    /// Notes that the server has requested a packet of this frame in a NACK.
     fn set_asked(&self, identity: &FrameIdentity, frame: u32, asked: Asked) {
         let cell = self.cell(identity.origin, identity.layer);
         if let Some((cell, lacking)) = cell.and_then(|cell| Some((cell, cell.lacking.get()?))) {
@@ -579,14 +586,14 @@ impl Roster {
         }
     }
 
-    /// The server has asked for a packet for the first time.
+    /// Counts a packet that the server has requested in a NACK for the first time.
     fn add_asked_packet(&self, identity: &FrameIdentity) {
         if let Some(cell) = self.cell(identity.origin, identity.layer) {
             cell.asked.fetch_add(1, Relaxed);
         }
     }
 
-    /// The layer of this frame comes on one stream more.
+    /// Counts one more stream on which the layer of this frame arrives.
     fn add_listener(&self, identity: &FrameIdentity) {
         let cell = self.cell(identity.origin, identity.layer);
         if let Some(lacking) = cell.and_then(|cell| cell.lacking.get()) {
@@ -594,7 +601,7 @@ impl Roster {
         }
     }
 
-    /// Somebody has received this frame, so the server had it.
+    /// Notes that somebody has received this frame, so the server had it.
     fn set_received(&self, identity: &FrameIdentity) {
         let Some(cell) = self.cell(identity.origin, identity.layer) else {
             return;
@@ -602,13 +609,14 @@ impl Roster {
         if let Some(lacking) = cell.lacking.get() {
             lacking.set_received(identity.frame);
         } else if cell.elsewhere > 0 && cell.frames.load(Relaxed) <= identity.frame {
-            // The first of this host to get it: it was made, whatever we have been told so far.
+            // The first subscriber on this host to receive it. The frame was made, whatever we have
+            // been told so far.
             cell.frames.fetch_max(identity.frame + 1, Relaxed);
         }
     }
 
-    /// Whether the server never had a frame, by its NACKs; `None` where that cannot be told any
-    /// more.
+    /// Returns whether the server never had a frame, judged by its NACKs; `None` if that is not
+    /// known any more.
     fn lacks(&self, origin: Origin, layer: u8, frame: u32) -> Option<Lacks> {
         let cell = self.cell(origin, layer)?;
         cell.lacking.get()?.lacks(frame, cell.frames.load(Relaxed))
@@ -623,14 +631,14 @@ impl Roster {
         }
     }
 
-    /// How many frames a layer has sent so far; of another host's publisher, as far as that is
-    /// known here.
+    /// Returns how many frames a layer has sent so far; for a publisher on another host, as far as
+    /// that is known here.
     pub fn frames(&self, origin: Origin, layer: u8) -> u32 {
         self.cell(origin, layer)
             .map_or(0, |cell| cell.frames.load(Relaxed))
     }
 
-    /// From one frame of a layer to the next; zero while it is not published.
+    /// Returns the time from one frame of a layer to the next; zero while it is not published.
     pub fn frame_interval(&self, origin: Origin, layer: u8) -> Duration {
         let micros = self
             .cell(origin, layer)
@@ -643,13 +651,14 @@ impl Roster {
         (at > 0).then(|| Time::from_nanos(at))
     }
 
-    /// Grows by one whenever the track is muted or unmuted; see [`is_muted`].
+    /// Returns a count that grows by one whenever the track is muted or unmuted; see [`is_muted`].
     fn mute_changes(&self, origin: Origin) -> u32 {
         self.cell(origin, 0)
             .map_or(0, |cell| cell.mute_changes.load(Relaxed))
     }
 
-    /// The room that a track belongs to; `None` where the identity names nobody of this run.
+    /// Returns the room that a track belongs to, or `None` if the identity names no participant of
+    /// this run.
     pub fn room(&self, origin: Origin) -> Option<u32> {
         self.cell(origin, 0).map(|cell| cell.room)
     }
@@ -679,14 +688,14 @@ fn micros(duration: Duration) -> u32 {
     u32::try_from(duration.as_micros()).unwrap_or(u32::MAX)
 }
 
-/// None of a layer that there is not.
+/// Returns the number of frames in `time`; zero for a layer that does not exist.
 fn frames_in(time: Duration, interval: Duration) -> u32 {
     time.as_micros()
         .checked_div(interval.as_micros())
         .map_or(0, |frames| u32::try_from(frames).unwrap_or(u32::MAX))
 }
 
-/// Whether a track that was muted and unmuted so often is muted.
+/// Whether a track is muted after this many changes.
 const fn is_muted(mute_changes: u32) -> bool {
     mute_changes % 2 == 1
 }
@@ -703,7 +712,7 @@ mod tests {
         Duration::ZERO,
     ];
 
-    /// Participant 0 is here, 1 and 2 on host 4; 2 publishes nothing.
+    /// Participant 0 is on this host, 1 and 2 are on host 4; 2 publishes nothing.
     fn roster() -> Roster {
         let members =
             [(None, true), (Some(4), true), (Some(4), false)].map(|(elsewhere, publishes)| {

@@ -1,12 +1,12 @@
-//! Names of a shard's peer connections.
+//! Keys of a shard's peer connections.
 
 use std::ops::{Index, IndexMut};
 
-/// The slot of a peer connection in its shard, below the shard's capacity.
+/// Slot of a peer connection in its shard, below the shard's capacity.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PeerKey(pub usize);
 
-/// What a shard or its worker keeps of each peer connection.
+/// One slot per peer connection, for what a shard or its worker keeps of it.
 pub struct PeerSlots<T>(Vec<Option<T>>);
 
 impl<T> PeerSlots<T> {
@@ -14,7 +14,7 @@ impl<T> PeerSlots<T> {
         PeerSlots((0..capacity).map(|_| None).collect())
     }
 
-    /// Those that are there, by their keys.
+    /// Returns the occupied slots in the order of their keys.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.0.iter().flatten()
     }

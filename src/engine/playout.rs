@@ -1,53 +1,53 @@
-//! A model of what a listener's and a viewer's jitter buffer makes of what arrives: how long it
-//! holds frames back, which come too late, what must be concealed.
+//! Models the jitter buffer of a listener and of a viewer: how long it holds frames back, which
+//! frames come too late, and what must be concealed.
 //!
-//! A model, and no player: nothing is decoded, and no sample is stretched. Its rules are those of
-//! libwebrtc's NetEq, made simple and explicit; docs/metrics.md states them with their parameters.
-//! Everything is reckoned in *transit*: from a frame's intended moment to its arrival. The state is
-//! flat, nothing here allocates, and a frame costs no more than a few additions; a target is worked
-//! out twice a second.
+//! It is a model, not a player: nothing is decoded, and no sample is stretched. Its rules are those
+//! of libwebrtc's NetEq, made simple and explicit; docs/metrics.md states them with their
+//! parameters. Everything is calculated in *transit*: the time from a frame's intended moment to
+//! its arrival. The state is flat, nothing here allocates, and a frame costs no more than a few
+//! additions. A target is calculated twice a second.
 
 use std::time::Duration;
 
 use crate::units::Time;
 
-/// Width and number of the classes of delay: what exceeds the last one counts as the last one.
+/// Width and number of the delay classes. A longer delay counts in the last class.
 const CLASS: Duration = Duration::from_millis(20);
 const CLASSES: usize = 32;
 
-/// The fastest frame of this long stands for a network without queues; NetEq's packet history is as
-/// long.
+/// Window in which the fastest frame stands for a network without queues. NetEq's packet history is
+/// as long.
 const FASTEST_OVER: Duration = Duration::from_secs(2);
 
-/// One value for each such time, the worst in it: NetEq's `resample_interval_ms`.
+/// Period of one sample, which is the worst value in it: NetEq's `resample_interval_ms`.
 const SAMPLE_OVER: Duration = Duration::from_millis(500);
 
-/// The target covers so many of the samples; NetEq's default quantile.
+/// Percentage of the samples that the target covers: NetEq's default quantile.
 const QUANTILE_PERCENT: u32 = 95;
 
-/// Samples are halved when there are so many: 20 s of them weigh half, as with NetEq's forget
-/// factor of 0.983.
+/// Number of samples at which all counts are halved. The last 20 s of samples then have half of the
+/// weight, as with NetEq's forget factor of 0.983.
 const SAMPLES_MAX: u8 = 80;
 
-/// The same for frames out of order (NetEq: 0.9993 a packet).
+/// The same for the counts of frames out of order (NetEq: 0.9993 a packet).
 const FRAMES_MAX: u16 = 2048;
 
-/// What a lost per cent may cost in delay, where waiting for resends would save it (NetEq's
-/// `ms_per_loss_percent`).
+/// Delay that one per cent of lost frames may cost, if waiting for retransmissions would save them
+/// (NetEq's `ms_per_loss_percent`).
 const DELAY_PER_LOSS_PERCENT: Duration = Duration::from_millis(20);
 
-/// Before the first sample (NetEq's `kStartDelayMs`).
+/// Target before the first sample (NetEq's `kStartDelayMs`).
 const START_DELAY: Duration = Duration::from_millis(80);
 
-/// Stretching and squeezing speech moves the delay by this share of time.
+/// Percentage of the elapsed time by which stretching or compressing speech can move the delay.
 const STRETCH_PERCENT: u32 = 10;
 
-/// What a listener notices as a break (libwebrtc's `kInterruptionLenMs`).
+/// Minimum length of a break that a listener notices (libwebrtc's `kInterruptionLenMs`).
 pub const INTERRUPTION_MIN: Duration = Duration::from_millis(150);
 
-/// How long frames are to be held back, beyond the fastest.
+/// Target for how long frames are held back, beyond the fastest frame.
 struct DelayTarget {
-    /// The least transit of the half window under way, and of the one before.
+    /// Shortest transit of the current half window, and of the half window before it.
     fastest_us: [u32; 2],
     fastest_since_ms: u32,
     sample_since_ms: u32,
@@ -57,7 +57,7 @@ struct DelayTarget {
     samples: u8,
     started: bool,
     samples_in: [u8; CLASSES],
-    /// Those out of order by their delay; all others are in the first class.
+    /// Number of frames out of order, by their delay. All other frames are in the first class.
     frames_in: [u16; CLASSES],
 }
 
@@ -77,7 +77,7 @@ impl DelayTarget {
         }
     }
 
-    /// Takes a frame; gives by how much it was slower than the fastest.
+    /// Takes a frame. Returns by how much it was slower than the fastest.
     fn add(&mut self, transit_us: u32, in_order: bool, now: Time) -> u32 {
         let now_ms = now.as_millis() as u32;
         if !self.started {
@@ -120,7 +120,7 @@ impl DelayTarget {
         self.target_us = self.against_underrun().max(self.for_resends());
     }
 
-    /// Upper bound of the class that holds the quantile.
+    /// Returns the upper bound of the class that holds the quantile.
     fn against_underrun(&self) -> u32 {
         let wanted = (u32::from(self.samples) * QUANTILE_PERCENT).div_ceil(100);
         let mut covered = 0;
@@ -131,13 +131,14 @@ impl DelayTarget {
         (class.unwrap_or(CLASSES - 1) as u32 + 1) * micros(CLASS)
     }
 
-    /// The delay at which waiting longer for resends would cost more than the loss that it saves.
+    /// Returns the delay beyond which waiting longer for retransmissions would cost more than the
+    /// loss that it saves.
     fn for_resends(&self) -> u32 {
         let (frames, mut later) = (u64::from(self.frames), u64::from(self.frames));
         let costs = self.frames_in.iter().zip(1u32..).map(|(count, class)| {
             later -= u64::from(*count);
             let delay_us = class * micros(CLASS);
-            // Times the number of frames: nothing need be divided.
+            // Both terms are multiplied by the number of frames, which avoids a division.
             let lost = u64::from(micros(DELAY_PER_LOSS_PERCENT)) * 100 * later;
             (u64::from(delay_us) * frames + lost, delay_us)
         });
@@ -157,10 +158,10 @@ fn elapsed(since_ms: u32, now_ms: u32) -> Duration {
     Duration::from_millis(now_ms.wrapping_sub(since_ms).into())
 }
 
-/// What became of one frame.
+/// Outcome of one frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Played {
-    /// So long after its arrival.
+    /// Played this long after its arrival.
     After(Duration),
     /// Too late: its time had passed.
     TooLate,
@@ -169,21 +170,21 @@ pub enum Played {
 /// One stream of audio as a listener hears it.
 pub struct AudioPlayout {
     target: DelayTarget,
-    /// What frames are held back by now, beyond the fastest.
+    /// How long frames are held back at present, beyond the fastest.
     delay_us: u32,
     /// Time of the last frame in order, in milliseconds of the run.
     last_ms: u32,
-    /// The newest frame, and which of the `pending` ones up to it came in time, one bit each, the
-    /// newest lowest.
+    /// `newest`: number of the newest frame. `in_time`: which of the `pending` frames up to it
+    /// arrived in time, one bit each, the newest in the lowest bit.
     newest: u32,
     pending: u8,
     in_time: u64,
-    /// Concealment that is going on where the pending frames begin.
+    /// Length of the concealment in progress where the pending frames begin.
     concealing_us: u32,
     frames_played: u32,
     played_us: u64,
     concealed_us: u64,
-    /// From intended moment to playout, over the frames played.
+    /// Sum of the times from intended moment to playout, over the frames played.
     mouth_to_ear_us: u64,
 }
 
@@ -206,8 +207,8 @@ impl Default for AudioPlayout {
 }
 
 impl AudioPlayout {
-    /// Takes frame number `frame`, here for the first time, which lasts `length` and was `transit`
-    /// under way. `on_interruption` hears how long each was.
+    /// Takes frame number `frame`, which arrives for the first time. It lasts `length` and was
+    /// under way for `transit`. `on_interruption` is called with the length of each interruption.
     pub fn handle_frame(
         &mut self,
         frame: u32,
@@ -229,8 +230,8 @@ impl AudioPlayout {
         self.stretch(now);
         let slower_us = self.target.add(transit_us, true, now);
         if slower_us > self.delay_us && self.pending > 0 {
-            // The buffer ran dry: what is missing before this frame is missing, and silence was
-            // filled until it came. From now on it is held back by that much.
+            // The buffer ran empty. Frames missing before this one stay missing, and the time until
+            // it arrived was filled with silence. The delay grows by that much.
             let waited_us = slower_us - self.delay_us;
             self.settle(self.pending, length_us, &mut on_interruption);
             self.conceal(u64::from(skipped) * u64::from(length_us));
@@ -246,14 +247,15 @@ impl AudioPlayout {
         self.play(slower_us)
     }
 
-    /// A pause that was asked for is over: what was not sent meanwhile is not concealed.
+    /// Continues after a pause that was requested. What was not sent during the pause is not
+    /// concealed.
     pub fn resume(&mut self, length: Duration, mut on_interruption: impl FnMut(Duration)) {
         self.settle(self.pending, micros(length), &mut on_interruption);
         self.end_concealment(&mut on_interruption);
         (self.pending, self.in_time) = (0, 0);
     }
 
-    /// Nothing comes any more, and the last `missing` frames never came.
+    /// Ends the stream: nothing arrives any more, and the last `missing` frames never arrived.
     pub fn finish(
         &mut self,
         missing: u64,
@@ -266,12 +268,14 @@ impl AudioPlayout {
         (self.pending, self.in_time) = (0, 0);
     }
 
-    /// Time played from frames that came in time, and time concealed, in microseconds.
+    /// Returns the time played from frames that arrived in time, and the time concealed, in
+    /// microseconds.
     pub fn times_us(&self) -> (u64, u64) {
         (self.played_us, self.concealed_us)
     }
 
-    /// From a frame's intended moment to its playout, on average; `None` where nothing was played.
+    /// Returns the mean time from a frame's intended moment to its playout, or `None` if nothing
+    /// was played.
     pub fn mouth_to_ear(&self) -> Option<Duration> {
         let mean = self
             .mouth_to_ear_us
@@ -279,8 +283,8 @@ impl AudioPlayout {
         Some(Duration::from_micros(mean))
     }
 
-    /// Takes a frame that redundancy brought back. It plays where the buffer still waits for it;
-    /// how late it came says nothing of the network, and so moves no target, as in NetEq.
+    /// Takes a frame that redundancy recovered. It is played if the buffer still waits for it. Its
+    /// lateness says nothing about the network, so it does not change the target, as in NetEq.
     pub fn handle_recovered(&mut self, frame: u32, transit: Duration) -> Played {
         let transit_us = u32::try_from(transit.as_micros()).unwrap_or(u32::MAX);
         let slower_us = transit_us.saturating_sub(self.target.fastest_us());
@@ -328,7 +332,7 @@ impl AudioPlayout {
         };
     }
 
-    /// Makes room for one frame and `skipped` ones before it that have not come.
+    /// Makes room for one frame, and for `skipped` frames before it that have not arrived.
     fn advance(
         &mut self,
         skipped: u32,
@@ -339,7 +343,7 @@ impl AudioPlayout {
         let beyond = (u32::from(self.pending) + skipped).saturating_sub(room);
         let settled = beyond.min(self.pending.into()) as u8;
         self.settle(settled, length_us, on_interruption);
-        // More than the window holds: nothing of them can come in time.
+        // More frames than the window holds. None of them can arrive in time.
         let lost = beyond - u32::from(settled);
         self.conceal(u64::from(lost) * u64::from(length_us));
         let kept = skipped - lost;
@@ -347,7 +351,7 @@ impl AudioPlayout {
         self.pending += kept as u8;
     }
 
-    /// The oldest `count` pending frames have been played, or not.
+    /// Settles the oldest `count` pending frames: each was played or is concealed.
     fn settle(&mut self, count: u8, length_us: u32, on_interruption: &mut impl FnMut(Duration)) {
         for _ in 0..count {
             self.pending -= 1;
@@ -387,7 +391,7 @@ impl Default for VideoPlayout {
 
 impl VideoPlayout {
     /// Takes a frame when it can be decoded, in decoding order, `transit` after its intended
-    /// moment. A late one is shown all the same.
+    /// moment. A late frame is shown all the same.
     pub fn handle_frame(&mut self, transit: Duration, now: Time) -> Played {
         let held_back_us = self.0.target_us;
         let slower_us = self.0.add(
@@ -409,7 +413,7 @@ mod tests {
 
     const FRAME: Duration = Duration::from_millis(20);
 
-    /// A listener of 50 frames a second, and what he heard.
+    /// A listener at 50 frames per second, and what was heard.
     #[derive(Default)]
     struct Listener {
         playout: AudioPlayout,
@@ -498,7 +502,7 @@ mod tests {
         );
         let missing = (0..1_000).filter(|frame| lost(*frame)).count() as u64;
         assert_eq!(listener.finish(0), (20_000 - missing * 20, missing * 20));
-        // Seven frames last 140 ms, eight 160.
+        // Seven frames last 140 ms, eight last 160 ms.
         assert_eq!(listener.interruptions, [Duration::from_millis(160)]);
     }
 
@@ -512,7 +516,7 @@ mod tests {
             "held back by 20 ms, it came 60 ms late"
         );
         let mut listener = Listener::default();
-        // Where one in twenty is resent, waiting for it is the smaller evil.
+        // If one frame in twenty is retransmitted, waiting for it costs less than its loss.
         listener.hear((0..2_000).map(|frame| (frame, if frame % 20 == 9 { 90 } else { 30 })));
         let (_, concealed) = listener.finish(0);
         assert!(
@@ -526,7 +530,7 @@ mod tests {
     #[test]
     fn a_stall_is_heard_in_full_and_the_delay_comes_back_slowly() {
         let mut listener = Listener::default();
-        // Nothing comes for a second, then all of it at once.
+        // Nothing arrives for a second, then everything at once.
         let stalled = |frame: u32| {
             if (100..150).contains(&frame) {
                 u64::from(150 - frame) * 20 + 30

@@ -1,10 +1,10 @@
-//! One published track: takes frames from shared media, gives them identity, cuts, paces and seals
-//! them, and repairs what is asked for.
+//! One published track: takes frames from shared media, gives them identity, cuts them into
+//! packets, paces and seals these, and answers NACKs.
 //!
-//! Per packet: no allocation, no clock. A participant holds an index into the media, never the
-//! media itself.
+//! The work per packet uses no allocation and no clock. A participant holds an index into the
+//! media, never the media itself.
 //!
-//! A simulcast track is one [`SendTrack`] a layer. All of them begin at the same moment, as a
+//! A simulcast track is one [`SendTrack`] per layer. All layers begin at the same moment, as a
 //! camera's one picture is coded in several sizes.
 
 use crate::transport::rtp::Ssrc;
@@ -35,31 +35,33 @@ use crate::transport::sequence::Seq;
 use crate::transport::srtp::Sealer;
 use crate::units::{Bitrate, Epoch, Time};
 
-/// libwebrtc takes at most one key frame request in this time (`kMinKeyframeSendInterval`),
-/// whatever key frames it sent unasked.
+/// Minimum time between two key frame requests that are taken. libwebrtc takes at most one in this
+/// time (`kMinKeyframeSendInterval`), whatever key frames it sent without a request.
 const KEY_REQUEST_INTERVAL_MIN: Duration = Duration::from_millis(300);
-/// libwebrtc's pacer: this many times the target rate ..
+/// Rate of the pacer, as a percentage of the target rate (libwebrtc's pacer).
 const PACING_FACTOR_PERCENT: u64 = 250;
-/// .. in bursts of this length.
+/// Length of the pacer's bursts (libwebrtc's pacer).
 const PACING_BURST: Duration = Duration::from_millis(5);
-/// Frames that may wait in the pacer: a second of 30 fps. Beyond, they leave at once, as
-/// libwebrtc's queue-time limit has it.
+/// Maximum number of frames that wait in the pacer: a second at 30 fps. Beyond it, frames are sent
+/// at once, as with libwebrtc's queue-time limit.
 const PACER_FRAMES_MAX: usize = 32;
-/// LiveKit drops a layer's first key frame while it sets the layer up: the same again, this many
-/// frames later, spares subscribers a request.
+/// Number of frames after the first key frame at which a simulcast layer sends another one. LiveKit
+/// drops a layer's first key frame while it sets the layer up; the second one spares subscribers a
+/// request.
 const SIMULCAST_KEY_FRAME_AGAIN: u32 = 2;
-/// RFC 6464: digital silence.
+/// Audio level of digital silence (RFC 6464).
 const SILENCE_DBOV: u8 = 127;
-/// A key frame that was lost whole may be repaired at once; beyond, resends share the track's own
-/// rate.
+/// Size of a burst of retransmissions. It lets a key frame that was lost completely be repaired at
+/// once. Beyond it, retransmissions are limited to the track's own bitrate.
 const RESEND_BURST_BYTES: u32 = 256 * 1024;
-/// What one resend is charged with.
+/// Number of bytes charged for one retransmission.
 const RESEND_BYTES: usize = 1_200;
-/// The packets of the newest frames that a probe repeats.
+/// Number of the newest packets that a probe repeats in turn.
 const PROBE_PACKETS: u32 = 8;
-/// No packet of ours is larger: an Opus packet of 120 ms is the largest.
+/// Maximum size of one of our packets. An Opus packet of 120 ms is the largest.
 const PACKET_BYTES_MAX: usize = 4_096;
-/// libwebrtc repeats no more than what fits into an audio packet of this size.
+/// Maximum size of an audio packet with redundancy. libwebrtc repeats no more than what fits into
+/// it.
 const RED_BYTES_MAX: usize = 1_200;
 
 /// The shared media that a track plays.
@@ -70,7 +72,8 @@ pub enum MediaSource {
 }
 
 impl MediaSource {
-    /// Codec of its frames. What wraps them in a packet is not the source's business.
+    /// Returns the codec of its frames. How they are wrapped in packets is not the source's
+    /// concern.
     pub fn codec(&self) -> Codec {
         match self {
             MediaSource::Audio(_) => Codec::Opus,
@@ -82,10 +85,10 @@ impl MediaSource {
         self.codec().kind()
     }
 
-    /// When frame `position` is due: when the next key frame can be had.
+    /// Returns when the next key frame is available, given that frame `position` is due.
     pub fn key_frame_at(&self, _position: u32) -> KeyFrameAnswer {
         match self {
-            // Every packet of Opus stands alone, and there is a key frame for every picture of VP8.
+            // Every Opus packet can be decoded on its own, and every VP8 picture has a key frame.
             MediaSource::Audio(_) | MediaSource::Video(_) => KeyFrameAnswer::Now,
         }
     }
@@ -97,12 +100,12 @@ impl MediaSource {
         }
     }
 
-    /// How long a frame lasts, rounded down to nanoseconds.
+    /// Returns how long a frame lasts, rounded down to nanoseconds.
     pub fn frame_interval(&self) -> Duration {
         FrameTiming::of(self).offset(1)
     }
 
-    /// Frames in the loop.
+    /// Returns the number of frames in the loop.
     pub fn len(&self) -> usize {
         match self {
             MediaSource::Audio(clip) => clip.len(),
@@ -115,79 +118,82 @@ impl MediaSource {
     }
 }
 
-/// A source's answer to whoever needs a key frame.
+/// A source's answer to a request for a key frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyFrameAnswer {
-    /// The frame that is due can be one.
+    /// The frame that is due can be a key frame.
     Now,
-    /// Its key frames lie where they lie: the next one comes after so many other frames. With 0,
-    /// the frame that is due is one, whether or not somebody asked.
+    /// The source's key frames have fixed positions. The next one comes after this many other
+    /// frames. With 0, the frame that is due is a key frame, whether or not one was requested.
     InFrames(u32),
 }
 
-/// Each packet repeats earlier ones (RFC 2198).
+/// Redundancy of a track: each packet repeats earlier ones (RFC 2198).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Redundancy {
-    /// Payload type of packets with redundancy. The blocks in them have the source's own.
+    /// Payload type of packets with redundancy. The blocks in them have the source's own payload
+    /// type.
     pub payload_type: u8,
-    /// Earlier packets that each one repeats, where they fit: up to [`red::DISTANCE_MAX`].
+    /// Number of earlier packets that each packet repeats, if they fit: up to
+    /// [`red::DISTANCE_MAX`].
     pub distance: u8,
 }
 
 pub use crate::plan::{Pacing, SpeakerTurns};
 
-/// What a negotiated track needs to start.
+/// Parameters with which a negotiated track starts.
 pub struct SendParameters {
     pub source: MediaSource,
     pub ssrc: Ssrc,
     pub rtx_ssrc: Option<Ssrc>,
     pub payload_type: u8,
     pub rtx_payload_type: Option<u8>,
-    /// Set where audio is sent with redundancy.
+    /// Set if audio is sent with redundancy.
     pub redundancy: Option<Redundancy>,
-    /// The id of the transport-wide sequence number, where feedback about it was agreed on.
+    /// Extension id of the transport-wide sequence number, if feedback about it was agreed on.
     pub transport_cc_extension: Option<u8>,
-    /// The id of RFC 6464's header extension, where negotiated.
+    /// Extension id of the audio level (RFC 6464), if negotiated.
     pub audio_level_extension: Option<u8>,
     /// Set for the layers of a simulcast track.
     pub simulcast: Option<SimulcastLayer>,
-    /// Set where publishers take turns in speaking.
+    /// Set if publishers take turns in speaking.
     pub talk: Option<Talk>,
     pub pacing: Pacing,
-    /// Identity of all frames: run, origin, track, layer. Its frame number and time are filled in
-    /// per frame.
+    /// Identity of all frames: run, origin, track, layer. The frame number and time are filled in
+    /// for each frame.
     pub identity: FrameIdentity,
-    /// Chooses the first sequence number, timestamp and picture id, and where in the loop to
-    /// begin.
+    /// Seed that chooses the first sequence number, timestamp and picture id, and the position in
+    /// the loop at which to begin.
     pub seed: u64,
-    /// The first frame's intended time; the following ones are whole frame intervals later.
+    /// Intended time of the first frame. The following frames are whole frame intervals later.
     pub first_frame_at: Time,
 }
 
-/// How the packets of one simulcast layer say which one it is: no description names its SSRC.
+/// How the packets of one simulcast layer identify the layer, because no description names its
+/// SSRC.
 #[derive(Clone, Debug)]
 pub struct SimulcastLayer {
     pub mid: Box<str>,
     pub rid: Box<str>,
     pub mid_extension: u8,
     pub rid_extension: u8,
-    /// Names the layer on its retransmissions (RFC 8852, section 3.2).
+    /// Extension id that names the layer on its retransmissions (RFC 8852, section 3.2).
     pub repaired_rid_extension: Option<u8>,
-    /// Bitrate of all layers together: libwebrtc has one pacer for all of them.
+    /// Bitrate of all layers together, because libwebrtc has one pacer for all of them.
     pub track_bitrate: Bitrate,
 }
 
-/// One who speaks when it is his turn, and is silent for the rest.
+/// A publisher that speaks when its turn comes and is silent otherwise.
 #[derive(Clone)]
 pub struct Talk {
     pub turns: SpeakerTurns,
-    /// Who this is among those who take turns.
+    /// Index of this publisher among those that take turns.
     pub place: u32,
-    /// As long as the track's own media.
+    /// Silence, as long as the track's own media.
     pub silence: Arc<AudioClip>,
 }
 
-/// What a track needs from around it for one call.
+/// What a track needs from its surroundings for one call.
 pub struct TrackWire<'a, I> {
     pub io: &'a mut I,
     pub key: PeerKey,
@@ -199,38 +205,39 @@ pub struct TrackWire<'a, I> {
     pub wire_bytes_sent: &'a mut u64,
     pub packets_processed: &'a mut u64,
     pub now: Time,
-    /// Where the connection's packets have transport-wide numbers, and the track's place among its
-    /// tracks.
+    /// `sent`: set if the connection's packets have transport-wide sequence numbers. `track`: index
+    /// of the track among the connection's tracks.
     pub sent: Option<&'a mut SentLog>,
     pub track: u8,
 }
 
-/// What one turn of the track did.
+/// Result of one turn of the track.
 #[derive(Default)]
 pub struct Turn {
     pub slots_skipped: u64,
-    /// How late the frame left against its slot.
+    /// How long after its slot the frame was sent.
     pub send_lag: Option<Duration>,
-    /// When the track is due again.
+    /// Time at which the track is due again.
     pub next_at: Time,
 }
 
-/// One published track (one encoding of it). The pacer's queue, which audio and calm video leave
-/// empty, comes last.
+/// One published track (one encoding of it). The pacer's queue comes last, because audio, and video
+/// with small frames, leave it empty.
 #[repr(C)]
 pub struct SendTrack {
     parameters: SendParameters,
     timing: FrameTiming,
     header: HeaderTemplate,
-    /// What replaces the header, once the other side has shown that it knows the SSRC.
+    /// Header that replaces `header` after the other side has shown that it knows the SSRC.
     bare_header: Option<HeaderTemplate>,
     rtx_header: Option<HeaderTemplate>,
-    /// Slots in the media header and in that of retransmissions.
+    /// Places of the transport-wide sequence number in the media header and in the header of
+    /// retransmissions.
     transport_seq: [Option<ExtensionSlot>; 2],
     audio_level: Option<ExtensionSlot>,
-    /// Slots since `first_frame_at`, skipped ones included.
+    /// Number of slots since `first_frame_at`, skipped ones included.
     slot: u64,
-    /// The time of `slot`.
+    /// Time of `slot`.
     slot_at: Time,
     position: u32,
     frames: u32,
@@ -243,27 +250,27 @@ pub struct SendTrack {
     limiter: ResendLimiter,
     requests: FrameRequests,
     asked: AskedPackets,
-    /// The next frame begins something: a video track (anew), or a talkspurt.
+    /// Set if the next frame begins something: a video track (also after a pause), or a talkspurt.
     fresh: bool,
-    /// The number of the frame that is to repeat the first key frame.
+    /// Number of the frame that is to repeat the first key frame.
     key_again_at: Option<u32>,
     key_requests: KeyRequests,
     packets: u32,
     octets: u32,
-    /// The cumulative loss that the last receiver report has stated.
+    /// Cumulative loss stated in the last receiver report.
     reported_lost: i32,
     stopped: bool,
-    /// The server has taken it out of the room, or its connection is gone.
+    /// Set if the server has taken the track out of the room, or if its connection is gone.
     lost: bool,
     muted: bool,
-    /// Nobody watches this layer.
+    /// Set if nobody watches this layer.
     unwatched: bool,
-    /// The path has no room for this layer.
+    /// Set if the path has no bandwidth for this layer.
     held_back: bool,
     pacer: Pacer,
 }
 
-/// Where a track's frames lie in time, exactly: no rounding adds up.
+/// Exact times of a track's frames: rounding errors do not add up.
 struct FrameTiming {
     clock_rate: u64,
     /// A frame lasts `numerator / denominator` seconds.
@@ -295,14 +302,14 @@ impl FrameTiming {
         self.scaled(slot, self.clock_rate) as u32
     }
 
-    /// `slot` frames in units of which a second has `rate`, rounded down. Whole seconds apart, so
-    /// that nothing overflows and nothing wants 128 bits.
+    /// Converts `slot` frames to units of which a second has `rate`, rounded down. Whole seconds
+    /// are calculated separately, so nothing overflows and nothing needs 128 bits.
     fn scaled(&self, slot: u64, rate: u64) -> u64 {
         let units = slot * self.numerator;
         units / self.denominator * rate + units % self.denominator * rate / self.denominator
     }
 
-    /// The latest slot that begins no later than `elapsed`.
+    /// Returns the latest slot that begins no later than `elapsed`.
     fn slot_at(&self, elapsed: Duration) -> u64 {
         let mut slot = (elapsed.as_nanos() * u128::from(self.denominator)
             / (u128::from(self.numerator) * 1_000_000_000)) as u64;
@@ -313,13 +320,13 @@ impl FrameTiming {
     }
 }
 
-/// The headers of a track's packets, and where the extensions lie that change with each.
+/// The headers of a track's packets, and the places of the extensions that change with each packet.
 struct TrackHeaders {
     media: HeaderTemplate,
-    /// Without mid and rid.
+    /// Header without mid and rid.
     bare: Option<HeaderTemplate>,
     rtx: Option<HeaderTemplate>,
-    /// In packets of media, and in retransmissions.
+    /// In media packets, and in retransmissions.
     transport_seq: [Option<ExtensionSlot>; 2],
     audio_level: Option<ExtensionSlot>,
 }
@@ -330,7 +337,7 @@ impl TrackHeaders {
         if let Some(redundancy) = &parameters.redundancy {
             check_payload_type(redundancy.payload_type)?;
         }
-        // First, so that it lies in the same place with mid and rid and without.
+        // Pushed first, so that it lies in the same place with mid and rid and without.
         let transport_cc = |header: &mut HeaderTemplate| {
             parameters
                 .transport_cc_extension
@@ -368,8 +375,8 @@ impl TrackHeaders {
 }
 
 impl SendTrack {
-    /// Errors where the negotiated payload types or extension ids cannot be: the other side's
-    /// description is wrong.
+    /// Makes a track. Returns an error if the negotiated payload types or extension ids are
+    /// impossible: the other side's description is then wrong.
     pub fn new(parameters: SendParameters) -> Result<SendTrack, TemplateError> {
         let headers = TrackHeaders::new(&parameters)?;
         let timing = FrameTiming::of(&parameters.source);
@@ -390,8 +397,8 @@ impl SendTrack {
             frames: 0,
             picture_id: (bits >> 48) as u16 & 0x7FFF,
             rtp_offset: bits as u32,
-            // Below 2^15, so that SRTP's index cannot be guessed wrong when the first packets are
-            // lost (RFC 3711, section 3.3.1).
+            // Below 2^15, so that the receiver cannot guess a wrong SRTP index if the first packets
+            // are lost (RFC 3711, section 3.3.1).
             index: (bits >> 32) & 0x7FFF,
             rtx_index: (bits >> 17) & 0x7FFF,
             ring: ResendRing::new(if kind == Kind::Audio {
@@ -403,7 +410,7 @@ impl SendTrack {
             requests: FrameRequests::default(),
             asked: AskedPackets::default(),
             pacer: Pacer::new(&parameters),
-            // The first frame of a video track is a key frame, whoever asks.
+            // The first frame of a video track is a key frame, even without a request.
             fresh: true,
             key_again_at: None,
             key_requests: KeyRequests::default(),
@@ -419,7 +426,7 @@ impl SendTrack {
         })
     }
 
-    /// Fetches what every turn needs.
+    /// Prefetches what every turn needs.
     pub fn prefetch(&self) {
         net::prefetch(self, std::mem::offset_of!(SendTrack, pacer));
         net::prefetch(&self.pacer.next_at, usize::MAX);
@@ -434,7 +441,7 @@ impl SendTrack {
         self.parameters.source.codec()
     }
 
-    /// What it sends, redundancy included.
+    /// Returns the bitrate of what it sends, redundancy included.
     pub fn bitrate(&self) -> Bitrate {
         sent_bitrate(&self.parameters)
     }
@@ -455,18 +462,18 @@ impl SendTrack {
         &self.parameters.identity
     }
 
-    /// The number of the first frame: that many have been sent by an earlier track in this one's
-    /// place.
+    /// Sets the number of the first frame. An earlier track in this one's place has sent that many
+    /// frames.
     pub fn number_from(&mut self, frame: u32) {
         self.frames = frame;
     }
 
-    /// No further frames; what waits in the pacer still leaves, and NACKs are still answered.
+    /// Stops making frames. Packets in the pacer are still sent, and NACKs are still answered.
     pub fn stop(&mut self) {
         self.stopped = true;
     }
 
-    /// No further frames, as [`SendTrack::stop`]; but the plan means it to go on:
+    /// Stops making frames, as [`SendTrack::stop`], although the plan means the track to go on:
     /// [`SendTrack::pass_unsent`] counts what it owes.
     pub fn lose(&mut self) {
         self.lost = true;
@@ -476,8 +483,8 @@ impl SendTrack {
         self.lost
     }
 
-    /// Passes the slots before `until` of a track that is lost. Returns how many frames they would
-    /// have had; none where it was meant to rest.
+    /// Passes the slots before `until` of a lost track. Returns how many frames they would have
+    /// had; zero if the track was meant to pause.
     pub fn pass_unsent(&mut self, until: Time) -> u32 {
         let mut frames = 0;
         while self.is_meant_to_send() && self.slot_at < until {
@@ -489,15 +496,15 @@ impl SendTrack {
         frames
     }
 
-    /// A muted track sends nothing, as if its slots were not there.
+    /// Mutes or unmutes the track. A muted track sends nothing, as if its slots did not exist.
     pub fn set_muted(&mut self, muted: bool, now: Time) {
         let was_meant = self.is_meant_to_send();
         self.muted = muted;
         self.resume_after(was_meant, now);
     }
 
-    /// A layer that nobody watches rests. That nobody can watch a lost one any more does not settle
-    /// its debt.
+    /// Pauses a layer that nobody watches. A lost track is left as it is, because it still owes its
+    /// frames although nobody can watch it any more.
     pub fn set_watched(&mut self, watched: bool, now: Time) {
         if !self.lost {
             let was_meant = self.is_meant_to_send();
@@ -506,7 +513,7 @@ impl SendTrack {
         }
     }
 
-    /// A layer that the path has no room for rests. Returns whether that is new.
+    /// Pauses a layer that the path has no bandwidth for. Returns whether that is a change.
     pub fn set_held_back(&mut self, held_back: bool, now: Time) -> bool {
         let was_meant = self.is_meant_to_send();
         let is_new = std::mem::replace(&mut self.held_back, held_back) != held_back;
@@ -518,7 +525,7 @@ impl SendTrack {
         self.held_back
     }
 
-    /// Whether it would be sent if the path had room.
+    /// Whether the layer would be sent if the path had the bandwidth.
     pub fn is_wanted(&self) -> bool {
         !(self.stopped || self.lost || self.muted || self.unwatched)
     }
@@ -527,7 +534,7 @@ impl SendTrack {
         self.parameters.simulcast.is_some()
     }
 
-    /// Whether its packets have transport-wide numbers.
+    /// Whether its packets have transport-wide sequence numbers.
     pub fn has_transport_seq(&self) -> bool {
         self.transport_seq[0].is_some()
     }
@@ -540,7 +547,7 @@ impl SendTrack {
         !(self.stopped || self.muted || self.unwatched || self.held_back)
     }
 
-    /// Goes on in the plan's next slot. Those that passed meanwhile were not missed.
+    /// Resumes in the plan's next slot. Slots that passed during the pause were not missed.
     fn resume_after(&mut self, was_meant: bool, now: Time) {
         if was_meant || !self.is_meant_to_send() {
             return;
@@ -557,7 +564,7 @@ impl SendTrack {
         }
     }
 
-    /// When [`SendTrack::handle_timeout`] is next due.
+    /// Returns the time at which [`SendTrack::handle_timeout`] is next due.
     pub fn next_at(&self) -> Time {
         let frame = if self.is_at_rest() {
             Time::MAX
@@ -583,8 +590,8 @@ impl SendTrack {
         turn
     }
 
-    /// After a stall the newest due slot is played and the older ones are skipped: a stalled camera
-    /// does not send a burst of the past.
+    /// Skips missed slots after a stall. The newest due slot is played and the older ones are
+    /// skipped, because a stalled camera does not send a burst of old frames.
     fn skip_missed_slots(&mut self, now: Time) -> u64 {
         if self.parameters.first_frame_at + self.timing.offset(self.slot + 1) > now {
             return 0;
@@ -602,13 +609,13 @@ impl SendTrack {
         self.slot_at = slot_time(&self.parameters, &self.timing, slot);
     }
 
-    /// Asks for a key frame as soon as the source has one. Returns whether the request was taken;
-    /// libwebrtc drops those that come too soon.
+    /// Requests a key frame as soon as the source has one. Returns whether the request was taken.
+    /// libwebrtc drops requests that come too soon.
     pub fn request_key_frame(&mut self, now: Time) -> bool {
         !self.codec().begins_anywhere() && self.key_requests.take(now)
     }
 
-    /// Nothing is sent in a slot of DTX.
+    /// Sends the frame of a slot. In a DTX slot nothing is sent.
     fn emit_frame<I: Io>(&mut self, intended: Time, now: Time, wire: &mut TrackWire<'_, I>) {
         let key = self.wants_key_frame(now, wire);
         let media = self.media_at(intended);
@@ -635,11 +642,11 @@ impl SendTrack {
         self.ring.push(record);
         self.fresh = false;
         self.picture_id = (self.picture_id + 1) & 0x7FFF;
-        // DTX's comfort noise cannot say whose it is: nobody could miss it.
+        // DTX comfort noise carries no identity, so nobody could miss it.
         if self.has_identity(media) {
             self.frames += 1;
-            // Before the frame leaves: a subscriber on another core must find it counted when it
-            // arrives.
+            // Count the frame before it is sent, because a subscriber on another core must find it
+            // counted when it arrives.
             wire.roster
                 .set_frames(&self.parameters.identity, self.frames);
             wire.media.frames_sent += 1;
@@ -676,8 +683,9 @@ impl SendTrack {
         due.key
     }
 
-    /// What is played in the slot of `intended`: an index into the track's own media or, beyond its
-    /// end, into the silence of one whose turn it is not.
+    /// Returns what is played in the slot of `intended`: an index into the track's own media. An
+    /// index beyond its end points into the silence that is played when it is not this publisher's
+    /// turn.
     fn media_at(&self, intended: Time) -> u32 {
         match &self.parameters.talk {
             Some(talk) if talk.turns.speaker_at(intended) != Some(talk.place) => {
@@ -687,7 +695,7 @@ impl SendTrack {
         }
     }
 
-    /// The audio clip and the place in it that `media` stands for.
+    /// Returns the audio clip and the position in it that `media` stands for.
     fn audio_at<'a>(&'a self, clip: &'a AudioClip, media: u32) -> (&'a AudioClip, usize) {
         let media = media as usize;
         match &self.parameters.talk {
@@ -717,7 +725,7 @@ impl SendTrack {
         }
     }
 
-    /// A frame's bytes, and how they are cut into packets.
+    /// Returns a frame's bytes, and how they are cut into packets.
     fn laid_out(&self, record: &FrameRecord) -> Option<(&[u8], PacketLayout)> {
         let bytes = self.media_bytes(record.media, record.key)?;
         Some((bytes, layout(self.kind(), bytes.len())))
@@ -737,7 +745,7 @@ impl SendTrack {
         self.pacer.settle(now, sent_bytes);
     }
 
-    /// Sends all that waits, in order.
+    /// Sends all waiting packets in order.
     fn flush<I: Io>(&mut self, now: Time, wire: &mut TrackWire<'_, I>) {
         while let Some((record, first_index, range)) = self.pacer.take(usize::MAX) {
             self.send_range(&record, first_index, range, wire);
@@ -745,8 +753,8 @@ impl SendTrack {
         self.pacer.settle(now, 0);
     }
 
-    /// Sends packets `range` of a frame in as few calls as the kernel allows. Returns the bytes of
-    /// UDP payload.
+    /// Sends packets `range` of a frame in as few calls as the kernel allows. Returns the number of
+    /// bytes of UDP payload.
     fn send_range<I: Io>(
         &mut self,
         record: &FrameRecord,
@@ -813,7 +821,7 @@ impl SendTrack {
     ) -> Option<(usize, usize)> {
         let seq = Seq(record.first_seq).wrapping_add(index as u16);
         let video = self.kind() == Kind::Video;
-        // RFC 3551, section 4.1: on audio the marker begins a talkspurt; on video it ends a frame
+        // The marker begins a talkspurt on audio (RFC 3551, section 4.1), and ends a frame on video
         // (RFC 7741).
         let marker = if video {
             index + 1 == layout.packets
@@ -890,15 +898,15 @@ impl SendTrack {
         }
     }
 
-    /// How a packet with `primary` bytes of Opus is sent with redundancy; `None`: without, as
-    /// libwebrtc sends those that no later one could repeat.
+    /// Returns how a packet with `primary` bytes of Opus is sent with redundancy. `None` means
+    /// without, as libwebrtc sends packets that no later packet could repeat.
     #[inline]
     fn redundancy_of(&self, primary: usize) -> Option<Redundancy> {
         self.parameters.redundancy.filter(|_| red::fits(0, primary))
     }
 
-    /// How many of the last packets the next one can repeat: each as old and as long as its header
-    /// can say, and all of them together in one packet.
+    /// Returns how many of the last packets the next one can repeat. Each must be recent and short
+    /// enough for its RED header, and all of them together must fit into one packet.
     #[inline]
     fn repeatable(&self, rtp_time: u32, primary: usize) -> u8 {
         let redundancy = self.redundancy_of(primary);
@@ -923,14 +931,15 @@ impl SendTrack {
         (1..=distance).take_while(fits).count() as u8
     }
 
-    /// The frame that was sent `distance` packets before number `seq`, and its bytes.
+    /// Returns the frame that was sent `distance` packets before sequence number `seq`, and its
+    /// bytes.
     fn earlier(&self, seq: u16, distance: u8) -> Option<(&FrameRecord, &[u8])> {
         let (record, _) = self.ring.find(seq.wrapping_sub(distance.into()))?;
         Some((record, self.media_bytes(record.media, record.key)?))
     }
 
-    /// Writes RED's headers and the repeated packets. `None` where one of those is not known any
-    /// more: without it the packet would be another one under the same number.
+    /// Writes the RED headers and the repeated packets. Returns `None` if one of those is not known
+    /// any more, because without it the packet would differ under the same sequence number.
     fn write_redundant(&self, record: &FrameRecord, epoch: Epoch, out: &mut [u8]) -> Option<usize> {
         let count = usize::from(record.redundant);
         let mut earlier = [None; red::DISTANCE_MAX];
@@ -983,8 +992,8 @@ impl SendTrack {
     }
 
     /// Sends a packet of the newest frames once more over RTX, so that the path is busy:
-    /// libwebrtc's padding of choice. `nth` tells the packets of a probe apart. Returns the RTP
-    /// packet's bytes; `None` where there is no RTX or nothing was sent yet.
+    /// libwebrtc's preferred padding. `nth` tells the packets of a probe apart. Returns the size of
+    /// the RTP packet in bytes, or `None` if there is no RTX or nothing was sent yet.
     pub fn send_probe<I: Io>(
         &mut self,
         nth: u32,
@@ -1005,7 +1014,7 @@ impl SendTrack {
         self.send_again(seq, SentKind::Probe { cluster }, wire)
     }
 
-    /// Sends a packet that was sent before. Returns the bytes of the RTP packet.
+    /// Sends a packet again. Returns the size of the RTP packet in bytes.
     fn send_again<I: Io>(
         &mut self,
         seq: u16,
@@ -1045,8 +1054,8 @@ impl SendTrack {
         Some(lengths.0 + lengths.1)
     }
 
-    /// The facts of a sender report at `now`: a true pair of NTP and RTP time, packets and octets
-    /// so far.
+    /// Returns the contents of a sender report at `now`: the NTP time and the RTP time of the same
+    /// moment, and the packets and octets sent so far.
     pub fn sender_report(&self, now: Time, epoch: Epoch) -> Option<(u64, u32, u32, u32)> {
         if self.packets == 0 {
             return None;
@@ -1061,9 +1070,10 @@ impl SendTrack {
         ))
     }
 
-    /// Takes a report block's cumulative loss; returns by how much the known uplink loss changed.
-    /// It shrinks where a packet that was merely late had been taken for lost. More copies than
-    /// losses are no loss. Whoever reports on an SSRC knows what it is: mid and rid go.
+    /// Takes a report block's cumulative loss. Returns by how much the known uplink loss changed.
+    /// It shrinks if a late packet had been counted as lost. A negative loss (more copies than
+    /// losses) counts as zero. The other side knows the SSRC that it reports on, so mid and rid are
+    /// no longer sent.
     pub fn handle_reported_loss(&mut self, cumulative_lost: i32) -> i64 {
         if let Some(bare) = self.bare_header.take() {
             self.header = bare;
@@ -1073,7 +1083,8 @@ impl SendTrack {
     }
 }
 
-/// What a track sends: each packet once, and as often again as it is repeated.
+/// Returns the bitrate that a track sends: each packet once, and once more for each time it is
+/// repeated.
 fn sent_bitrate(parameters: &SendParameters) -> Bitrate {
     let copies = parameters
         .redundancy
@@ -1081,24 +1092,23 @@ fn sent_bitrate(parameters: &SendParameters) -> Bitrate {
     Bitrate::from_bps(parameters.source.bitrate().bps() * copies)
 }
 
-/// Requests for key frames, from the one that is taken to the key frame that meets it.
+/// Key frame requests, from the request that is taken to the key frame that answers it.
 #[derive(Default)]
 struct KeyRequests {
     pending_since: Option<Time>,
     taken_at: Option<Time>,
 }
 
-/// What the frame that is due becomes.
+/// Decision about the frame that is due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct KeyFrameDue {
     key: bool,
-    /// How long somebody waited for it.
+    /// How long the request waited for it.
     waited: Option<Duration>,
 }
 
 impl KeyRequests {
-    /// Returns whether the request is taken: not so soon after another one, and not while one is
-    /// still waiting.
+    /// Takes a request. Returns false if another one was taken too recently, or is still waiting.
     fn take(&mut self, now: Time) -> bool {
         let too_soon = self
             .taken_at
@@ -1110,8 +1120,8 @@ impl KeyRequests {
         true
     }
 
-    /// Decides about the frame that is due. `begins`: a key frame is needed whoever asks. A request
-    /// waits for as long as the source has none.
+    /// Decides about the frame that is due. With `begins`, a key frame is needed even without a
+    /// request. A request waits until the source has a key frame.
     #[inline]
     fn meet(&mut self, answer: KeyFrameAnswer, begins: bool, now: Time) -> KeyFrameDue {
         let key = match answer {
@@ -1126,21 +1136,21 @@ impl KeyRequests {
     }
 }
 
-/// On the whole millisecond, where the engine's beat is: a camera's frames are no rounder than
-/// that.
+/// Returns the time of a slot on the whole millisecond, where the engine's beat is. A camera's
+/// frames are no more exact than that.
 fn slot_time(parameters: &SendParameters, timing: &FrameTiming, slot: u64) -> Time {
     (parameters.first_frame_at + timing.offset(slot)).next_whole(TICK)
 }
 
-/// What a call of `send_range` has sent.
+/// What one call of `send_range` has sent.
 #[derive(Default)]
 struct SentBytes {
     packets: u32,
-    /// As a sender report counts them.
+    /// Payload bytes, as a sender report counts them.
     payloads: u32,
-    /// Headers and payloads.
+    /// Header and payload bytes.
     bytes: u64,
-    /// The same, sealed.
+    /// The same after sealing.
     on_wire: usize,
 }
 
@@ -1153,8 +1163,8 @@ impl SentBytes {
     }
 }
 
-/// Gives the packet in `buffer` the connection's next transport-wide number, where it has a place
-/// for one, and remembers it.
+/// Gives the packet in `buffer` the connection's next transport-wide sequence number, if the packet
+/// has a slot for one, and remembers it.
 fn number(
     sent: Option<&mut SentLog>,
     slot: Option<ExtensionSlot>,
@@ -1189,18 +1199,18 @@ fn seal(
         .ok()
 }
 
-/// The extended index of `seq`, which was sent no more than 2^15 packets before `next`.
+/// Returns the extended index of `seq`, which was sent no more than 2^15 packets before `next`.
 fn extended(next: u64, seq: u16) -> u64 {
     next - u64::from((next as u16).wrapping_sub(seq))
 }
 
-/// Frames that wait to leave in bursts. Disabled (`burst_bytes` = all) for audio and for `--pacing
-/// burst`.
+/// Frames that wait to be sent in bursts. Disabled (`burst_bytes` = all) for audio and for
+/// `--pacing burst`.
 struct Pacer {
     queue: [(FrameRecord, u64); PACER_FRAMES_MAX],
     head: usize,
     len: usize,
-    /// Packets of the head frame that have left.
+    /// Number of packets of the head frame that have been sent.
     sent: usize,
     next_at: Time,
     bits_per_second: u64,
@@ -1243,7 +1253,7 @@ impl Pacer {
         }
     }
 
-    /// Returns false where there is no room: the caller flushes.
+    /// Adds a frame. Returns false if there is no room; the caller then flushes.
     fn enqueue(&mut self, record: FrameRecord, first_index: u64, now: Time) -> bool {
         if self.len == PACER_FRAMES_MAX {
             return false;
@@ -1256,7 +1266,7 @@ impl Pacer {
         true
     }
 
-    /// The next packets to send, of one frame, of at least one packet and about `bytes`.
+    /// Takes the next packets to send: of one frame, at least one packet, and about `bytes`.
     fn take(&mut self, bytes: usize) -> Option<(FrameRecord, u64, std::ops::Range<usize>)> {
         if self.len == 0 {
             return None;
@@ -1282,7 +1292,7 @@ impl Pacer {
         self.next_at = self.next_at.max(now) + pause;
     }
 
-    /// Whether the packet has a number but has not left yet: then a NACK for it is premature.
+    /// Whether the packet has a number but has not been sent yet. A NACK for it is then premature.
     fn holds(&self, seq: u16) -> bool {
         (0..self.len).any(|i| {
             let record = &self.queue[(self.head + i) % PACER_FRAMES_MAX].0;
@@ -1296,7 +1306,7 @@ impl Pacer {
 mod tests {
     use super::*;
 
-    /// A clip whose every tenth picture is a key frame, and which can make no other.
+    /// A clip in which every tenth picture is a key frame, and which cannot make any other.
     struct RecordedClip {
         position: u32,
     }

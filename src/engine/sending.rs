@@ -1,11 +1,11 @@
-//! What one connection sends under transport-wide numbers, what the server's feedback says of it,
-//! and, where it obeys, which layers its path has room for.
+//! What one connection sends with transport-wide sequence numbers, what the server's feedback says
+//! about it, and, if the connection obeys the estimate, which layers its path has bandwidth for.
 //!
-//! A layer is made of media that was generated before: its bitrate cannot be lowered, so it is sent
-//! whole or not at all. libwebrtc would lower the highest layer's bitrate first and give it up at
-//! its least; here it goes as soon as its own does not fit. The lowest layer that somebody watches
-//! is never held back, nor is a track of one layer, nor audio: libwebrtc does not suspend video
-//! below its least bitrate either.
+//! A layer consists of media that was generated before. Its bitrate cannot be lowered, so it is
+//! sent completely or not at all. libwebrtc would first lower the highest layer's bitrate and drop
+//! the layer at its minimum; here the layer is dropped as soon as its own bitrate does not fit. The
+//! lowest layer that somebody watches is never held back, nor is a track with one layer, nor audio:
+//! libwebrtc does not suspend video below its minimum bitrate either.
 
 use std::time::Duration;
 
@@ -16,28 +16,29 @@ use crate::transport::rtcp::Arrivals;
 use crate::transport::sent::{PacketFate, SentKind, SentLog};
 use crate::units::{Bitrate, Time};
 
-/// A layer that was held back returns when there is room for this much of it and of what is sent,
-/// in percent (libwebrtc's hysteresis for cameras).
+/// Bandwidth at which a layer that was held back returns, as a percentage of its bitrate plus what
+/// is sent (libwebrtc's hysteresis for cameras).
 const RETURN_PERCENT: u64 = 120;
 
-/// The sending side of one connection. Made with the first track that has transport-wide numbers.
+/// The sending side of one connection. It is made with the first track that has transport-wide
+/// sequence numbers.
 pub struct Sending {
     pub log: SentLog,
     clock: ReferenceClock,
     obedience: Option<Box<Obedience>>,
 }
 
-/// What is kept where the estimate is obeyed.
+/// State that is kept if the estimate is obeyed.
 struct Obedience {
     estimator: SendEstimator,
     probing: Option<Probing>,
-    /// Less is sent than somebody watches, or more than the path carries; and until when that has
-    /// been counted.
+    /// `limited`: less is sent than somebody watches, or more than the path carries.
+    /// `counted_until`: time up to which that has been counted.
     limited: bool,
     counted_until: Time,
 }
 
-/// A probe that is being sent.
+/// A probe in progress.
 #[derive(Clone, Copy)]
 struct Probing {
     plan: ProbePlan,
@@ -62,7 +63,7 @@ impl Sending {
         }
     }
 
-    /// Where the connection obeys: what its path carries.
+    /// Returns the estimate of what the path carries, if the connection obeys one.
     pub fn estimate(&self) -> Option<Bitrate> {
         self.obedience
             .as_ref()
@@ -75,7 +76,7 @@ impl Sending {
         }
     }
 
-    /// Takes one message of feedback; false where it contradicts itself.
+    /// Takes one feedback message. Returns false if it contradicts itself.
     pub fn handle_feedback(
         &mut self,
         body: &[u8],
@@ -100,8 +101,8 @@ impl Sending {
             };
             let is_media = u64::from(packet.kind == SentKind::Media);
             match (before, arrival) {
-                // A packet that was said to be missing may have been overtaken; what came cannot be
-                // lost any more.
+                // A packet reported as missing may only have been overtaken. A packet that arrived
+                // cannot become lost.
                 (PacketFate::Arrived, _) => packet.fate = PacketFate::Arrived,
                 (PacketFate::Missing, None) => {}
                 (PacketFate::Unknown, None) => {
@@ -136,7 +137,7 @@ impl Sending {
         true
     }
 
-    /// Begins a probe where one is wanted to find room for `wants`.
+    /// Begins a probe if one is needed to find bandwidth for `wants`.
     pub fn plan_probe(&mut self, wants: Bitrate, now: Time, counted: &mut Bandwidth) {
         let Some(obedience) = self
             .obedience
@@ -155,7 +156,7 @@ impl Sending {
         }
     }
 
-    /// When the next packet of a probe is due.
+    /// Returns the time at which the next probe packet is due.
     pub fn probe_at(&self) -> Time {
         let probing = self
             .obedience
@@ -164,13 +165,14 @@ impl Sending {
         probing.map_or(Time::MAX, |probing| probing.next_at)
     }
 
-    /// The probe that a packet is due of.
+    /// Returns the cluster of the probe if a packet of it is due.
     pub fn due_probe(&self, now: Time) -> Option<u8> {
         let probing = self.obedience.as_ref()?.probing?;
         (probing.next_at <= now).then_some(probing.plan.cluster)
     }
 
-    /// A packet of the probe was sent, or none could be: then the probe is over.
+    /// Notes that a packet of the probe was sent. `None` means that none could be sent: the probe
+    /// is then over.
     pub fn handle_probe_sent(&mut self, bytes: Option<usize>) {
         let Some(obedience) = &mut self.obedience else {
             return;
@@ -188,7 +190,7 @@ impl Sending {
         });
     }
 
-    /// Counts how long less was sent than is watched, up to now; and whether that goes on.
+    /// Counts how long less was sent than is watched, up to now, and sets whether that goes on.
     pub fn count_limited(&mut self, limited: bool, now: Time, counted: &mut Bandwidth) {
         let Some(obedience) = &mut self.obedience else {
             return;
@@ -206,8 +208,8 @@ impl Sending {
     }
 }
 
-/// The receiver's clock, without the wrap of its reference time, and from a beginning of our own:
-/// only differences count.
+/// The receiver's clock, with the wrap of its reference time removed and an arbitrary start: only
+/// differences count.
 #[derive(Default)]
 struct ReferenceClock {
     last: Option<(u32, i64)>,
@@ -216,12 +218,12 @@ struct ReferenceClock {
 impl ReferenceClock {
     const CYCLE: i64 = 1 << 24;
     const UNIT_US: i64 = 64_000;
-    /// Times of a message lie less than a day from its reference. Who drives the clock to either
-    /// end of a year starts over.
+    /// Range of the clock. The times of a message lie less than a day from its reference. A
+    /// receiver that drives the clock to either end of this year starts over.
     const BEGIN_US: i64 = 86_400_000_000;
     const END_US: i64 = 365 * ReferenceClock::BEGIN_US;
 
-    /// What a message's times count from, in microseconds.
+    /// Returns the base of a message's times, in microseconds.
     fn base_us(&mut self, reference: u32) -> i64 {
         let (before, base) = self.last.unwrap_or((reference, ReferenceClock::BEGIN_US));
         let ahead = (i64::from(reference) - i64::from(before)).rem_euclid(ReferenceClock::CYCLE);
@@ -242,16 +244,17 @@ impl ReferenceClock {
     }
 }
 
-/// One layer of a simulcast track, from the lowest on.
+/// One layer of a simulcast track. Layers are listed from the lowest up.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerState {
     pub bps: u64,
-    /// Somebody watches it, and it is not muted.
+    /// Whether somebody watches it and it is not muted.
     pub wanted: bool,
     pub held_back: bool,
 }
 
-/// Which layers are held back, where `budget_bps` is what the path carries beside everything else.
+/// Returns which layers are held back. `budget_bps` is what the path carries besides everything
+/// else.
 pub fn layers_to_hold_back(layers: &[LayerState], budget_bps: u64) -> [bool; LAYERS_MAX] {
     let mut hold_back = [false; LAYERS_MAX];
     let (mut sum, mut is_lowest, mut full) = (0, true, false);
@@ -272,8 +275,8 @@ pub fn layers_to_hold_back(layers: &[LayerState], budget_bps: u64) -> [bool; LAY
     hold_back
 }
 
-/// What a connection has to find room for: all that is wanted, and as much more as a layer needs to
-/// return.
+/// Returns the bitrate that a connection needs: everything that is wanted, and the extra that a
+/// layer needs to return.
 pub fn wanted_bps(others_bps: u64, layers: &[LayerState]) -> u64 {
     let wanted: u64 = layers
         .iter()
@@ -348,7 +351,7 @@ mod tests {
         );
     }
 
-    /// A message about the numbers from 1 on: which of them came.
+    /// Returns a feedback message about the numbers from 1 on: which of them arrived.
     fn feedback(came: &[bool]) -> Vec<u8> {
         let arrivals: Vec<_> = (1..)
             .zip(came)

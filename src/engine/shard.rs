@@ -1,5 +1,5 @@
-//! One core's participants: takes datagrams, time and commands; gives datagrams, events and counts.
-//! No sockets, no clock, no lock.
+//! The participants of one core: takes datagrams, time and commands, and gives datagrams, events
+//! and counts. It has no sockets, no clock and no lock.
 
 use crate::transport::rtp::Ssrc;
 use std::collections::VecDeque;
@@ -24,10 +24,11 @@ use crate::transport::peer::{NearEnd, PeerEvent};
 use crate::transport::rtcp;
 use crate::units::Time;
 
-/// Sender and receiver reports, as LiveKit itself sends receiver reports; libwebrtc's video
-/// interval too.
+/// Interval of sender and receiver reports. LiveKit itself sends receiver reports at this interval;
+/// it is libwebrtc's interval for video too.
 const RTCP_INTERVAL: Duration = Duration::from_secs(1);
-/// Tracks (or encodings of one) that a peer may send: each has a timer of its own.
+/// Maximum number of tracks (or encodings of one track) that a peer may send. Each has its own
+/// timer.
 const TRACKS_MAX: u32 = 4;
 
 pub struct Shard {
@@ -37,24 +38,24 @@ pub struct Shard {
     control_timers: Timers,
     events: VecDeque<(PeerKey, ShardEvent)>,
     record: Box<Record>,
-    /// What became of connections whose participants have come back on others, until that is
-    /// taken: at most a second's.
+    /// Outcomes of connections whose participants have returned on other connections, until they
+    /// are taken: those of one second at most.
     former: Vec<PeerOutcome>,
-    /// Tracks of connections that are gone, though the plan means them to send.
+    /// Tracks of connections that are gone although the plan means them to send.
     gone: Vec<SendTrack>,
-    /// Peers that are there, and have lost a track.
+    /// Peers that are still present and have lost a track.
     losers: Vec<PeerKey>,
     /// Taps of recorded participants without a live subscription.
     taps: Vec<(u32, Box<Tap>)>,
-    /// Connections that are neither up nor given up.
+    /// Number of connections that are neither up nor given up.
     in_setup: usize,
-    /// What one packet has brought about, while it is handled.
+    /// Events of the packet that is being handled.
     frame_events: Vec<FrameEvent>,
-    /// What one step of a connection's set-up has brought about.
+    /// Events of the set-up step that is being handled.
     peer_events: Vec<PeerEvent>,
 }
 
-/// The kinds of control timer of one peer.
+/// The control timers of one peer.
 #[derive(Clone, Copy)]
 enum ControlTimer {
     Setup,
@@ -74,7 +75,7 @@ fn media_timer(key: PeerKey, track: u32) -> u32 {
     key.0 as u32 * TRACKS_MAX + track
 }
 
-/// The peer that a media timer is of, and the track's place among its tracks.
+/// Returns the peer of a media timer, and the index of the track among the peer's tracks.
 #[inline]
 fn timed_track(timer: u32) -> (PeerKey, usize) {
     (
@@ -84,7 +85,7 @@ fn timed_track(timer: u32) -> (PeerKey, usize) {
 }
 
 impl Shard {
-    /// `capacity` peers at most.
+    /// Makes a shard for at most `capacity` peers.
     pub fn new(config: ShardConfig, capacity: usize, now: Time) -> Shard {
         Shard {
             config,
@@ -128,12 +129,12 @@ impl Shard {
         self.record.engine.setup_datagrams_dropped += setup_dropped;
     }
 
-    /// What was counted since the last swap.
+    /// Returns what was counted since the last swap.
     pub fn record(&self) -> &Record {
         &self.record
     }
 
-    /// Hands out what was counted since the last swap.
+    /// Hands out what was counted since the last swap, and continues with `fresh`.
     pub fn swap_record(&mut self, fresh: Box<Record>) -> Box<Record> {
         std::mem::replace(&mut self.record, fresh)
     }
@@ -179,7 +180,7 @@ impl Shard {
         }
     }
 
-    /// The peer has another socket or connection, with this end of ours.
+    /// Adds another socket or connection of the peer. `end` is our end of it.
     pub fn add_near_end(&mut self, key: PeerKey, end: NearEnd, now: Time, io: &mut impl Io) {
         if let Some(peer) = self.peers[key].as_mut() {
             peer.transport.add_near_end(end, now);
@@ -187,8 +188,8 @@ impl Shard {
         }
     }
 
-    /// A connection that might carry, or carried, the peer's datagrams has come to its end; with
-    /// `is_last` nothing else is left.
+    /// Handles the end of a connection that carried, or might have carried, the peer's datagrams.
+    /// With `is_last` no other is left.
     pub fn handle_path_end(
         &mut self,
         key: PeerKey,
@@ -331,21 +332,22 @@ impl Shard {
             let timer = media_timer(key, peer.tracks.len() as u32);
             let (kind, interval) = (parameters.source.kind(), parameters.source.frame_interval());
             let first_frame_at = parameters.first_frame_at;
-            // A payload type or extension id that cannot be: the track stays silent, and is missed.
+            // With an impossible payload type or extension id the track stays silent, and is
+            // missed.
             let FrameIdentity { origin, layer, .. } = parameters.identity;
             let sent_before = self.config.roster.frames(origin, layer);
             let Ok(mut track) = SendTrack::new(parameters) else {
                 self.record.session.packets_rejected += 1;
                 continue;
             };
-            // One that came back numbers its frames on: who heard it before must find none twice,
-            // and none missing.
+            // A track that came back continues the frame numbers, so that a subscriber of the
+            // earlier track finds none twice and none missing.
             track.number_from(sent_before);
             self.media_timers.set(timer, track.next_at());
             self.config
                 .roster
                 .set_published(track.identity(), first_frame_at, interval);
-            // One track, however many layers it has.
+            // A track is counted once, however many layers it has.
             self.record.media(kind).tracks_published +=
                 u64::from(sent_before == 0 && track.identity().layer == 0);
             peer.add_track(track, now, &mut self.record);
@@ -353,7 +355,7 @@ impl Shard {
         self.follow_allocation(key);
     }
 
-    /// Changes every layer of one track of a peer, and when each is due.
+    /// Changes every layer of one track of a peer, and updates when each is due.
     fn change_tracks(&mut self, key: PeerKey, number: u8, change: impl Fn(&mut SendTrack)) {
         let Some(peer) = self.peers[key].as_mut().filter(|peer| !peer.is_closed()) else {
             return;
@@ -388,7 +390,7 @@ impl Shard {
         self.take_early(key);
     }
 
-    /// Another look at media that could not be read when it came.
+    /// Handles the media again that could not be read when it arrived.
     fn take_early(&mut self, key: PeerKey) {
         let Some(peer) = self.peers[key].as_mut() else {
             return;
@@ -418,7 +420,7 @@ impl Shard {
         }
     }
 
-    /// Sources that are gone, though the plan means them to send, let the slots go by that are due.
+    /// Passes the due slots of sources that are gone although the plan means them to send.
     #[inline]
     fn pass_unsent(&mut self, now: Time) {
         if !(self.gone.is_empty() && self.losers.is_empty()) {
@@ -444,7 +446,8 @@ impl Shard {
         }
     }
 
-    /// A source sends again from this moment on.
+    /// Handles a source that sends again from `from` on: counts the frames that it left unsent
+    /// until then, and removes it from the sources that are gone.
     fn end_gone(&mut self, identity: &FrameIdentity, from: Time) {
         let is_same = |track: &SendTrack| {
             let other = track.identity();
@@ -457,13 +460,13 @@ impl Shard {
         self.gone.retain(|track| !is_same(track));
     }
 
-    /// Something that no parser took.
+    /// Counts a packet that no parser took.
     pub fn reject(&mut self) {
         self.record.session.packets_rejected += 1;
     }
 
-    /// A STUN or DTLS datagram. `arrival` is when it came, `now` when it is looked at: set-up work
-    /// may have waited.
+    /// Handles a STUN or DTLS datagram. `arrival` is the time at which it arrived, and `now` the
+    /// time at which it is handled, because set-up work may have waited.
     pub fn handle_setup_datagram(
         &mut self,
         key: PeerKey,
@@ -490,7 +493,7 @@ impl Shard {
         self.advance_setup(key, now, io);
     }
 
-    /// Drives ICE and DTLS as far as they go, and sets their next timer.
+    /// Drives ICE and DTLS as far as possible, and sets their next timer.
     fn advance_setup(&mut self, key: PeerKey, now: Time, io: &mut impl Io) {
         let Some(peer) = self.peers[key].as_mut().filter(|peer| !peer.is_closed()) else {
             return;
@@ -527,8 +530,8 @@ impl Shard {
             PeerEvent::Connected => {
                 io.settle(key);
                 self.in_setup -= 1;
-                // Spread over the interval, so that a wave of joins is not a wave of reports for
-                // ever after.
+                // Spread over the interval, so that a wave of joins does not cause a wave of
+                // reports in every interval that follows.
                 let phase = Duration::from_millis(u64::from(peer.participant) * 37 % 200 + 100);
                 self.control_timers
                     .set(control(key, ControlTimer::Rtcp), now + phase);
@@ -560,7 +563,7 @@ impl Shard {
         }
     }
 
-    /// Tells of an ICE path that DTLS is late on. Where both come together, one event says so.
+    /// Reports an ICE path on which DTLS is late. If both come together, one event reports both.
     fn tell_lone_ice(&mut self, key: PeerKey) {
         let waiting = self.peers[key]
             .as_mut()
@@ -574,7 +577,7 @@ impl Shard {
         }
     }
 
-    /// One RTP datagram, opened in place.
+    /// Handles one RTP datagram, which is opened in place.
     pub fn handle_rtp(&mut self, key: PeerKey, datagram: &mut [u8], arrival: Time) {
         if self.peers[key].is_none() {
             return;
@@ -615,7 +618,7 @@ impl Shard {
         }
     }
 
-    /// One RTCP datagram: a compound, opened in place.
+    /// Handles one RTCP datagram: a compound packet, which is opened in place.
     pub fn handle_rtcp(
         &mut self,
         key: PeerKey,
@@ -653,7 +656,8 @@ impl Shard {
         self.follow_allocation(key);
     }
 
-    /// Sets anew when tracks and probes are due, after what a connection is told of its path.
+    /// Updates the times at which tracks and probes are due, after a connection has learnt
+    /// something about its path.
     fn follow_allocation(&mut self, key: PeerKey) {
         let Some(peer) = self.peers[key].as_mut().filter(|peer| !peer.is_closed()) else {
             return;
@@ -685,33 +689,35 @@ impl Shard {
     }
 
     /// Whether media may be due by `time`, a few milliseconds ahead, or a connection is being set
-    /// up, whose every step should be prompt.
+    /// up. Every step of the set-up should be prompt.
     pub fn is_waited_for_by(&self, time: Time) -> bool {
         self.in_setup > 0 || self.media_timers.any_by(time)
     }
 
-    /// Fetches what every datagram of a peer touches.
+    /// Prefetches what every datagram of a peer needs.
     pub fn prefetch(&self, key: PeerKey) {
         if let Some(peer) = &self.peers[key] {
             peer.prefetch();
         }
     }
 
-    /// Fetches what [`Shard::prefetch`] has led to, once that has come.
+    /// Prefetches what the data of [`Shard::prefetch`] points to. Call it after that data has
+    /// arrived.
     pub fn prefetch_streams(&self, key: PeerKey) {
         if let Some(peer) = &self.peers[key] {
             peer.prefetch_streams();
         }
     }
 
-    /// Fetches what [`Shard::prefetch_streams`] has led to, once that has come.
+    /// Prefetches what the data of [`Shard::prefetch_streams`] points to. Call it after that data
+    /// has arrived.
     pub fn prefetch_next(&self, key: PeerKey) {
         if let Some(peer) = &self.peers[key] {
             peer.prefetch_next();
         }
     }
 
-    /// Fetches what every turn of a peer's tracks needs ..
+    /// Prefetches what every turn of a peer's tracks needs.
     fn prefetch_sender(&self, timer: u32) {
         let (key, _) = timed_track(timer);
         if let Some(peer) = &self.peers[key] {
@@ -719,7 +725,8 @@ impl Shard {
         }
     }
 
-    /// .. and, when that has come, what it leads to.
+    /// Prefetches what the data of [`Shard::prefetch_sender`] points to. Call it after that data
+    /// has arrived.
     fn prefetch_track(&self, timer: u32) {
         let (key, track) = timed_track(timer);
         if let Some(peer) = &self.peers[key] {
@@ -754,7 +761,7 @@ impl Shard {
         }
     }
 
-    /// Sends reports, NACKs, PLIs and keep-alives that are due.
+    /// Sends the reports, NACKs, PLIs and keep-alives that are due.
     pub fn handle_control_timers(&mut self, now: Time, io: &mut impl Io) {
         while let Some(timer) = self.control_timers.pop_due(now) {
             let key = PeerKey((timer / CONTROLS) as usize);
@@ -815,22 +822,22 @@ impl Shard {
             .set(control(key, ControlTimer::Repair), peer.repair_at);
     }
 
-    /// Brings the record up to date with what every stream has counted; by itself each does so once
-    /// a second.
+    /// Updates the record with what every stream has counted. Each stream does so by itself once a
+    /// second.
     pub fn account(&mut self) {
         for peer in self.peers.iter_mut() {
             peer.account(&self.config.roster, &mut self.record);
         }
     }
 
-    /// What has become of connections whose participants have come back on others, since this was
-    /// asked last.
+    /// Returns the outcomes of connections whose participants have returned on other connections,
+    /// since the last call.
     pub fn take_former(&mut self) -> Vec<PeerOutcome> {
         std::mem::take(&mut self.former)
     }
 
-    /// What has become of every peer that is there, the record brought up to date with it; then
-    /// every stream is marked.
+    /// Returns the outcome of every present peer, and updates the record with it. Then every stream
+    /// is marked.
     pub fn survey(&mut self) -> Vec<PeerOutcome> {
         let roster = &self.config.roster;
         let mut outcomes = Vec::new();

@@ -1,8 +1,8 @@
-//! One received stream: opened, put in order, counted, and recognised by the identity that its
-//! frames carry.
+//! One received stream: its packets are opened, put in order, counted, and recognised by the
+//! identity that their frames carry.
 //!
-//! What the SFU says of a stream is not believed: which publisher a frame is from, whether it came
-//! once and how long it took is read from the frame itself.
+//! What the SFU says about a stream is not trusted. The frame itself tells which publisher it is
+//! from, whether it came once, and how long it took.
 
 use crate::transport::rtp::Ssrc;
 use std::time::Duration;
@@ -27,30 +27,30 @@ use crate::transport::sequence::{ReplayWindow, SeqExtender};
 use crate::transport::srtp::Opener;
 use crate::units::{Epoch, Time};
 
-/// ITU-T G.114: beyond this one-way delay a conversation is unacceptable for most. Such frames are
-/// delivered, and late.
+/// One-way delay above which a frame counts as late. Beyond it a conversation is unacceptable for
+/// most people (ITU-T G.114). Late frames still count as delivered.
 pub const LATE_AFTER: Duration = Duration::from_millis(400);
 
-/// A layer that was asked for so shortly before the publishers stopped may be missing for want of
-/// time.
+/// Time that a requested layer has to arrive. A layer that was requested less than this time before
+/// the publishers stopped may be missing only because it had no time.
 const SWITCH_PATIENCE: Duration = Duration::from_secs(2);
 
-/// What a stream needs from around it for one packet.
+/// What a stream needs from its surroundings for one packet.
 pub struct StreamContext<'a> {
     pub roster: &'a Roster,
     pub epoch: Epoch,
     pub record: &'a mut Record,
-    /// The subscriber's room, and when it ought to have joined.
+    /// The subscriber's room (`room`), and when it ought to have joined (`intended_at`).
     pub room: u32,
     pub intended_at: Time,
-    /// Where packets are copied to, and the stream's number there.
+    /// Tap that packets are copied to, and the stream's number there.
     pub tap: Option<(&'a mut Tap, u32)>,
-    /// Room for what one packet brings about, kept so that no packet has to make it:
+    /// Buffer for the events of one packet, reused so that no packet has to allocate:
     /// [`EVENTS_MAX`].
     pub events: &'a mut Vec<FrameEvent>,
 }
 
-/// Why a packet was not taken.
+/// Reason why a packet was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RefusedPacket {
     /// Seen before, or too old to tell.
@@ -59,32 +59,32 @@ pub enum RefusedPacket {
     Broken,
 }
 
-/// What became of one stream.
+/// Outcome of one stream.
 #[derive(Clone, Debug)]
 pub struct StreamOutcome {
     pub kind: Kind,
     pub ssrc: Ssrc,
-    /// Once a frame has told.
+    /// Set after a frame has told it.
     pub origin: Option<Origin>,
     pub live: bool,
-    /// It carries media that nobody of this run sends.
+    /// The stream carries media that nobody of this run sends.
     pub foreign: bool,
     /// The simulcast layer that was decoded last.
     pub layer: Option<u8>,
     pub counts: ReceiveCounts,
     pub frames_expected: u64,
     pub frames_delivered: u64,
-    /// Delivered frames that were made before the last mark, and delivered after it.
+    /// Number of delivered frames that were made before the last mark and delivered after it.
     pub frames_overdue: u64,
-    /// Where the others were lost; complete after [`RecvStream::finish`].
+    /// Where the missing frames were lost; complete after [`RecvStream::finish`].
     pub losses: Losses,
     pub frames_late: u64,
-    /// Audio only, by the playout model.
+    /// Audio only, measured by the playout model.
     pub freezes: u64,
     pub frames_late_for_playout: u64,
     pub played_us: u64,
     pub concealed_us: u64,
-    /// By the E-model, in thousandths; complete after [`RecvStream::finish`].
+    /// Score of the E-model, in thousandths; complete after [`RecvStream::finish`].
     pub mos_thousandths: Option<u64>,
     pub jitter: Duration,
     pub latency_us_mean: Option<u64>,
@@ -92,8 +92,8 @@ pub struct StreamOutcome {
 }
 
 impl StreamOutcome {
-    /// Another stream that carried the same track to the same participant later: counts add up, and
-    /// of what is a state the worst stays, as in the participant's own figures.
+    /// Adds a later stream that carried the same track to the same participant. Counts add up. Of
+    /// states the worst is kept, as in the participant's own figures.
     pub fn add(&mut self, later: &StreamOutcome) {
         let StreamOutcome {
             kind: _,
@@ -143,30 +143,31 @@ impl StreamOutcome {
     }
 }
 
-/// What every packet needs comes first, in whole lines of memory: with thousands of streams none of
-/// it is in the cache when a packet comes, and [`RecvStream::prefetch`] fetches what is needed and
-/// no more.
+/// One received stream. What every packet needs comes first, in whole cache lines: with thousands
+/// of streams none of it is in the cache when a packet arrives. [`RecvStream::prefetch`] fetches
+/// what is needed and no more.
 #[repr(C, align(64))]
 pub struct RecvStream {
     parameters: StreamParameters,
     extender: SeqExtender,
     video: Option<Box<VideoState>>,
-    /// For audio only.
+    /// Present for audio only.
     playout: Option<Box<AudioPlayout>>,
-    /// Where redundancy was agreed on.
+    /// Present if redundancy was agreed on.
     redundancy: Option<Box<ReceivedRedundancy>>,
     first_packet_at: Option<Time>,
     origin: Option<Origin>,
     live: bool,
     ended: bool,
-    /// By the server: what its source makes, or owes, is still owed to this subscription.
+    /// The server withdrew the stream. What its source makes or owes is still owed to this
+    /// subscription.
     withdrawn: bool,
-    /// The participant is leaving: what was sent before may still arrive.
+    /// The participant is leaving. What was sent before may still arrive.
     leaving: bool,
     finished: bool,
     /// The server was asked to send nothing for now.
     unwatched: bool,
-    /// One bit for each layer that ever came.
+    /// One bit for each layer that ever arrived.
     heard_layers: u8,
     receive: ReceiveStream,
     replay: ReplayWindow,
@@ -175,10 +176,10 @@ pub struct RecvStream {
     ledger: Ledger,
     attribution: Attribution,
     losses: Losses,
-    /// The server pauses the stream for want of bandwidth, since then.
+    /// Time since which the server pauses the stream for lack of bandwidth.
     paused_at: Option<Time>,
     freezes: u64,
-    /// The freeze that was going on when the publishers stopped has been counted.
+    /// Whether the freeze in progress when the publishers stopped has been counted.
     freeze_settled: bool,
     accounted: Accounted,
     frames_late_for_playout: u32,
@@ -186,17 +187,18 @@ pub struct RecvStream {
     foreign: ForeignFrames,
 }
 
-/// Whole frames without an identity of this run.
+/// Complete frames without an identity of this run.
 #[derive(Clone, Copy, Default)]
 struct ForeignFrames {
     count: u64,
     first_at: Time,
 }
 
-/// Servers make a few frames themselves, where a track is muted or closed: fewer than these.
+/// Minimum number of foreign frames for a foreign stream. A server makes a few frames itself when a
+/// track is muted or closed, but fewer than this.
 const FOREIGN_FRAMES_MIN: u64 = 10;
 
-/// What only video needs: reassembly, and the retransmission stream beside the media.
+/// State that only video needs: reassembly, and the retransmission stream beside the media.
 struct VideoState {
     assembler: Assembler,
     playout: VideoPlayout,
@@ -207,11 +209,11 @@ struct VideoState {
     /// Layer of the last decoded frame.
     layer: Option<u8>,
     switch: Option<Switch>,
-    /// As the roster had it when the stream last went on.
+    /// The roster's value when the stream last resumed.
     mute_changes: u32,
 }
 
-/// What redundancy has brought, as long as the original may still come and take its place.
+/// What redundancy has recovered, for as long as the original may still arrive and take its place.
 #[derive(Default)]
 struct ReceivedRedundancy {
     /// By sequence number.
@@ -224,12 +226,12 @@ struct ReceivedRedundancy {
 #[derive(Default)]
 struct RecoveredWindow {
     newest: u64,
-    /// The newest in the lowest bit.
+    /// One bit per number, the newest in the lowest bit.
     bits: u128,
 }
 
 impl RecoveredWindow {
-    /// Returns whether that is news.
+    /// Adds a number. Returns whether it is new.
     fn insert(&mut self, number: u64) -> bool {
         if number > self.newest {
             let ahead = u32::try_from(number - self.newest).unwrap_or(u32::MAX);
@@ -244,7 +246,7 @@ impl RecoveredWindow {
         is_new
     }
 
-    /// The original came. Returns whether it had been recovered.
+    /// Removes a number because the original arrived. Returns whether it had been recovered.
     fn remove(&mut self, number: u64) -> bool {
         let bit = self.bit(number).unwrap_or(0);
         let was_recovered = self.bits & bit != 0;
@@ -258,14 +260,14 @@ impl RecoveredWindow {
     }
 }
 
-/// A layer that was asked for and has not come yet.
+/// A layer that was requested and has not arrived yet.
 #[derive(Clone, Copy)]
 struct Switch {
     layer: u8,
     asked_at: Time,
 }
 
-/// A mean, a maximum and what was too late, in 24 bytes: a histogram for each subscription would be
+/// Mean, maximum and number of late frames, in 24 bytes. A histogram for each subscription would be
 /// 140 KiB.
 #[derive(Clone, Copy, Default)]
 struct LatencySum {
@@ -275,7 +277,7 @@ struct LatencySum {
     late: u32,
 }
 
-/// What of this stream the shard's record has been told already.
+/// What of this stream is already in the shard's record.
 #[derive(Default)]
 struct Accounted {
     counts: ReceiveCounts,
@@ -283,9 +285,9 @@ struct Accounted {
     losses: Losses,
     played_us: u64,
     concealed_us: u64,
-    /// Missing on arrival, because the server had missed it.
+    /// Packets missing on arrival because the server had missed them.
     missing_uplink: u64,
-    /// Of a stream that nobody of this run sends.
+    /// Counts of a stream that nobody of this run sends.
     foreign: ReceiveCounts,
     foreign_frames: u64,
 }
@@ -442,7 +444,8 @@ impl RecvStream {
         }
     }
 
-    /// Fetches what every packet needs; [`RecvStream::prefetch_next`] the rest, once this has come.
+    /// Prefetches what every packet needs. [`RecvStream::prefetch_next`] prefetches the rest, after
+    /// this data has arrived.
     pub fn prefetch(&self) {
         net::prefetch(
             self,
@@ -450,7 +453,7 @@ impl RecvStream {
         );
     }
 
-    /// Fetches what the next packet will need by what is known of the one before.
+    /// Prefetches what the next packet will need, judged by the packet before.
     pub fn prefetch_next(&self) {
         self.receive.prefetch_next();
         self.replay
@@ -463,7 +466,7 @@ impl RecvStream {
         if let Some(playout) = self.playout.as_deref() {
             net::prefetch(playout, usize::MAX);
         }
-        // Most turns bring a whole frame.
+        // Most turns bring a complete frame.
         net::prefetch(&self.latency, usize::MAX);
         self.ledger.prefetch();
         self.attribution.prefetch();
@@ -489,7 +492,7 @@ impl RecvStream {
         self.ended
     }
 
-    /// The server was asked at `at` for this layer from now on, or for nothing.
+    /// Notes that at `at` the server was asked for this layer from now on, or for none.
     pub fn watch(&mut self, layer: Option<u8>, at: Time, roster: &Roster) {
         let was_watched = !std::mem::replace(&mut self.unwatched, layer.is_none());
         match layer {
@@ -502,7 +505,7 @@ impl RecvStream {
         if !was_watched {
             video.assembler.handle_pause();
         }
-        // What comes after nothing, or first of all, is no switch.
+        // A layer that comes after none, or as the first one, is not a switch.
         video.switch = layer
             .filter(|layer| was_watched && video.layer.is_some_and(|current| current != *layer))
             .map(|layer| Switch {
@@ -511,8 +514,8 @@ impl RecvStream {
             });
     }
 
-    /// The server says that it pauses the stream for want of bandwidth, or sends it again. What it
-    /// withholds was asked for, and stays expected.
+    /// Notes that the server pauses the stream for lack of bandwidth, or sends it again. What it
+    /// withholds was requested, and stays expected.
     pub fn set_paused(&mut self, paused: bool, at: Time, record: &mut Record) {
         let counted = &mut record.bandwidth;
         match (paused, self.paused_at) {
@@ -530,7 +533,7 @@ impl RecvStream {
         }
     }
 
-    /// Opens one datagram in place and takes what is in it.
+    /// Opens one datagram in place and takes its contents.
     pub fn handle_rtp(
         &mut self,
         datagram: &mut [u8],
@@ -547,8 +550,8 @@ impl RecvStream {
         let media = context.record.media(self.kind());
         if is_rtx {
             media.rtx_received += 1;
-            // RFC 4588: the original sequence number precedes the payload. A packet without payload
-            // is a probe.
+            // The original sequence number precedes the payload (RFC 4588). A packet without
+            // payload is a probe.
             let Some((original, payload)) = split_rtx(payload) else {
                 return Ok(());
             };
@@ -580,8 +583,8 @@ impl RecvStream {
         }
         let Ok(len) = opener.open_rtp(datagram, header.header_len, index) else {
             if !is_rtx && self.first_packet_at.is_none() {
-                // The first packets were lost, and with them the wrap of the sequence number: try
-                // the next rollover count, and back.
+                // The first packets were lost, and the wrap of the sequence number with them: try
+                // the next rollover count, and then the first again.
                 *extender = if extender.highest().is_none() {
                     SeqExtender::at_roc(1)
                 } else {
@@ -618,7 +621,8 @@ impl RecvStream {
                         .record(took);
                 }
                 if !is_rtx {
-                    // A resend on the media's own SSRC was counted as media when it came.
+                    // A retransmission on the media's own SSRC was counted as media when it
+                    // arrived.
                     let media = context.record.media(self.kind());
                     media.rtx_received += 1;
                     media.packets_received = media.packets_received.wrapping_sub(1);
@@ -667,7 +671,7 @@ impl RecvStream {
 
     #[cold]
     fn note_foreign_audio(&mut self, payload: &[u8], at: Time, context: &mut StreamContext<'_>) {
-        // What a server makes itself while a track is muted: silence, filled up.
+        // Frames that a server makes itself while a track is muted: silence with padding.
         let made_by_server = payload
             .strip_prefix(&[0xF8, 0xFF, 0xFE])
             .is_some_and(|rest| rest.iter().all(|byte| *byte == 0));
@@ -676,7 +680,7 @@ impl RecvStream {
         }
     }
 
-    /// A whole frame that nobody of this run has sent.
+    /// Counts a complete frame that nobody of this run has sent.
     #[cold]
     fn note_foreign(&mut self, at: Time, context: &mut StreamContext<'_>) {
         if self.foreign.count == 0 {
@@ -690,12 +694,13 @@ impl RecvStream {
         }
     }
 
-    /// It carries media that nobody of this run sends.
+    /// Whether the stream carries media that nobody of this run sends.
     fn is_foreign(&self) -> bool {
         self.origin.is_none() && self.foreign.count >= FOREIGN_FRAMES_MIN
     }
 
-    /// The primary block first: what is missing before it shows then.
+    /// Handles a RED packet. The primary block goes first, because it shows what is missing before
+    /// it.
     fn handle_red(
         &mut self,
         payload: &[u8],
@@ -704,11 +709,11 @@ impl RecvStream {
         context: &mut StreamContext<'_>,
     ) {
         let Some(red) = RedPayload::parse(payload) else {
-            // Without payload it only holds its place in the sequence.
+            // A packet without payload only holds its place in the sequence.
             context.record.session.packets_rejected += u64::from(!payload.is_empty());
             return;
         };
-        // As `packets_received`: retransmissions apart.
+        // Counted like `packets_received`: without retransmissions.
         context.record.audio.packets_received_red += u64::from(!is_resend);
         self.handle_opus(red.primary, arrival, context);
         let seq = self.receive.ext_seq();
@@ -727,8 +732,9 @@ impl RecvStream {
         }
     }
 
-    /// A frame that a later packet has repeated; `seq` is where its own packet was, or would have
-    /// been. Only what is missing between frames that came is of use.
+    /// Takes a frame that a later packet has repeated. `seq` is the sequence number that its own
+    /// packet had, or would have had. Only a frame that is missing between frames that arrived is
+    /// of use.
     fn recover(
         &mut self,
         identity: &FrameIdentity,
@@ -804,7 +810,8 @@ impl RecvStream {
                 };
                 video.assembler.handle_packet(&packet, arrival, &mut note);
             }
-            // Padding alone, or a descriptor that is none: it only holds its place in the sequence.
+            // Only padding, or an invalid descriptor: the packet only holds its place in the
+            // sequence.
             None => video.assembler.handle_padding(ext_seq, arrival, &mut note),
         }
         for at in 0..context.events.len() {
@@ -846,7 +853,7 @@ impl RecvStream {
                 .pli_sent_to_key_received
                 .record(frame.decoded_at.since(sent_at));
         }
-        // What was asked for is a switch; anything else is the server's doing, or the publisher's.
+        // A requested layer is a switch. Any other change comes from the server or the publisher.
         if let (Some(before), Some(layer)) = (video.layer, frame.layer)
             && video.switch.is_none_or(|switch| switch.layer != layer)
         {
@@ -889,8 +896,8 @@ impl RecvStream {
         }
     }
 
-    /// A whole frame with our identity on it, in packets `first_seq..=last_seq`: whose, whether for
-    /// the first time, and how long it took.
+    /// Takes a complete frame that carries our identity, in packets `first_seq..=last_seq`. The
+    /// identity tells whose frame it is, whether it comes for the first time, and how long it took.
     fn deliver(
         &mut self,
         identity: &FrameIdentity,
@@ -942,7 +949,7 @@ impl RecvStream {
         }
     }
 
-    /// Whether a frame came for the first time, and counts it.
+    /// Counts a frame. Returns whether it comes for the first time.
     #[inline]
     fn is_first(&mut self, identity: &FrameIdentity, context: &mut StreamContext<'_>) -> bool {
         let media = context.record.media(self.kind());
@@ -959,7 +966,7 @@ impl RecvStream {
         delivery == Delivery::First
     }
 
-    /// How long a frame took that came just now; `None` where nobody can tell.
+    /// Notes how long a frame took that has just arrived. Returns `None` if that cannot be told.
     fn note_latency(
         &mut self,
         identity: &FrameIdentity,
@@ -983,7 +990,7 @@ impl RecvStream {
         Some(Duration::from_micros(latency_us))
     }
 
-    /// What a listener's jitter buffer makes of a frame that took `transit`.
+    /// Hands a frame that took `transit` to the model of the listener's jitter buffer.
     fn play_audio(
         &mut self,
         identity: &FrameIdentity,
@@ -1011,7 +1018,8 @@ impl RecvStream {
         self.frames_late_for_playout += note_playout(media, played);
     }
 
-    /// Whatever is missing between this frame and the others was lost somewhere.
+    /// Records the frame's place. Whatever is missing between this frame and the others was lost
+    /// somewhere.
     fn place(
         &mut self,
         frame: PlacedFrame,
@@ -1031,8 +1039,8 @@ impl RecvStream {
         }
     }
 
-    /// What comes was under way before the server heard that nobody wants it: it makes no track
-    /// live.
+    /// Whether what arrives was under way before the server heard that it is not wanted. Such a
+    /// frame makes no track live.
     fn is_unwanted(&self) -> bool {
         self.unwatched && self.ledger.is_empty()
     }
@@ -1053,7 +1061,7 @@ impl RecvStream {
         }
     }
 
-    /// The first picture that a decoder has made of this stream.
+    /// Takes the first picture that a decoder has made of this stream.
     fn take_first_frame(&mut self, at: Time, context: &mut StreamContext<'_>) {
         if !self.live {
             self.go_live(at, context);
@@ -1065,9 +1073,10 @@ impl RecvStream {
         context.record.video.first_frame.record(at.since(since));
     }
 
-    /// From when a subscriber may expect the track: when it ought to have joined, or when the
-    /// publisher began, whichever came later. When another host's publisher began is not known
-    /// here: before any subscriber was to join, where hosts wait for each other's publishers first.
+    /// Returns the time from which a subscriber may expect the track: when it ought to have joined,
+    /// or when the publisher began, whichever is later. It is not known here when a publisher on
+    /// another host began. If hosts first wait for each other's publishers, it was before any
+    /// subscriber was to join.
     fn subscription_start(&self, context: &StreamContext<'_>) -> Time {
         let published = self
             .origin
@@ -1075,8 +1084,8 @@ impl RecvStream {
         published.map_or(context.intended_at, |at| at.max(context.intended_at))
     }
 
-    /// The publishers stop now: counts the freeze that is going on, and a layer that was asked for
-    /// in vain.
+    /// Settles the stream when the publishers stop: counts a freeze in progress, and a layer that
+    /// was requested and never arrived.
     pub fn settle(&mut self, roster: &Roster, record: &mut Record, now: Time) {
         if let Some(since) = self.paused_at.take() {
             record.bandwidth.track_pause.record(now.since(since));
@@ -1108,7 +1117,7 @@ impl RecvStream {
         self.receive.handle_sender_report(ntp, arrival);
     }
 
-    /// The numbers of a report block; `None` before the first packet.
+    /// Returns the numbers of a report block; `None` before the first packet.
     pub fn report_block(&mut self, now: Time) -> Option<ReportNumbers> {
         if self.has_ended() {
             None
@@ -1117,7 +1126,7 @@ impl RecvStream {
         }
     }
 
-    /// What to ask for again now. Returns what was written to `out`.
+    /// Writes the sequence numbers to request now to `out`. Returns how many were written.
     pub fn poll_nack(&mut self, now: Time, rtt: RoundTrip, out: &mut [u16]) -> usize {
         let NackPoll { count, gave_up } = self.receive.poll_nack(now, rtt, out);
         if let (Some(video), true) = (self.video.as_mut(), gave_up > 0) {
@@ -1126,7 +1135,7 @@ impl RecvStream {
         count
     }
 
-    /// Whether to ask for a key frame now; asking is noted.
+    /// Whether to request a key frame now. The request is noted.
     pub fn poll_pli(&mut self, now: Time) -> bool {
         let at_rest = self.ended || self.unwatched;
         let Some(video) = self.video.as_mut() else {
@@ -1139,7 +1148,8 @@ impl RecvStream {
         due
     }
 
-    /// Whether a key frame is waited for, so that [`RecvStream::poll_pli`] wants another look soon.
+    /// Whether the stream waits for a key frame, so that [`RecvStream::poll_pli`] should be called
+    /// again soon.
     pub fn waits_for_key_frame(&self) -> bool {
         !self.ended
             && !self.unwatched
@@ -1149,8 +1159,8 @@ impl RecvStream {
                 .is_some_and(|video| video.assembler.needs_key_frame())
     }
 
-    /// The subscriber is gone by plan, or has come back on another connection: what is sent later
-    /// is not expected here.
+    /// Ends the stream: the subscriber is gone by plan, or has returned on another connection. What
+    /// is sent later is not expected here.
     pub fn end(&mut self, roster: &Roster, record: &mut Record) {
         if !self.ended || self.withdrawn {
             self.account(roster, record);
@@ -1159,8 +1169,8 @@ impl RecvStream {
         }
     }
 
-    /// The server withdrew the stream. Nothing of it is taken any more; it stays owed to a
-    /// subscriber who is meant to be there.
+    /// Notes that the server withdrew the stream. Nothing of it is taken any more. It stays owed to
+    /// a subscriber that is meant to be there.
     pub fn withdraw(&mut self, roster: &Roster, record: &mut Record) {
         if !self.ended {
             self.account(roster, record);
@@ -1177,12 +1187,12 @@ impl RecvStream {
         self.live
     }
 
-    /// Whether this is the same track, given again.
+    /// Whether this is the same track, announced again.
     pub fn takes_place_of(&self, withdrawn: &RecvStream) -> bool {
         self.live && self.origin.is_some() && self.origin == withdrawn.origin
     }
 
-    /// Another stream of the same track has taken its place.
+    /// Ends the stream because another stream of the same track has taken its place.
     pub fn end_before(&mut self, successor: &RecvStream, roster: &Roster, record: &mut Record) {
         if let Some(origin) = self.origin {
             self.ledger.end_before(&successor.ledger, origin, roster);
@@ -1190,8 +1200,8 @@ impl RecvStream {
         }
     }
 
-    /// The participant leaves now. What was sent until now is expected, and repaired where it can
-    /// be; what is sent from now on counts neither way.
+    /// Notes that the participant leaves now. What was sent until now is expected, and repaired if
+    /// possible. What is sent from now on is neither expected nor counted.
     pub fn leave(&mut self, roster: &Roster, record: &mut Record, now: Time) {
         if self.withdrawn {
             self.end(roster, record);
@@ -1205,19 +1215,19 @@ impl RecvStream {
         self.leaving = true;
     }
 
-    /// It has left, and what was under way has had its time.
+    /// Ends the stream if its participant has left: what was under way has had its time.
     pub fn end_if_leaving(&mut self, roster: &Roster, record: &mut Record) {
         if self.leaving {
             self.end(roster, record);
         }
     }
 
-    /// From here on what was made by now, and comes later, is counted apart.
+    /// Sets a mark. What was made until now and arrives later is counted separately.
     pub fn mark(&mut self, roster: &Roster) {
         self.ledger.mark(self.origin, roster);
     }
 
-    /// Brings the shard's record up to date with what this stream has counted.
+    /// Updates the shard's record with what this stream has counted.
     pub fn account(&mut self, roster: &Roster, record: &mut Record) {
         let counts = self.receive.counts();
         let frames_expected = self.frames_expected(roster);
@@ -1230,7 +1240,7 @@ impl RecvStream {
             .playout
             .as_ref()
             .map_or((0, 0), |playout| playout.times_us());
-        // What the server got later and sent in its place did come.
+        // Packets that the server received late and then sent did arrive.
         let asked = self.ledger.asked(self.origin, roster);
         let missing_uplink = asked
             .saturating_sub(counts.reordered)
@@ -1262,12 +1272,13 @@ impl RecvStream {
         }
     }
 
-    /// What its source has made and, where it was gone, what it owed.
+    /// Returns the number of frames that its source has made, plus those that it owed while it was
+    /// gone.
     fn frames_expected(&self, roster: &Roster) -> u64 {
         self.ledger.expected(self.origin, roster) + self.ledger.unsent(self.origin, roster)
     }
 
-    /// The account is closed: nothing comes any more, and what is missing is lost.
+    /// Closes the account: nothing arrives any more, and what is missing is lost.
     pub fn finish(&mut self, roster: &Roster, record: &mut Record) {
         if let Some(origin) = self.origin.filter(|_| !self.finished) {
             let missing = self
@@ -1288,8 +1299,8 @@ impl RecvStream {
         self.account(roster, record);
     }
 
-    /// What was expected after the last frame that came was never heard, and the listener has made
-    /// up his mind.
+    /// Ends the playout model. What was expected after the last frame that arrived was never heard.
+    /// Then the listener's score is calculated.
     fn finish_playout(&mut self, origin: Origin, roster: &Roster, record: &mut Record) {
         let Some(playout) = self.playout.as_mut() else {
             return;
@@ -1342,7 +1353,7 @@ impl RecvStream {
 }
 
 impl VideoState {
-    /// The pause of a muted track is no freeze.
+    /// A muted track's pause is not a freeze.
     fn handle_mute_changes(&mut self, mute_changes: u32) {
         if mute_changes != self.mute_changes && !is_muted(mute_changes) {
             self.mute_changes = mute_changes;
@@ -1359,8 +1370,8 @@ fn nack_rule(kind: Kind, agreed_on: bool) -> NackRule {
     }
 }
 
-/// A packet completes at most one frame, and lets at most the assembler's waiting frames be
-/// decoded.
+/// Maximum number of events of one packet. A packet completes at most one frame, and makes at most
+/// the assembler's waiting frames decodable.
 pub const EVENTS_MAX: usize = 20;
 
 impl LatencySum {
@@ -1376,7 +1387,7 @@ impl LatencySum {
     }
 }
 
-/// Counts a frame that the playout model took; 1 if it was too late.
+/// Counts a frame that the playout model took. Returns 1 if it was too late, else 0.
 fn note_playout(media: &mut Media, played: Played) -> u32 {
     match played {
         Played::After(wait) => media.playout_delay.record(wait),
@@ -1385,8 +1396,8 @@ fn note_playout(media: &mut Media, played: Played) -> u32 {
     u32::from(played == Played::TooLate)
 }
 
-/// Adds `now - told`, which may run backwards (a packet thought lost arrives after all); sums over
-/// a run do not.
+/// Adds `now - told`. The difference may be negative (a packet counted as lost arrives after all),
+/// but sums over a run are not.
 fn add_difference(counter: &mut u64, now: u64, told: u64) {
     *counter = counter.wrapping_add(now.wrapping_sub(told));
 }

@@ -13,9 +13,9 @@ const NONE: u32 = u32::MAX;
 pub struct Timers {
     nodes: Vec<TimerNode>,
     heads: Vec<u32>,
-    /// The next bucket to open, as a count of milliseconds.
+    /// Next bucket to open, as a count of milliseconds.
     cursor: u64,
-    /// Timers of opened buckets, not handed out yet.
+    /// Timers of opened buckets that are not handed out yet.
     ready: u32,
 }
 
@@ -50,7 +50,7 @@ impl Timers {
         }
     }
 
-    /// Sets the timer anew, whether or not it was set. `Time::MAX` clears it.
+    /// Sets the timer, whether or not it was set before. `Time::MAX` clears it.
     pub fn set(&mut self, timer: u32, due: Time) {
         self.unlink(timer);
         if due == Time::MAX {
@@ -61,7 +61,8 @@ impl Timers {
         self.link(timer, TimerPlace::Bucket((bucket % BUCKETS as u64) as u16));
     }
 
-    /// The next timer that is due; `None` when all that are due by `now` have been handed out.
+    /// Returns the next timer that is due, or `None` when all timers due by `now` have been handed
+    /// out.
     pub fn pop_due(&mut self, now: Time) -> Option<u32> {
         loop {
             if self.ready != NONE {
@@ -71,7 +72,7 @@ impl Timers {
                 if due <= now {
                     return Some(timer);
                 }
-                // Its lap has not come yet.
+                // The timer is due in a later lap of the wheel.
                 self.set(timer, due);
                 continue;
             }
@@ -82,7 +83,7 @@ impl Timers {
         }
     }
 
-    /// The timers that will probably come next, the first of them first, as far as is known without
+    /// Returns the timers that will probably come next, in this order, as far as is known without
     /// opening another bucket.
     pub fn upcoming(&self) -> [Option<u32>; 2] {
         let known = |timer: u32| (timer != NONE).then_some(timer);

@@ -1,11 +1,12 @@
-//! What the server lacks of what a publisher sent, as far as its NACKs tell.
+//! What the server lacks of a publisher's frames, as far as its NACKs tell.
 //!
-//! A server names every packet that it misses, and names it again while a resend has not come; and
-//! a frame that anybody of the run has received whole was there. A frame that was asked for again,
-//! a round trip after the resend, and that nobody got, was lost on its way to the server; one that
-//! was asked for once probably was, where several listen and nobody got it. The publisher's shard
-//! writes what was asked for, subscribers' shards what came: a ring of bits for each layer, relaxed
-//! atomics, no locks.
+//! A server names every packet that it misses, and names it again while a retransmission has not
+//! arrived. A frame that anybody of the run has received completely did reach the server. A frame
+//! that was requested again, a round trip after the retransmission, and that nobody received, was
+//! lost on its way to the server. A frame that was requested once was probably lost there, if
+//! several listen and nobody received it. The publisher's shard writes what was requested, and
+//! subscribers' shards write what arrived: a ring of bits for each layer, with relaxed atomics and
+//! no locks.
 
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU32, AtomicU64};
@@ -13,26 +14,26 @@ use std::time::Duration;
 
 use crate::units::Time;
 
-/// Frames that a ring remembers: 20 s of audio, 34 s of video at 30 frames a second.
+/// Number of frames that a ring remembers: 20 s of audio, or 34 s of video at 30 frames a second.
 const FRAMES: u32 = 1024;
 const WORDS: usize = FRAMES as usize / 64;
 
-/// Frames whose bits are sure not to be those of newer ones: a word is emptied when its first frame
-/// is sent.
+/// Number of the newest frames whose bits cannot belong to other frames. A word is cleared when its
+/// first frame is sent.
 const FRAMES_KNOWN: u32 = FRAMES - 64;
 
-/// Packets of one frame may be missed one after the other, while it is paced: only what is asked
-/// for so much later is asked for again.
+/// Minimum time after which a request counts as a second one. Packets of one frame may be missed
+/// one after the other while it is paced, so only a request this much later is a repeated one.
 const ASKED_AGAIN_AFTER: Duration = Duration::from_millis(30);
 
-/// One bit a frame: which of the last frames of a layer the server has asked for, which of them
-/// again, and which somebody received.
+/// One bit per frame: which of the last frames of a layer the server has requested, which of them
+/// repeatedly, and which somebody received.
 #[derive(Default)]
 pub struct Lacking {
     asked: [AtomicU64; WORDS],
     asked_again: [AtomicU64; WORDS],
     received: [AtomicU64; WORDS],
-    /// Streams on which the layer ever came.
+    /// Number of streams on which the layer ever arrived.
     listeners: AtomicU32,
 }
 
@@ -44,7 +45,7 @@ pub enum Lacks {
     Yes,
 }
 
-/// What the server has asked for, as the publisher has heard it.
+/// How often the server has requested a frame, as far as the publisher knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Asked {
     Once,
@@ -52,7 +53,7 @@ pub enum Asked {
 }
 
 impl Lacking {
-    /// The publisher is about to send this frame.
+    /// Clears the bits for a frame that the publisher is about to send.
     pub fn begin(&self, frame: u32) {
         let (word, bit) = place(frame);
         if bit == 1 {
@@ -62,7 +63,7 @@ impl Lacking {
         }
     }
 
-    /// The server asks for a packet of the frame. `frames` have been sent.
+    /// Notes that the server requests a packet of the frame. `frames` is the number of frames sent.
     pub fn set_asked(&self, frame: u32, asked: Asked, frames: u32) {
         let (word, bit) = place(frame);
         if frames.wrapping_sub(frame) > FRAMES_KNOWN {
@@ -74,13 +75,13 @@ impl Lacking {
         }
     }
 
-    /// The layer comes on one stream more.
+    /// Counts one more stream on which the layer arrives.
     pub fn add_listener(&self) {
         self.listeners.fetch_add(1, Relaxed);
     }
 
-    /// Somebody has received the whole frame. Only of interest where the server has asked for it:
-    /// the others cost one read.
+    /// Notes that somebody has received the complete frame. This matters only if the server has
+    /// requested it; any other frame costs one read.
     pub fn set_received(&self, frame: u32) {
         let (word, bit) = place(frame);
         if self.asked[word].load(Relaxed) & bit != 0 {
@@ -88,8 +89,8 @@ impl Lacking {
         }
     }
 
-    /// Whether the server never had the frame; `None` where it was sent too long ago to tell.
-    /// `frames` have been sent.
+    /// Returns whether the server never had the frame; `None` if it was sent too long ago. `frames`
+    /// is the number of frames sent.
     pub fn lacks(&self, frame: u32, frames: u32) -> Option<Lacks> {
         let (word, bit) = place(frame);
         let is_set = |bits: &[AtomicU64; WORDS]| bits[word].load(Relaxed) & bit != 0;
@@ -110,16 +111,16 @@ fn place(frame: u32) -> (usize, u64) {
     ((frame % FRAMES / 64) as usize, 1 << (frame % 64))
 }
 
-/// Frames whose first request is remembered: as many as may still be resent.
+/// Number of frames whose first request is remembered: as many as may still be retransmitted.
 const REQUESTS: usize = 64;
 
-/// When each of the last frames was first asked for.
+/// Time at which each of the last frames was first requested.
 pub struct FrameRequests([FrameRequest; REQUESTS]);
 
 #[derive(Clone, Copy, Default)]
 struct FrameRequest {
     frame: u32,
-    /// Milliseconds of the run, plus one; 0 is none.
+    /// Milliseconds of the run, plus one; 0 means none.
     at: u32,
 }
 
@@ -130,8 +131,8 @@ impl Default for FrameRequests {
 }
 
 impl FrameRequests {
-    /// The server asks for a packet of this frame. Again, where that shows that a resend was lost
-    /// as well.
+    /// Notes that the server requests a packet of this frame. Returns [`Asked::Again`] if the
+    /// request shows that a retransmission was lost as well.
     pub fn note(&mut self, frame: u32, now: Time, rtt: Duration) -> Asked {
         let request = &mut self.0[frame as usize % REQUESTS];
         let millis = (now.as_millis() as u32).wrapping_add(1).max(1);
@@ -149,12 +150,12 @@ impl FrameRequests {
     }
 }
 
-/// Sequence numbers that the server has asked for, so that each counts once. A number that comes
-/// again after the wrap is another packet: by then many others have been asked for, or nobody minds
-/// one that is missing here.
+/// Sequence numbers that the server has requested, so that each counts once. A number that comes
+/// again after the wrap is another packet: by then many others have been requested, or one packet
+/// missing from this count does not matter.
 pub struct AskedPackets([u32; ASKED_KNOWN]);
 
-/// As many as one burst of loss has.
+/// Number of entries: the packets of one burst of loss.
 const ASKED_KNOWN: usize = 256;
 
 impl Default for AskedPackets {

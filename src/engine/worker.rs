@@ -1,8 +1,9 @@
 //! A worker thread: sockets, the clock and the tick around one shard.
 //!
-//! Each millisecond: drain the sockets, send what is due, then spend a bounded part of the tick on
-//! connection set-up, so that a storm of joins never delays the media of those who are in. The
-//! thread sleeps on the tick alone: waking on readiness costs twice the CPU a packet.
+//! Each millisecond it drains the sockets, sends what is due, and then spends a bounded part of the
+//! tick on connection set-up, so that a storm of joins never delays the media of participants that
+//! have joined. The thread sleeps until the next tick only, because waking on readiness costs twice
+//! the CPU time per packet.
 
 use std::collections::VecDeque;
 use std::io;
@@ -25,19 +26,22 @@ use crate::transport::peer::NearEnd;
 use crate::transport::rtp::{Datagram, classify};
 use crate::units::{Epoch, Time, arrival};
 
-/// What of a tick set-up work (STUN, DTLS, signalling's commands) may take once media is served.
+/// Part of a tick that set-up work (STUN, DTLS, signalling's commands) may take after media is
+/// served.
 const SETUP_SHARE: Duration = Duration::from_micros(500);
-/// Set-up datagrams that wait: at 2 KiB each, 4 MiB a worker. Both protocols repeat what is lost.
+/// Maximum number of set-up datagrams that wait: at 2 KiB each, 4 MiB per worker. Both protocols
+/// repeat what is lost.
 const SETUP_QUEUE_MAX: usize = 2_048;
-/// Datagrams taken from one socket before the next one's turn; the rest waits for the next tick.
+/// Maximum number of datagrams taken from one socket before the next one's turn. The rest waits for
+/// the next tick.
 const SOCKET_DATAGRAMS_MAX: usize = 256;
-/// Datagrams of one tick, some 5 ms of work: what a key frame for thousands brings at once must not
-/// hold up what is to be sent.
+/// Maximum number of datagrams in one tick, some 5 ms of work. A key frame for thousands of
+/// subscribers arrives at once and must not delay what is to be sent.
 const TICK_DATAGRAMS_MAX: usize = 4_096;
-/// Sockets that one look at the kernel tells of.
+/// Maximum number of sockets reported by one poll of the kernel.
 const POLLED_MAX: usize = 4_096;
 
-/// What a worker hands out once a second, and for the last time when it ends.
+/// Report that a worker hands out once a second, and once more when it ends.
 pub struct WorkerReport {
     pub worker: usize,
     pub occasion: Occasion,
@@ -45,33 +49,34 @@ pub struct WorkerReport {
     pub record: Box<Record>,
     pub cpu: Duration,
     pub activity: WorkerActivity,
-    /// What became of connections whose participants have come back on others: each is told once.
+    /// Outcomes of connections whose participants have returned on other connections. Each is
+    /// reported once.
     pub former: Vec<PeerOutcome>,
-    /// Set on the last one, and where a survey was asked for: what became of each participant's
-    /// streams.
+    /// Outcomes of each participant's streams. Set in the last report, and if a survey was
+    /// requested.
     pub outcomes: Option<Vec<PeerOutcome>>,
 }
 
-/// When a worker's sockets and its thread were at work, since the previous report: what tells who
+/// When a worker's sockets and its thread were active, since the previous report. It shows who
 /// stood still.
 #[derive(Default)]
 pub struct WorkerActivity {
-    /// By the kernel's stamps, of datagrams of any kind, as [`Marks::take`] gives them.
+    /// Arrivals of datagrams of any kind, by the kernel's stamps, as [`Marks::take`] returns them.
     pub arrivals: Vec<(u64, u64)>,
-    /// Media alone.
+    /// Times at which media was sent.
     pub sends: Vec<(u64, u64)>,
-    /// Beats that came late by [`STALL_MIN`] or more, and times in which what had arrived waited
-    /// as long: at most 50 a second.
+    /// Beats that were late by [`STALL_MIN`] or more, and times in which arrived datagrams waited
+    /// that long: at most 50 a second.
     pub gaps: Vec<StillSpan>,
 }
 
-/// Why a worker reports.
+/// Reason for a worker's report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Occasion {
-    /// A whole second of the run's clock has come, so that what is told of a second is of that
+    /// A whole second of the run's clock has passed, so that the figures of a second belong to that
     /// second.
     Second,
-    /// [`ShardCommand::WorkerReport`] or [`ShardCommand::Survey`].
+    /// [`ShardCommand::Report`] or [`ShardCommand::Survey`].
     Asked,
     Last,
 }
@@ -83,21 +88,21 @@ pub struct ShardWorkerConfig {
     pub shard: ShardConfig,
     pub commands: Receiver<ShardCommand>,
     pub reports: tokio::sync::mpsc::UnboundedSender<WorkerReport>,
-    /// Emptied records that come back for reuse.
+    /// Emptied records that are returned for reuse.
     pub spare_records: Receiver<Box<Record>>,
 }
 
-/// Runs until [`ShardCommand::Stop`] or until all command senders are gone.
+/// Runs until [`ShardCommand::Stop`], or until all command senders are gone.
 pub fn run(config: ShardWorkerConfig) -> io::Result<()> {
     if let Some(cpu) = config.cpu {
-        // Without the right to pin, the thread still works; its lateness is measured either way.
+        // Without permission to pin, the thread still works. Its lateness is measured either way.
         let _ = net::pin_to(cpu);
     }
     let mut worker = ShardWorker::new(config)?;
     let mut beat = TickGrid::start(worker.epoch);
     loop {
-        // A tick costs as much as a dozen packets. Where no media is due at the next one and nobody
-        // is joining, what arrives can wait for the one after: the kernel stamps it.
+        // A tick costs as much as a dozen packets. If no media is due at the next tick and nobody
+        // is joining, arrivals can wait for the tick after it, because the kernel stamps them.
         let ticks = if worker.shard.is_waited_for_by(beat.planned + TICK) {
             1
         } else {
@@ -113,8 +118,8 @@ pub fn run(config: ShardWorkerConfig) -> io::Result<()> {
     }
 }
 
-/// The tick, laid on the whole milliseconds of the run's clock, where send slots lie too. Absolute
-/// times: what is late once does not shift what follows.
+/// The ticks, aligned with the whole milliseconds of the run's clock, where send slots lie too.
+/// Times are absolute, so one late tick does not shift the following ones.
 pub struct TickGrid {
     epoch: Epoch,
     /// Nanoseconds by which the kernel's monotonic clock is ahead of the run's.
@@ -122,13 +127,13 @@ pub struct TickGrid {
     planned: Time,
 }
 
-/// So far behind the whole millisecond the beat comes: slots of that millisecond are then due
-/// without doubt.
+/// Delay of the beat behind the whole millisecond, so that the slots of that millisecond are
+/// certainly due.
 const BEAT_OFFSET: Duration = Duration::from_micros(20);
 
 impl TickGrid {
     pub fn start(epoch: Epoch) -> TickGrid {
-        // Without the right to it, beats come up to 50 us late, as is measured.
+        // Without permission for it, beats come up to 50 us late, and that is measured.
         let _ = net::wake_precisely();
         let now = epoch.now();
         TickGrid {
@@ -138,8 +143,8 @@ impl TickGrid {
         }
     }
 
-    /// Sleeps for `ticks` beats, or until the next one where those have passed: the time then, how
-    /// late that is, and how many beats were missed.
+    /// Sleeps for `ticks` beats, or until the next one if those have passed. Returns the time then,
+    /// how late it is, and how many beats were missed.
     pub fn wait(&mut self, ticks: u32) -> (Time, Duration, u64) {
         self.planned += TICK * ticks;
         net::sleep_until(self.planned.as_nanos() + self.ahead);
@@ -170,7 +175,7 @@ struct ShardWorker {
     arrivals: Marks,
     sends: Marks,
     gaps: Vec<StillSpan>,
-    /// When the datagram came that has waited longest among those of this tick.
+    /// Arrival time of the datagram of this tick that has waited longest.
     oldest: Time,
 }
 
@@ -208,7 +213,7 @@ impl ShardWorker {
         })
     }
 
-    /// One tick. Returns false when the worker is told to stop.
+    /// Runs one tick. Returns false when the worker is told to stop.
     fn turn(&mut self, now: Time) -> io::Result<bool> {
         self.drain(now)?;
         let media_turn = self.epoch.now();
@@ -217,8 +222,7 @@ impl ShardWorker {
         if self.io.has_sent {
             self.sends.mark(media_turn);
         }
-        // Control packets carry time stamps of their own: they get the time at which they are
-        // written.
+        // Control packets carry their own time stamps: they get the time at which they are written.
         self.shard
             .handle_control_timers(self.epoch.now(), &mut self.io);
         let alive = self.spend_setup_share()?;
@@ -231,11 +235,11 @@ impl ShardWorker {
         Ok(alive)
     }
 
-    /// Takes what has arrived, up to a bound: what is left waits for the next tick, behind the
-    /// media that is due.
+    /// Takes what has arrived, up to a limit. The rest waits for the next tick, behind the media
+    /// that is due.
     fn drain(&mut self, now: Time) -> io::Result<()> {
-        // Kernel stamps are on the wall clock; read once a tick, the difference places them on
-        // ours.
+        // Kernel stamps are on the wall clock. It is read once a tick; the difference places the
+        // stamps on the run's clock.
         let unix_now = net::unix_nanos();
         self.poll.poll(&mut self.mio_events, Some(Duration::ZERO))?;
         for event in &self.mio_events {
@@ -254,8 +258,8 @@ impl ShardWorker {
             let Some(key) = self.ready.pop_front() else {
                 break;
             };
-            // The participants that come next are not in the cache: fetched now, they are there
-            // when this one's datagrams are done.
+            // The participants that come next are not in the cache. If they are prefetched now,
+            // they are there when this one's datagrams are done.
             self.ready
                 .get(2)
                 .iter()
@@ -274,13 +278,13 @@ impl ShardWorker {
                 self.ready.push_back(key);
             }
         }
-        // What waited so long was not served, however punctual the tick.
+        // Datagrams that waited this long were not served, however punctual the tick was.
         self.note_gap(self.oldest, now);
         Ok(())
     }
 
-    /// Takes what a socket holds, up to a bound, and says how many datagrams that were. The slot
-    /// stays ready where there may be more.
+    /// Takes what a socket holds, up to a limit. Returns the number of datagrams. The slot stays
+    /// ready if there may be more.
     fn drain_socket(&mut self, key: PeerKey, now: Time, unix_now: u64) -> usize {
         let taken = self.drain_lane(key, Lane::Main, now, unix_now);
         let Some(slot) = &self.io.slots[key] else {
@@ -292,8 +296,8 @@ impl ShardWorker {
         }
     }
 
-    /// While the path is not settled: set-up alone comes here. The last one first, because one that
-    /// has ended is taken out of the row.
+    /// Drains the spare lanes while the path is not settled. Only set-up arrives here. It begins
+    /// with the last lane, because a lane that has ended is removed from the list.
     fn drain_spare(&mut self, key: PeerKey, spare: usize, now: Time, unix_now: u64) -> usize {
         let mut taken = 0;
         for index in (0..spare).rev() {
@@ -319,7 +323,7 @@ impl ShardWorker {
             let count = match received {
                 Ok(count) => count,
                 Err(error) => {
-                    // One that goes on failing is looked at again with the next tick.
+                    // A socket that keeps failing is read again in the next tick.
                     slot.ready = error.kind() != io::ErrorKind::WouldBlock;
                     if slot.ready {
                         self.end_lane(key, lane, &error, now);
@@ -331,7 +335,7 @@ impl ShardWorker {
             for index in 0..count {
                 self.take(key, lane, index, now, unix_now);
             }
-            // What a relay says of itself comes in place of datagrams, and takes its share too.
+            // A relay's own messages come in place of datagrams, and count here too.
             taken += count.max(1);
             if self.batch.is_drained() {
                 break;
@@ -340,7 +344,7 @@ impl ShardWorker {
         taken
     }
 
-    /// Where a connection has come to its end, and not only its turn, the peer is told.
+    /// Tells the peer if a connection has ended, and not only run out of data.
     #[cold]
     fn end_lane(&mut self, key: PeerKey, lane: Lane, error: &io::Error, now: Time) {
         let Some(slot) = self.io.slots[key].as_mut() else {
@@ -358,8 +362,8 @@ impl ShardWorker {
             .handle_path_end(key, via, is_last, now, &mut self.io);
     }
 
-    /// Notes a time in which this thread ought to have done something and did not. What overlaps is
-    /// one.
+    /// Notes a time in which this thread ought to have worked and did not. Overlapping times are
+    /// merged.
     fn note_gap(&mut self, from: Time, to: Time) {
         if to.since(from) < STALL_MIN {
             return;
@@ -416,8 +420,7 @@ impl ShardWorker {
         }
     }
 
-    /// Takes datagrams and commands in turn, so that a flood of the one does not keep the other
-    /// waiting.
+    /// Takes datagrams and commands in turn, so that a flood of one kind does not delay the other.
     fn spend_setup_share(&mut self) -> io::Result<bool> {
         let mut now = self.epoch.now();
         let end = now + SETUP_SHARE;
@@ -502,7 +505,7 @@ impl ShardWorker {
         Ok(())
     }
 
-    /// All sockets of a peer wake it alike.
+    /// Adds a path. All sockets of a peer wake it alike.
     fn add_path(&mut self, key: PeerKey, path: Path, end: NearEnd, now: Time) -> io::Result<()> {
         if self.io.slots[key].is_some() {
             self.watch_path(key, &path)?;
@@ -522,7 +525,7 @@ impl ShardWorker {
 
     fn watch_path(&self, key: PeerKey, path: &Path) -> io::Result<()> {
         let registry = self.poll.registry();
-        // What has waited for room in a stream leaves when the peer has its turn.
+        // Data that waited for room in a stream is sent when the peer has its turn.
         let interest = if path.is_stream() {
             Interest::READABLE | Interest::WRITABLE
         } else {
@@ -536,7 +539,7 @@ impl ShardWorker {
     fn forward_events(&mut self) {
         while let Some((key, event)) = self.shard.poll_event() {
             if let Some(subscriber) = &self.subscribers[key] {
-                // A task that has ended no longer cares.
+                // If the task has ended, nobody needs the event.
                 let _ = subscriber.send(event);
             }
         }
@@ -570,7 +573,7 @@ impl ShardWorker {
             former: self.shard.take_former(),
             outcomes,
         };
-        // Nobody listens any more only when the run itself is gone.
+        // Sending fails only when the run itself is gone.
         let _ = self.reports.send(report);
     }
 }
@@ -578,16 +581,16 @@ impl ShardWorker {
 struct ShardSocketIo {
     slots: PeerSlots<SocketSlot>,
     buffer: Box<[u8]>,
-    /// Cleared at the first path that cannot segment.
+    /// Cleared at the first path that does not support segmentation.
     segmentation: bool,
     counts: IoCounts,
-    /// Something was sent since this was last cleared.
+    /// Whether something was sent since this was last cleared.
     has_sent: bool,
 }
 
 struct SocketSlot {
     path: Path,
-    /// It may hold datagrams, and stands in the queue of those that do.
+    /// Whether it may hold datagrams, and so is in the queue of ready slots.
     ready: bool,
 }
 
