@@ -1,8 +1,8 @@
-//! Every system call that the engine makes: datagrams with stamps and drop counts, segmented sends,
+//! Every system call of the engine: datagrams with time stamps and drop counts, segmented sends,
 //! the tick, threads and their clocks.
 //!
-//! The only module that may hold `unsafe`: the socket calls have no safe wrapper that neither
-//! allocates nor hides control messages.
+//! This is the only module that may contain `unsafe`, because the socket calls have no safe wrapper
+//! that neither allocates nor hides control messages.
 #![allow(unsafe_code)]
 
 use std::io::{self, IoSlice, Read};
@@ -15,13 +15,13 @@ use std::time::Duration;
 
 use rustix::time::Timespec;
 
-/// The kernel's own bounds for one segmented send (`UDP_MAX_SEGMENTS`, and the largest UDP
-/// payload).
+/// Limits of one segmented send: the kernel's own `UDP_MAX_SEGMENTS`, and a size that fits into the
+/// largest UDP payload.
 pub const SEGMENTS_MAX: usize = 64;
 pub const SEND_BYTES_MAX: usize = 65_000;
 
-/// How a router's datagrams leave: as a real SFU's, one call each, or those of a burst to one
-/// receiver in one call, segmented by the kernel.
+/// How a router sends its datagrams: with one call each, as a real SFU does, or with one call for a
+/// burst to one receiver, segmented by the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SendMode {
     #[default]
@@ -38,10 +38,10 @@ impl SendMode {
     }
 }
 
-/// A UDP socket for one peer connection: bound to `local` (which may be any address of its family)
-/// on a free port, non-blocking, stamped on arrival, its drops counted.
+/// Opens a UDP socket for one peer connection. It is bound to `local` (which may be any address of
+/// its family) on a free port, and is non-blocking. The kernel stamps arrivals and counts drops.
 ///
-/// Of `receive_buffer_bytes` the kernel grants at most `net.core.rmem_max`. Its default holds 92
+/// The kernel grants at most `net.core.rmem_max` of `receive_buffer_bytes`. Its default holds 92
 /// video packets: one late tick in a large room.
 pub fn open_media_socket(local: IpAddr, receive_buffer_bytes: usize) -> io::Result<UdpSocket> {
     let address = SocketAddr::new(local, 0);
@@ -51,7 +51,7 @@ pub fn open_media_socket(local: IpAddr, receive_buffer_bytes: usize) -> io::Resu
         None,
     )?;
     if address.is_ipv6() {
-        // IPv4 has sockets of its own.
+        // IPv4 has its own sockets.
         socket.set_only_v6(true)?;
     }
     socket.bind(&address.into())?;
@@ -60,14 +60,14 @@ pub fn open_media_socket(local: IpAddr, receive_buffer_bytes: usize) -> io::Resu
     rustix::net::sockopt::set_socket_recv_buffer_size(&socket, receive_buffer_bytes)?;
     set_flag(&socket, libc::SOL_SOCKET, libc::SO_TIMESTAMPNS)?;
     set_flag(&socket, libc::SOL_SOCKET, libc::SO_RXQ_OVFL)?;
-    // Bursts that the sender's kernel, or the network card, has kept together come as one buffer. A
-    // kernel before 5.0 cannot, and hands them over one by one.
+    // A burst that the sender's kernel or the network card kept together arrives as one buffer.
+    // Kernels before 5.0 do not support this and deliver the datagrams one by one.
     let _ = set_flag(&socket, libc::SOL_UDP, libc::UDP_GRO);
     Ok(socket)
 }
 
-/// As [`open_media_socket`], for what a relay sends on: its datagrams come one by one, because each
-/// may be of another peer.
+/// Opens a socket as [`open_media_socket`] does, for the datagrams that a relay forwards. They
+/// arrive one by one, because each may come from another peer.
 pub fn open_relay_socket(local: IpAddr, receive_buffer_bytes: usize) -> io::Result<UdpSocket> {
     let socket = open_media_socket(local, receive_buffer_bytes)?;
     let _ = set_option(&socket, libc::SOL_UDP, libc::UDP_GRO, 0);
@@ -101,47 +101,50 @@ fn set_option(
     }
 }
 
-/// One datagram's facts.
+/// Metadata of one datagram.
 #[derive(Clone, Copy, Debug)]
 pub struct ReceivedDatagram {
     pub from: SocketAddr,
-    /// When the kernel took it off the wire, nanoseconds since 1970 by the wall clock.
+    /// Time at which the kernel received it from the network, in nanoseconds since 1970 by the wall
+    /// clock.
     pub stamp_unix_nanos: Option<u64>,
-    /// Buffers that this socket has dropped so far for want of space; each held one datagram, or a
-    /// burst.
+    /// Number of buffers that this socket has dropped so far for lack of space. Each held one
+    /// datagram or a burst.
     pub drops: Option<u32>,
-    /// Datagrams that the kernel kept in one buffer, this one among them.
+    /// Number of datagrams in the kernel's buffer, this one included.
     pub burst: u32,
 }
 
-/// Buffers that one call takes: a burst that was sent datagram by datagram and the end of it, so
-/// that a drained socket is seen without another call.
+/// Maximum number of buffers that one call takes: more than a burst that was sent datagram by
+/// datagram, so that a drained socket is noticed without another call.
 pub const BATCH: usize = 8;
-/// Longer than any datagram of a peer connection; what is longer still is refused.
+/// Maximum size of a datagram. It is longer than any datagram of a peer connection; longer ones are
+/// refused.
 const DATAGRAM_BYTES_MAX: usize = 2_048;
-/// The most that the kernel keeps in one buffer.
+/// Maximum number of bytes that the kernel keeps in one buffer.
 const BURST_BYTES_MAX: usize = 1 << 16;
 
-/// Of a stream, one read takes so much: a burst of video.
+/// Maximum number of bytes that one read takes from a stream: a burst of video.
 const STREAM_BYTES_MAX: usize = BURST_BYTES_MAX;
-/// What a stream has around a datagram: two bytes of length (RFC 4571, section 2), or four and a
-/// filling up to a multiple of four (RFC 8656, section 12.5).
+/// Maximum number of bytes around a datagram in a stream: a length of two bytes (RFC 4571, section
+/// 2), or a head of four bytes and padding to a multiple of four (RFC 8656, section 12.5).
 const FRAME_OVERHEAD_MAX: usize = 8;
-/// A datagram in a stream, with what is around it.
+/// Maximum size of a datagram in a stream, with the bytes around it.
 const FRAME_BYTES_MAX: usize = FRAME_OVERHEAD_MAX + DATAGRAM_BYTES_MAX;
 
-/// How a stream's next datagram lies in it.
+/// Position of the next datagram in a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FramePlace {
-    /// Bytes before it.
+    /// Number of bytes before it.
     pub head: usize,
     pub len: usize,
-    /// Bytes behind it.
+    /// Number of bytes behind it.
     pub pad: usize,
 }
 
 impl FramePlace {
-    /// Behind its length in two bytes (RFC 4571); `None` where that has not come.
+    /// Returns the position of a datagram behind its two-byte length (RFC 4571), or `None` if the
+    /// length has not arrived.
     pub fn behind_length(stream: &[u8]) -> Option<FramePlace> {
         let head = stream.first_chunk()?;
         Some(FramePlace {
@@ -152,14 +155,14 @@ impl FramePlace {
     }
 }
 
-/// The beginning of a datagram whose end has not come out of its stream.
+/// The beginning of a datagram whose end has not been read from its stream yet.
 pub struct StreamRest {
     bytes: Box<[u8; FRAME_BYTES_MAX]>,
     len: usize,
 }
 
 impl StreamRest {
-    /// What has been read of a stream already, where it fits.
+    /// Holds what has already been read from a stream. Returns `None` if it does not fit.
     pub fn holding(bytes: &[u8]) -> Option<StreamRest> {
         let mut rest = StreamRest::default();
         rest.bytes.get_mut(..bytes.len())?.copy_from_slice(bytes);
@@ -177,16 +180,16 @@ impl Default for StreamRest {
     }
 }
 
-/// Errors that one call gets out of the way. A socket keeps one at a time.
+/// Maximum number of errors that one call removes from a socket. A socket keeps one at a time.
 const PENDING_ERRORS_MAX: usize = 8;
 
-/// Room for the datagrams of one call, allocated once.
+/// Buffers for the datagrams of one call, allocated once.
 pub struct ReceiveBatch {
     bytes: Box<[u8]>,
     rooms: Box<[MessageBuffers; BATCH]>,
     headers: Box<[libc::mmsghdr; BATCH]>,
     vectors: Box<[libc::iovec; BATCH]>,
-    /// Buffers of the last call, and the datagrams in them.
+    /// Buffers of the last call; `datagrams` are the datagrams in them.
     buffers: [Option<ReceivedDatagram>; BATCH],
     taken: usize,
     datagrams: Vec<DatagramPlace>,
@@ -199,7 +202,7 @@ struct MessageBuffers {
     control: ControlBuffer,
 }
 
-/// Where a datagram lies.
+/// Position of a datagram.
 struct DatagramPlace {
     buffer: usize,
     start: usize,
@@ -227,14 +230,14 @@ impl Default for ReceiveBatch {
 }
 
 impl ReceiveBatch {
-    /// Takes what a socket holds, up to [`BATCH`] buffers, and says how many datagrams that are.
+    /// Receives what a socket holds, up to [`BATCH`] buffers. Returns the number of datagrams.
     ///
-    /// What ICMP said of something that was sent waits in the socket as an error, before all
-    /// datagrams. It is counted ([`ReceiveBatch::take_errors`]) and passed over.
+    /// An ICMP answer to something that was sent waits in the socket as an error, before all
+    /// datagrams. It is counted ([`ReceiveBatch::take_errors`]) and skipped.
     ///
     /// # Errors
-    /// `WouldBlock` when there is nothing. Any other says that the socket goes on failing: there
-    /// may be more to read.
+    /// `WouldBlock` when there is nothing. Any other error means that the socket keeps failing:
+    /// there may be more to read.
     pub fn receive(&mut self, socket: &UdpSocket) -> io::Result<usize> {
         self.datagrams.clear();
         self.taken = 0;
@@ -247,12 +250,12 @@ impl ReceiveBatch {
         self.receive_once(socket)
     }
 
-    /// Takes what a stream holds, up to a bound, and cuts it into datagrams as `cut` says. What has
-    /// not come whole is kept in `rest`.
+    /// Receives what a stream holds, up to a limit, and cuts it into datagrams with `cut`. An
+    /// incomplete datagram is kept in `rest`.
     ///
     /// # Errors
-    /// `WouldBlock` when there is nothing; `UnexpectedEof` at the stream's end; `InvalidData` where
-    /// it holds a length that no datagram has.
+    /// `WouldBlock` when there is nothing; `UnexpectedEof` at the stream's end; `InvalidData` if
+    /// the stream holds a length that no datagram has.
     pub fn receive_framed(
         &mut self,
         stream: &mut impl Read,
@@ -286,7 +289,7 @@ impl ReceiveBatch {
             if next > end {
                 break;
             }
-            // One without a byte is allowed, and says nothing.
+            // An empty datagram is allowed, and has no meaning.
             if len > 0 {
                 self.datagrams.push(DatagramPlace {
                     buffer: 0,
@@ -298,14 +301,14 @@ impl ReceiveBatch {
         }
         rest.len = end - at;
         rest.bytes[..rest.len].copy_from_slice(&room[at..end]);
-        // A read that fills its room may have left something.
+        // A read that fills the buffer may have left something.
         self.taken = if end == room.len() { BATCH } else { 1 };
         Ok(self.datagrams.len())
     }
 
     fn receive_once(&mut self, socket: &UdpSocket) -> io::Result<usize> {
         self.prepare();
-        // SAFETY: every header points to rooms of this batch, with their true lengths; the borrow
+        // SAFETY: every header points to buffers of this batch, with their true lengths; the borrow
         // keeps them alive and unshared during the call.
         let taken = unsafe {
             libc::recvmmsg(
@@ -322,8 +325,8 @@ impl ReceiveBatch {
         Ok(self.take(taken as usize))
     }
 
-    /// A server that is gone refuses every datagram: that is no fault of the path, and is counted
-    /// apart.
+    /// Counts an error. A server that is gone refuses every datagram. That is no fault of the path,
+    /// so it is counted separately.
     fn count_error(&mut self, error: &io::Error) {
         match error.kind() {
             io::ErrorKind::ConnectionRefused => self.refused += 1,
@@ -332,18 +335,19 @@ impl ReceiveBatch {
         }
     }
 
-    /// Answers that nothing listens at the other end, since the last call.
+    /// Returns the number of answers that nothing listens at the other end, since the last call.
     pub fn take_refused(&mut self) -> u64 {
         std::mem::take(&mut self.refused)
     }
 
-    /// Errors other than a refused connection that came in place of datagrams since the last call.
+    /// Returns the number of errors, other than refused connections, that came in place of
+    /// datagrams since the last call.
     pub fn take_errors(&mut self) -> u64 {
         std::mem::take(&mut self.errors)
     }
 
-    /// Points the headers at this batch's rooms. For each call anew: what they lie in may have been
-    /// lent, or moved, since the last one.
+    /// Points the headers at this batch's buffers. This is done before each call, because the
+    /// memory that holds them may have been lent or moved since the last one.
     fn prepare(&mut self) {
         let bytes = self.bytes.chunks_exact_mut(BURST_BYTES_MAX);
         let rooms = self.rooms.iter_mut().zip(bytes);
@@ -361,7 +365,8 @@ impl ReceiveBatch {
         }
     }
 
-    /// The kernel has filled so many buffers.
+    /// Takes the first `taken` buffers, which the kernel has filled. Returns the number of
+    /// datagrams.
     fn take(&mut self, taken: usize) -> usize {
         self.taken = taken;
         for buffer in 0..taken {
@@ -375,7 +380,7 @@ impl ReceiveBatch {
         self.taken < BATCH
     }
 
-    /// Finds the datagrams of a buffer.
+    /// Finds the datagrams in a buffer.
     fn cut(&mut self, buffer: usize) {
         let (header, room) = (&self.headers[buffer], &self.rooms[buffer]);
         let len = (header.msg_len as usize).min(BURST_BYTES_MAX);
@@ -399,7 +404,7 @@ impl ReceiveBatch {
                     burst: len.div_ceil(segment).max(1) as u32,
                 });
         let base = buffer * BURST_BYTES_MAX;
-        // One without a byte is a datagram, too.
+        // An empty datagram is a datagram, too.
         for start in (0..len.max(1)).step_by(segment) {
             self.datagrams.push(DatagramPlace {
                 buffer,
@@ -409,9 +414,9 @@ impl ReceiveBatch {
         }
     }
 
-    /// Takes the wrapping off each datagram of the last call: `unwrap` says where in it the inner
-    /// one lies and whose that is, or that there is none. Says how many are left. For sockets that
-    /// keep no bursts together.
+    /// Unwraps each datagram of the last call. `unwrap` returns the range of the inner datagram and
+    /// its sender, or `None` if there is none. Returns the number of datagrams that remain. For
+    /// sockets that keep no bursts together.
     pub fn unwrap_each(
         &mut self,
         mut unwrap: impl FnMut(&[u8]) -> Option<(Range<usize>, SocketAddr)>,
@@ -431,7 +436,8 @@ impl ReceiveBatch {
         self.datagrams.len()
     }
 
-    /// Datagram `index` of the last call; `None` where it came from no IP address or was too long.
+    /// Returns datagram `index` of the last call; `None` if it did not come from an IP address or
+    /// was too long.
     pub fn datagram(&mut self, index: usize) -> Option<(&mut [u8], ReceivedDatagram)> {
         let place = self.datagrams.get(index)?;
         let received = self.buffers[place.buffer]?;
@@ -443,27 +449,26 @@ impl ReceiveBatch {
 #[repr(align(8))]
 struct ControlBuffer([u8; 128]);
 
-/// Control messages begin at multiples of this, and so does what they carry (`CMSG_ALIGN`).
+/// Alignment of control messages and of their data (`CMSG_ALIGN`).
 const CONTROL_ALIGN: usize = size_of::<usize>();
 const CONTROL_HEADER_LEN: usize = size_of::<libc::cmsghdr>().next_multiple_of(CONTROL_ALIGN);
 
-/// What comes beside a buffer's bytes.
+/// What the control messages of a buffer say.
 #[derive(Debug, Default, PartialEq)]
 struct ControlData {
     stamp_unix_nanos: Option<u64>,
     drops: Option<u32>,
-    /// Bytes of each datagram but the last, where there are several.
+    /// Size of each datagram but the last, if there are several.
     segment: Option<usize>,
 }
 
-/// A plain C structure at the start of some bytes; `None` where they are too few.
+/// Reads a plain C structure from the start of `bytes`; `None` if there are too few.
 fn read_plain<T: Plain>(bytes: &[u8]) -> Option<T> {
-    // SAFETY: as many bytes are there, they need no alignment to be read so, and any bytes make
-    // one.
+    // SAFETY: there are enough bytes, the read needs no alignment, and any bytes are a valid value.
     (bytes.len() >= size_of::<T>()).then(|| unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }
 
-/// Integers, and C structures of nothing else: any bytes make one.
+/// Integers, and C structures of integers only: any bytes are a valid value.
 trait Plain {}
 impl Plain for libc::cmsghdr {}
 impl Plain for libc::timespec {}
@@ -527,7 +532,7 @@ fn socket_address(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
     }
 }
 
-/// Asks the processor to fetch the first `bytes` of a value into its cache, while something else
+/// Asks the processor to prefetch the first `bytes` of a value into its cache, while other work
 /// goes on.
 #[inline]
 pub fn prefetch<T: ?Sized>(value: &T, bytes: usize) {
@@ -549,8 +554,8 @@ pub fn prefetch<T: ?Sized>(value: &T, bytes: usize) {
 
 /// Sends `bytes` as datagrams of `segment` bytes each (the last may be shorter) with one call.
 ///
-/// `to` is `None` on a connected socket. `EIO` and `EINVAL` mean that this path cannot segment:
-/// send them one by one.
+/// `to` is `None` on a connected socket. `EIO` and `EINVAL` mean that this path does not support
+/// segmentation: send the datagrams one by one.
 pub fn send_segmented(
     socket: &UdpSocket,
     to: Option<SocketAddr>,
@@ -582,11 +587,12 @@ pub fn send_segmented(
     }
 }
 
-/// Datagrams that one call sends. More would not cost less, but leave later.
+/// Maximum number of messages that one call sends. More would not cost less, but would be sent
+/// later.
 const SEND_BATCH: usize = 64;
 
-/// Datagrams to many receivers, sent with few calls. What waits is sent when there is no room for
-/// more, or by [`SendBatch::flush`].
+/// Datagrams to many receivers, sent with few calls. Waiting datagrams are sent when there is no
+/// room for more, or by [`SendBatch::flush`].
 pub struct SendBatch {
     bytes: Box<[u8]>,
     used: usize,
@@ -594,7 +600,7 @@ pub struct SendBatch {
     headers: Box<[libc::mmsghdr; SEND_BATCH]>,
     vectors: Box<[libc::iovec; SEND_BATCH]>,
     controls: Box<[ControlBuffer; SEND_BATCH]>,
-    /// Cleared at the first path that cannot segment.
+    /// Cleared at the first path that does not support segmentation.
     segmentation: bool,
     errors: u64,
 }
@@ -631,13 +637,14 @@ impl Default for SendBatch {
 }
 
 impl SendBatch {
-    /// Room for at least [`SEND_BYTES_MAX`] bytes; the same until the next [`SendBatch::push`].
+    /// Lends a buffer of at least [`SEND_BYTES_MAX`] bytes. It is the same buffer until the next
+    /// [`SendBatch::push`].
     pub fn lend(&mut self) -> &mut [u8] {
         &mut self.bytes[self.used..]
     }
 
-    /// Takes the first `len` bytes of the lent room as datagrams of `segment` bytes each; the last
-    /// may be shorter.
+    /// Takes the first `len` bytes of the lent buffer as datagrams of `segment` bytes each; the
+    /// last may be shorter.
     pub fn push(&mut self, socket: &UdpSocket, to: SocketAddr, len: usize, segment: usize) {
         self.waiting.push(WaitingSend {
             to: to.into(),
@@ -666,24 +673,24 @@ impl SendBatch {
         self.used = 0;
     }
 
-    /// Datagrams that the kernel did not take since the last call.
+    /// Returns the number of datagrams that the kernel did not take since the last call.
     pub fn take_errors(&mut self) -> u64 {
         std::mem::take(&mut self.errors)
     }
 
-    /// Sends what waits from `first` on, until something cannot be sent: how many entries were, or
-    /// why not even the first.
+    /// Sends waiting entries from `first` on, until one cannot be sent. Returns how many were sent,
+    /// or the error if not even the first was.
     fn send_from(&mut self, socket: &UdpSocket, first: usize) -> io::Result<usize> {
         match self.prepare(first) {
-            // Everything before what cannot be segmented leaves with this call, and it by itself
-            // with the next.
+            // Everything before an entry that cannot be segmented is sent with this call. That
+            // entry is sent by itself with the next one.
             0 => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
             count => self.send_headers(socket, count),
         }
     }
 
-    /// Points headers at what waits from `first` on, up to what cannot leave as it is. Says how
-    /// many.
+    /// Points headers at the waiting entries from `first` on, up to an entry that cannot be sent as
+    /// it is. Returns the number of headers.
     fn prepare(&mut self, first: usize) -> usize {
         let waiting = &self.waiting[first..];
         let slots = self.vectors.iter_mut().zip(self.controls.iter_mut());
@@ -713,8 +720,8 @@ impl SendBatch {
 
     fn send_headers(&mut self, socket: &UdpSocket, count: usize) -> io::Result<usize> {
         // SAFETY: the first `count` headers were filled with pointers into buffers of this batch,
-        // with their true lengths; the borrow keeps them alive. The kernel reads what they
-        // point to and writes none of it.
+        // with their true lengths; the borrow keeps them alive. The kernel reads what they point to
+        // and writes none of it.
         let sent = unsafe {
             libc::sendmmsg(
                 socket.as_raw_fd(),
@@ -730,8 +737,8 @@ impl SendBatch {
         }
     }
 
-    /// What could not be sent as a whole: where the path cannot segment, its datagrams are sent by
-    /// themselves.
+    /// Handles an entry that could not be sent. If the path does not support segmentation, the
+    /// datagrams are sent one by one.
     fn send_one_by_one(&mut self, socket: &UdpSocket, index: usize, error: &io::Error) {
         let entry = &self.waiting[index];
         let bytes = &self.bytes[entry.start..entry.start + entry.len];
@@ -747,16 +754,16 @@ impl SendBatch {
     }
 }
 
-/// Adds the control message that has the kernel cut a send into datagrams of `segment` bytes.
+/// Adds the control message that makes the kernel cut a send into datagrams of `segment` bytes.
 fn write_segment_size(header: &mut libc::msghdr, control: &mut ControlBuffer, segment: usize) {
     const LEN: usize = CONTROL_HEADER_LEN + size_of::<u16>();
-    // SAFETY: zeros are a valid header; on some systems it has padding, which cannot be named.
+    // SAFETY: zeros are a valid header. On some systems it has padding, which cannot be named.
     let mut message: libc::cmsghdr = unsafe { std::mem::zeroed() };
     message.cmsg_level = libc::SOL_UDP;
     message.cmsg_type = libc::UDP_SEGMENT;
     message.cmsg_len = LEN as _;
     let (head, data) = control.0.split_at_mut(CONTROL_HEADER_LEN);
-    // SAFETY: the head is as long as the header, and needs no alignment to be written so.
+    // SAFETY: the head is as long as the header, and the write needs no alignment.
     unsafe {
         head.as_mut_ptr()
             .cast::<libc::cmsghdr>()
@@ -767,7 +774,7 @@ fn write_segment_size(header: &mut libc::msghdr, control: &mut ControlBuffer, se
     header.msg_controllen = LEN.next_multiple_of(CONTROL_ALIGN) as _;
 }
 
-/// Whether a segmented send failed because this path cannot segment.
+/// Whether a segmented send failed because this path does not support segmentation.
 pub fn is_without_segmentation(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -775,7 +782,7 @@ pub fn is_without_segmentation(error: &io::Error) -> bool {
     )
 }
 
-/// Sends the parts together as one datagram on a connected socket.
+/// Sends the parts as one datagram on a connected socket.
 pub fn send_parts(socket: &UdpSocket, parts: &[IoSlice<'_>]) -> io::Result<()> {
     let mut control = rustix::net::SendAncillaryBuffer::default();
     let flags = rustix::net::SendFlags::empty();
@@ -791,26 +798,26 @@ pub fn send(socket: &UdpSocket, to: Option<SocketAddr>, bytes: &[u8]) -> io::Res
     }
 }
 
-/// The monotonic clock, nanoseconds since some moment of the kernel's choice.
+/// Returns the monotonic clock, in nanoseconds since a time chosen by the kernel.
 pub fn monotonic_nanos() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-/// Sleeps until an absolute time on the monotonic clock; comes back at once where that has passed.
+/// Sleeps until an absolute time on the monotonic clock. Returns at once if that time has passed.
 pub fn sleep_until(monotonic_nanos: u64) {
     let until = Timespec {
         tv_sec: (monotonic_nanos / 1_000_000_000) as i64,
         tv_nsec: (monotonic_nanos % 1_000_000_000) as i64,
     };
-    // Interrupted by a signal: what is left is slept again.
+    // If a signal interrupts the sleep, sleep for the rest.
     while rustix::thread::clock_nanosleep_absolute(rustix::thread::ClockId::Monotonic, &until)
         == Err(rustix::io::Errno::INTR)
     {}
 }
 
-/// Asks the kernel not to group this thread's wake-ups with later ones: by default it may be 50 us
-/// late on purpose.
+/// Asks the kernel not to group this thread's wake-ups with later ones. By default it may delay a
+/// wake-up by 50 us on purpose.
 pub fn wake_precisely() -> io::Result<()> {
     Ok(rustix::thread::set_current_timer_slack(NonZeroU64::new(1))?)
 }
@@ -822,7 +829,7 @@ pub fn pin_to(cpu: usize) -> io::Result<()> {
     Ok(rustix::thread::sched_setaffinity(None, &set)?)
 }
 
-/// The processors that this process may run on.
+/// Returns the processors that this process may run on.
 pub fn allowed_cpus() -> Vec<usize> {
     rustix::thread::sched_getaffinity(None).map_or_else(
         |_| vec![0],
@@ -834,31 +841,31 @@ pub fn allowed_cpus() -> Vec<usize> {
     )
 }
 
-/// The wall clock, nanoseconds since 1970: what kernel stamps are measured by.
+/// Returns the wall clock, in nanoseconds since 1970. Kernel stamps use this clock.
 pub fn unix_nanos() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-/// CPU time of the calling thread so far, user and system together.
+/// Returns the CPU time of the calling thread so far, user and system together.
 pub fn thread_cpu() -> Duration {
     let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::new(used.tv_sec as u64, used.tv_nsec as u32)
 }
 
-/// CPU time of the whole process so far.
+/// Returns the CPU time of the whole process so far.
 pub fn process_cpu() -> Duration {
     let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     Duration::new(used.tv_sec as u64, used.tv_nsec as u32)
 }
 
-/// The time on a CPU of this process's threads whose names start with `prefix`; `None` where the
-/// kernel does not say.
+/// Returns the CPU time of this process's threads whose names start with `prefix`; `None` if the
+/// kernel does not report it.
 pub fn threads_cpu(prefix: &str) -> Option<Duration> {
     let mut total = Duration::ZERO;
     for task in std::fs::read_dir("/proc/self/task").ok()? {
         let path = task.ok()?.path();
-        // A thread may end meanwhile.
+        // A thread may have ended meanwhile.
         let Ok(name) = std::fs::read_to_string(path.join("comm")) else {
             continue;
         };
@@ -871,7 +878,7 @@ pub fn threads_cpu(prefix: &str) -> Option<Duration> {
     Some(total)
 }
 
-/// Resident memory now, and at its highest, in bytes.
+/// Returns the resident memory now and at its highest, in bytes.
 pub fn resident_bytes() -> Option<(u64, u64)> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let kilobytes = |key: &str| {
@@ -886,8 +893,8 @@ pub fn resident_bytes() -> Option<(u64, u64)> {
     Some((kilobytes("VmRSS:")? * 1024, kilobytes("VmHWM:")? * 1024))
 }
 
-/// Datagrams that a socket has dropped so far, without waiting for the next one to tell
-/// (`SO_MEMINFO`).
+/// Returns the number of datagrams that a socket has dropped so far, without waiting for the next
+/// datagram to report it (`SO_MEMINFO`).
 pub fn socket_drops(socket: &UdpSocket) -> io::Result<u32> {
     // `SK_MEMINFO_VARS` and `SK_MEMINFO_DROPS` of linux/sock_diag.h.
     const VARS: usize = 9;
@@ -911,7 +918,7 @@ pub fn socket_drops(socket: &UdpSocket) -> io::Result<u32> {
     }
 }
 
-/// What `/proc/stat` counts in.
+/// Returns the number of ticks per second, the unit of `/proc/stat`.
 pub fn clock_ticks_per_second() -> u64 {
     // SAFETY: sysconf takes no pointer.
     let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
@@ -921,11 +928,11 @@ pub fn clock_ticks_per_second() -> u64 {
         .unwrap_or(100)
 }
 
-/// Sends one dump request to the kernel's routing socket and hands over each datagram of the
-/// answer, until `take` says that it was the last.
+/// Sends one dump request to the kernel's routing socket and hands each datagram of the answer to
+/// `take`, until `take` returns that it was the last.
 ///
 /// # Errors
-/// Where the kernel has no such socket, or does not answer in time.
+/// If the kernel has no such socket, or does not answer in time.
 pub fn dump_routing(request: &[u8], mut take: impl FnMut(&[u8]) -> bool) -> io::Result<()> {
     use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt};
     // Protocol 0 is NETLINK_ROUTE.
@@ -941,7 +948,7 @@ pub fn dump_routing(request: &[u8], mut take: impl FnMut(&[u8]) -> bool) -> io::
         Some(Duration::from_millis(100)),
     )?;
     rustix::net::send(&socket, request, SendFlags::empty())?;
-    // The kernel fills its answers up to this at most (netlink(7)).
+    // Maximum size of the kernel's answers (netlink(7)).
     let mut answer = vec![0; 32 << 10];
     loop {
         let (len, _) = rustix::net::recv(&socket, &mut answer[..], RecvFlags::empty())?;
@@ -963,10 +970,10 @@ mod tests {
         )
     }
 
-    /// Does what `recvmmsg` does with a prepared header, by its pointers alone.
+    /// Does what `recvmmsg` does with a prepared header, using only its pointers.
     fn fill(header: &mut libc::mmsghdr, from: SocketAddrV4, bytes: &[u8], control: &[u8]) {
         let message = &mut header.msg_hdr;
-        // SAFETY: a prepared header points to rooms of at least this much.
+        // SAFETY: a prepared header points to buffers of at least this size.
         unsafe {
             let mut name: libc::sockaddr_in = std::mem::zeroed();
             name.sin_family = libc::AF_INET as u16;
@@ -995,7 +1002,7 @@ mod tests {
         bytes
     }
 
-    /// No system call: Miri runs this one (`cargo miri test net::`).
+    /// Makes no system call, so Miri runs this test (`cargo miri test net::`).
     #[test]
     fn what_the_kernel_writes_by_the_headers_is_cut_into_datagrams_wherever_the_batch_has_moved() {
         let from = SocketAddrV4::new([10, 0, 0, 1].into(), 4_000);
@@ -1034,7 +1041,7 @@ mod tests {
                 }
                 datagram.fill(0xEE);
             }
-            // Moved as a value: its boxes stay where they are, their owner does not.
+            // The batch moves as a value: its boxes stay where they are, their owner does not.
             batch = std::hint::black_box(Box::new(batch)).take_out();
         }
     }
@@ -1071,7 +1078,7 @@ mod tests {
         );
     }
 
-    /// No system call: Miri runs this one, too.
+    /// Makes no system call, so Miri runs this test, too.
     #[test]
     fn prepared_headers_show_what_waits_and_stop_before_what_cannot_be_segmented() {
         let to: SocketAddr = "10.0.0.1:4000".parse().unwrap();
@@ -1096,7 +1103,7 @@ mod tests {
             for index in 0..count {
                 let header = &batch.headers[index].msg_hdr;
                 let entry = &batch.waiting[first + index];
-                // SAFETY: prepared headers point to what waits.
+                // SAFETY: prepared headers point to the waiting entries.
                 let (bytes, control) = unsafe {
                     let vector = &*header.msg_iov;
                     let control = match header.msg_controllen {
@@ -1208,12 +1215,13 @@ mod tests {
                 .and_then(|(_, received)| received.drops)
                 .unwrap_or(drops);
         }
-        // The count rides on datagrams that arrive: one more carries the final figure.
+        // The drop count comes with datagrams that arrive: one more datagram carries the final
+        // count.
         send(&a, Some(b.local_addr().unwrap()), &[0]).unwrap();
         assert_eq!(batch.receive(&b).unwrap(), 1);
         let (_, last) = batch.datagram(0).unwrap();
         assert_eq!(taken + last.drops.unwrap_or(drops), 100);
-        // Without another datagram: what a socket drops last.
+        // Drops after the last datagram are reported without another datagram.
         for _ in 0..100 {
             send(&a, Some(b.local_addr().unwrap()), &[0; 1_000]).unwrap();
         }

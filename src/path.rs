@@ -1,10 +1,10 @@
-//! What carries a peer connection's datagrams.
+//! Paths: what carries a peer connection's datagrams.
 //!
-//! A path is chosen by the candidates that the server offers: [`Routes`] says from which address
-//! of this host each of them is reached, and a [`Path`] has what is opened for them: a UDP socket
-//! a family, TCP connections. Each is a variant of `Carrier`; another kind is another variant.
-//! Signalling opens them, and the engine's worker uses the one that ICE has nominated through the
-//! methods here, statically dispatched.
+//! The server's candidates decide what a path consists of. [`Routes`] returns the address of this
+//! host from which each candidate is reached. A [`Path`] holds what is opened for the candidates: a
+//! UDP socket per family, TCP connections, allocations at relays. Each is a variant of `Carrier`; a
+//! new kind is a new variant. Signalling opens them. The engine's worker uses the one that ICE has
+//! nominated through the methods here, which are statically dispatched.
 
 mod relay;
 mod relay_stream;
@@ -25,7 +25,7 @@ pub use relay::RelayLink;
 pub use relay_stream::RelayStream;
 use stream::TcpCarrier;
 
-/// What a path has beside the carrier that is used: a server offers a few candidates.
+/// Maximum number of carriers beside the one in use. A server offers a few candidates.
 const SPARE_MAX: usize = 8;
 
 /// The address families of IP.
@@ -51,24 +51,24 @@ impl Family {
     }
 }
 
-/// By what of ours the other end is reached.
+/// Transport of ours by which the other end is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Via {
     Udp,
-    /// The TCP connection that has this address of ours.
+    /// The TCP connection with this address of ours.
     Tcp(SocketAddr),
     /// The relay that gave us this address.
     Relay(SocketAddr),
 }
 
-/// The other end of a candidate pair, and by what of ours it is reached.
+/// The other end of a candidate pair, and the transport of ours by which it is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FarEnd {
     pub via: Via,
     pub address: SocketAddr,
 }
 
-/// Where nothing is said, over UDP.
+/// An address alone means UDP.
 impl From<SocketAddr> for FarEnd {
     fn from(address: SocketAddr) -> FarEnd {
         FarEnd {
@@ -78,47 +78,47 @@ impl From<SocketAddr> for FarEnd {
     }
 }
 
-/// What carries one peer's datagrams: the carrier that is used, and until ICE has settled others
-/// that might be.
+/// Carriers of one peer's datagrams: the one in use and, until ICE has settled, others that might
+/// be used.
 ///
-/// UDP sockets are bound to no address of this host: the kernel chooses the source by the route
-/// to each candidate. So one socket serves all routes of its family. Connecting it to the
-/// nominated candidate fixes the source.
+/// UDP sockets are not bound to an address of this host: the kernel chooses the source by the route
+/// to each candidate. So one socket serves all routes of its family. Connecting it to the nominated
+/// candidate fixes the source.
 pub struct Path {
     main: Carrier,
     spare: Vec<Carrier>,
 }
 
 enum Carrier {
-    /// Nothing is open yet, or nothing is left.
+    /// Nothing is open yet, or nothing is left open.
     None,
     Udp(MediaSocket),
-    /// Its state is larger than that of a socket, which most have.
+    /// Boxed because its state is larger than that of a socket, which most paths have.
     Tcp(Box<TcpCarrier>),
     Relay(Box<RelayCarrier>),
 }
 
-/// A socket, and how many datagrams it is known to have dropped.
+/// A UDP socket and its known drops.
 struct MediaSocket {
     socket: UdpSocket,
     family: Family,
     is_connected: bool,
-    /// Buffers that the kernel has dropped so far.
+    /// Number of buffers that the kernel has dropped so far.
     drops: u32,
-    /// Datagrams in the buffer that came last.
+    /// Number of datagrams in the buffer that arrived last.
     burst: u32,
 }
 
-/// Which carrier of a path.
+/// One of a path's carriers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lane {
     Main,
-    /// One of those that are there until the path is settled.
+    /// One of the carriers that exist until the path is settled.
     Spare(usize),
 }
 
 impl Path {
-    /// One that has nothing yet.
+    /// Makes a path with nothing open.
     pub fn closed() -> Path {
         Path {
             main: Carrier::None,
@@ -129,15 +129,15 @@ impl Path {
     /// Opens a UDP socket of this family on a free port.
     ///
     /// # Errors
-    /// Where this host has no such family, or no more ports, files or memory.
+    /// If this host does not have the family, or has no more ports, files or memory.
     pub fn open_udp(family: Family, receive_buffer_bytes: usize) -> io::Result<Path> {
         net::open_media_socket(family.any_address(), receive_buffer_bytes).map(Path::from)
     }
 
-    /// A TCP connection that is open, and our address on it.
+    /// Makes a path of an open TCP connection, and returns our address on it.
     ///
     /// # Errors
-    /// Where it is not open any more.
+    /// If the connection is not open any more.
     pub fn of_stream(stream: TcpStream) -> io::Result<(Path, SocketAddr)> {
         let carrier = TcpCarrier::new(stream)?;
         let local = carrier.local();
@@ -148,7 +148,8 @@ impl Path {
         Ok((path, local))
     }
 
-    /// An allocation at a relay. What the relay says of it goes to `control`.
+    /// Makes a path of an allocation at a relay. The relay's messages about the allocation go to
+    /// `control`.
     pub fn of_relay(link: RelayLink, relayed: SocketAddr, control: mpsc::Sender<Vec<u8>>) -> Path {
         Path {
             main: Carrier::Relay(Box::new(RelayCarrier::new(link, relayed, control))),
@@ -156,7 +157,7 @@ impl Path {
         }
     }
 
-    /// What is for `peer`, and comes from it, goes by this channel of the relay's.
+    /// Binds a channel of the relay: datagrams to and from `peer` use it.
     pub fn bind_channel(&mut self, relayed: SocketAddr, peer: SocketAddr, number: u16) {
         for carrier in std::iter::once(&mut self.main).chain(&mut self.spare) {
             match carrier {
@@ -166,7 +167,7 @@ impl Path {
         }
     }
 
-    /// Sends a relay what whoever keeps the allocation says.
+    /// Sends a relay a message of the task that keeps the allocation.
     pub fn send_control(&mut self, relayed: SocketAddr, message: &[u8], unsent: &mut Unsent) {
         for carrier in std::iter::once(&mut self.main).chain(&mut self.spare) {
             match carrier {
@@ -178,10 +179,10 @@ impl Path {
         }
     }
 
-    /// The port of the socket that datagrams leave by first.
+    /// Returns the local port of the main carrier.
     ///
     /// # Errors
-    /// Where the kernel does not say, or nothing is open.
+    /// If the kernel does not report it, or nothing is open.
     pub fn port(&self) -> io::Result<u16> {
         match &self.main {
             Carrier::None => Err(io::ErrorKind::NotConnected.into()),
@@ -191,7 +192,7 @@ impl Path {
         }
     }
 
-    /// Takes over another path's carrier. A UDP socket of a family that is there already is closed.
+    /// Takes over another path's carrier. A UDP socket of a family that already has one is closed.
     pub fn add(&mut self, other: Path) {
         let is_known = match &other.main {
             Carrier::None => true,
@@ -208,12 +209,12 @@ impl Path {
         }
     }
 
-    /// What to look at for datagrams.
+    /// Returns the descriptors to poll for datagrams.
     pub fn descriptors(&self) -> impl Iterator<Item = RawFd> {
         self.carriers().filter_map(Carrier::descriptor)
     }
 
-    /// Whether those that can take more are to be told of, too.
+    /// Whether to be told also when a descriptor can take more.
     pub fn is_stream(&self) -> bool {
         match &self.main {
             Carrier::Tcp(_) => true,
@@ -222,18 +223,18 @@ impl Path {
         }
     }
 
-    /// How many carriers there are beside the main one.
+    /// Returns the number of carriers beside the main one.
     #[inline]
     pub fn spare_count(&self) -> usize {
         self.spare.len()
     }
 
-    /// Takes what a carrier holds, as [`ReceiveBatch::receive`]. `WouldBlock` where there is no
-    /// such one.
+    /// Receives what a carrier holds, as [`ReceiveBatch::receive`]. Returns `WouldBlock` if there
+    /// is no such carrier.
     ///
     /// # Errors
-    /// As [`ReceiveBatch::receive`]. After another one than `WouldBlock`, [`Path::remove_ended`]
-    /// says whether the carrier is gone.
+    /// As [`ReceiveBatch::receive`]. After any error but `WouldBlock`, [`Path::remove_ended`] tells
+    /// whether the carrier is gone.
     #[inline]
     pub fn receive(&mut self, lane: Lane, batch: &mut ReceiveBatch) -> io::Result<usize> {
         match self.carrier_mut(lane) {
@@ -244,7 +245,7 @@ impl Path {
         }
     }
 
-    /// By what something came that came by this lane.
+    /// Returns the transport by which a datagram of this lane arrived.
     pub fn via(&self, lane: Lane) -> Via {
         let carrier = match lane {
             Lane::Main => Some(&self.main),
@@ -253,7 +254,7 @@ impl Path {
         carrier.map_or(Via::Udp, Carrier::via)
     }
 
-    /// Closes a carrier that has come to its end, and says which that was. A socket has none.
+    /// Closes a carrier that has ended, and returns which one it was. A UDP socket does not end.
     pub fn remove_ended(&mut self, lane: Lane) -> Option<Via> {
         let carrier = self.carrier_mut(lane)?;
         let is_over = match carrier {
@@ -277,8 +278,9 @@ impl Path {
         matches!(self.main, Carrier::None) && self.spare.is_empty()
     }
 
-    /// Datagrams that a socket says it dropped since it said so last: `drops` buffers in all, each
-    /// as full as the one that tells of it, which held `burst` datagrams.
+    /// Returns the number of datagrams that a socket has dropped since its last report. It reports
+    /// `drops` buffers in all. Each counts as many datagrams as the buffer that carries the report,
+    /// which held `burst`.
     #[inline]
     pub fn dropped_datagrams(&mut self, lane: Lane, drops: u32, burst: u32) -> u64 {
         match self.carrier_mut(lane) {
@@ -288,14 +290,14 @@ impl Path {
         }
     }
 
-    /// Drops that no datagram has told of, because none came after them. Where the kernel does not
-    /// say, there are none that we know of.
+    /// Returns the drops that no datagram has reported, because none arrived after them. If the
+    /// kernel does not report them, the result is zero.
     pub fn untold_drops(&self) -> u64 {
         self.carriers().map(Carrier::untold_drops).sum()
     }
 
-    /// Sends `bytes` as datagrams of `segment` bytes (the last may be shorter) by what is
-    /// nominated, where `to` is. `segmentation` is cleared at the first path that cannot segment.
+    /// Sends `bytes` as datagrams of `segment` bytes (the last may be shorter) over the nominated
+    /// carrier to `to`. `segmentation` is cleared at the first path that does not support it.
     #[inline]
     pub fn send(
         &mut self,
@@ -308,20 +310,21 @@ impl Path {
         self.main.send(to, bytes, segment, segmentation, unsent);
     }
 
-    /// Sends one datagram of the connection's set-up to any of its candidates.
+    /// Sends one set-up datagram of the connection to any of its candidates.
     pub fn send_setup(&mut self, to: FarEnd, datagram: &[u8], unsent: &mut Unsent) {
         let address = to.address;
         let chosen = match to.via {
             Via::Udp => {
                 let family = Family::of(address.ip());
                 let is_fit = |carrier: &Carrier| carrier.is_udp(family);
-                // One family that is not there: the kernel says so.
+                // Without a socket of this family, take any UDP socket: the kernel then reports the
+                // error.
                 self.carriers()
                     .position(is_fit)
                     .or_else(|| self.carriers().position(|carrier| carrier.via() == to.via))
             }
             Via::Relay(_) => self.carriers().position(|carrier| carrier.via() == to.via),
-            // Pairs of one connection's end with another one's are none.
+            // One connection's local end and another connection's remote end do not form a pair.
             Via::Tcp(_) => self.carriers().position(
                 |carrier| matches!(carrier, Carrier::Tcp(tcp) if tcp.remote() == address && carrier.via() == to.via),
             ),
@@ -336,14 +339,15 @@ impl Path {
         }
     }
 
-    /// ICE has nominated `to`: from now on datagrams go there only, and come from there only.
+    /// Connects to `to`, which ICE has nominated. From now on datagrams go there only, and come
+    /// from there only.
     pub fn connect(&mut self, to: FarEnd) {
         let is_nominated = |carrier: &Carrier| match to.via {
             Via::Udp => carrier.is_udp(Family::of(to.address.ip())),
             Via::Tcp(_) | Via::Relay(_) => carrier.via() == to.via,
         };
         if !is_nominated(&self.main) {
-            // Not there any more: what flows goes on where it is.
+            // If the nominated carrier is gone, media stays on the present one.
             let Some(other) = self.spare.iter_mut().find(|carrier| is_nominated(carrier)) else {
                 return;
             };
@@ -357,8 +361,8 @@ impl Path {
         }
     }
 
-    /// The peer is up: what it does not use is closed. Returns the datagrams that those had dropped
-    /// and not told of.
+    /// Closes the carriers that are not used, because the peer is up. Returns the number of
+    /// datagrams that they had dropped and not reported.
     pub fn settle(&mut self) -> u64 {
         let is_settled = match &self.main {
             Carrier::None => false,
@@ -372,7 +376,7 @@ impl Path {
         closed.iter().map(Carrier::untold_drops).sum()
     }
 
-    /// Datagrams may come from everywhere again, on the same port.
+    /// Accepts datagrams from every address again, on the same port.
     pub fn disconnect(&mut self) {
         if let Carrier::Udp(socket) = &mut self.main {
             socket.disconnect();
@@ -393,7 +397,7 @@ impl Path {
 }
 
 impl From<UdpSocket> for Path {
-    /// A socket that [`net::open_media_socket`] opened, on any address.
+    /// Makes a path of a socket that [`net::open_media_socket`] opened, on any address.
     fn from(socket: UdpSocket) -> Path {
         let is_v6 = socket.local_addr().is_ok_and(|address| address.is_ipv6());
         Path {
@@ -423,7 +427,7 @@ impl Carrier {
             Carrier::Udp(socket) => socket.send(to, bytes, segment, segmentation, unsent),
             Carrier::Tcp(connection) => connection.send(bytes, segment, unsent),
             Carrier::Relay(relay) => relay.send(to, bytes, segment, unsent),
-            // Its end was told.
+            // The end of the carrier has been reported.
             Carrier::None => {}
         }
     }
@@ -483,8 +487,9 @@ impl MediaSocket {
         }
     }
 
-    /// The kernel counts buffers. How many datagrams those held that it dropped, nobody knows: they
-    /// are taken to have been like the one that tells of it.
+    /// Returns the number of datagrams dropped since the last report. The kernel counts buffers,
+    /// and it is not known how many datagrams the dropped ones held. They are assumed to be like
+    /// the buffer that carries the report.
     fn dropped_datagrams(&mut self, drops: u32, burst: u32) -> u64 {
         self.burst = burst;
         let more = drops.wrapping_sub(std::mem::replace(&mut self.drops, drops));
@@ -497,8 +502,9 @@ impl MediaSocket {
         })
     }
 
-    /// The kernel takes the port away with the connection, unless somebody asked for that very
-    /// port: it is asked for again, because the other side sends there.
+    /// Disconnects the socket. The kernel releases the port together with the connection, unless
+    /// the port was bound explicitly. So the port is bound again, because the other side sends
+    /// there.
     fn disconnect(&mut self) {
         let Ok(local) = self.socket.local_addr() else {
             return;
@@ -507,31 +513,32 @@ impl MediaSocket {
             return;
         }
         let any = SocketAddr::new(self.family.any_address(), local.port());
-        // Where somebody else has got the port in between, the next send draws another one, and
-        // the other side learns it from our checks.
+        // If another process took the port in between, the next send gets a new one, and the other
+        // side learns it from our checks.
         let _ = rustix::net::bind(&self.socket, &any);
         self.is_connected = false;
     }
 }
 
-/// Datagrams that the kernel did not send, by why.
+/// Numbers of datagrams that the kernel did not send, by cause.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unsent {
-    /// This host had no room for them: the generator's fault.
+    /// This host had no buffer space for them: the generator's fault.
     pub no_room: u64,
-    /// Nothing listens at the other end: told by a send that failed, or by an answer to one that
-    /// left.
+    /// Nothing listens at the other end, as reported by a failed send or by an answer to a sent
+    /// datagram.
     pub refused: u64,
-    /// There is no route, or a host on it cannot be reached.
+    /// There is no route, or a host on the route cannot be reached.
     pub unreachable: u64,
-    /// A firewall of this host does not let them out.
+    /// A firewall of this host blocks them.
     pub blocked: u64,
-    /// Longer than the route carries.
+    /// They are longer than the route can carry.
     pub too_long: u64,
-    /// The route does not go from our address to the other end's, or anything else.
+    /// The route does not lead from our address to the other end's. Any other error counts here
+    /// too.
     pub mismatched: u64,
-    /// A TCP connection took them too slowly, so that too much waited already: the network, or the
-    /// server.
+    /// A TCP connection took them too slowly, so that too much was waiting already: the fault of
+    /// the network or the server.
     pub backlogged: u64,
 }
 
@@ -556,8 +563,8 @@ impl Unsent {
     }
 }
 
-/// What a run's datagrams met that were not sent, in words; `None` where all were sent. Those that
-/// this host had no room for are left out: they make a run INVALID.
+/// Describes why datagrams of a run were not sent; `None` if all were sent. Datagrams that this
+/// host had no buffer space for are left out, because they make a run INVALID.
 pub fn unsent_note(session: &Session) -> Option<String> {
     let kinds = [
         (
@@ -600,26 +607,27 @@ pub fn unsent_note(session: &Session) -> Option<String> {
     ))
 }
 
-/// From which address of this host the server's candidates are reached. One for a run: the kernel
-/// is asked once for each address.
+/// Addresses of this host from which the server's candidates are reached. There is one for a run:
+/// the kernel is asked once for each address.
 #[derive(Default)]
 pub struct Routes(Mutex<KnownRoutes>);
 
 #[derive(Default)]
 struct KnownRoutes {
     sources: HashMap<IpAddr, IpAddr>,
-    /// Our address towards the candidates that were offered last.
+    /// Our address towards the last offered candidates.
     usual: Option<IpAddr>,
 }
 
-/// A cluster has some dozens of addresses. What a server invents beyond that is looked up anew.
+/// Maximum number of known routes. A cluster has some dozens of addresses. Addresses that a server
+/// invents beyond this limit are looked up each time.
 const ROUTES_MAX: usize = 1_024;
 
 impl Routes {
-    /// Our address on the route to `remote`.
+    /// Returns our address on the route to `remote`.
     ///
     /// # Errors
-    /// The kernel has no route.
+    /// If the kernel has no route.
     pub fn source(&self, remote: SocketAddr) -> io::Result<IpAddr> {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(source) = known.sources.get(&remote.ip()) {
@@ -632,8 +640,8 @@ impl Routes {
         Ok(source)
     }
 
-    /// What to offer before the server has offered anything: our address towards its media, as far
-    /// as somebody has learnt it; else the one towards its signalling.
+    /// Returns the address to offer before the server has offered anything: our address towards its
+    /// media, if it is known already, else the one towards its signalling.
     pub fn usual(&self, signalling: IpAddr) -> IpAddr {
         let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         known.usual.unwrap_or(signalling)
@@ -645,7 +653,8 @@ impl Routes {
     }
 }
 
-/// Connecting a UDP socket sends nothing: the kernel looks the route up.
+/// Returns our address on the route to `remote`. Connecting a UDP socket sends nothing; the kernel
+/// only looks up the route.
 fn source_towards(remote: SocketAddr) -> io::Result<IpAddr> {
     let socket = UdpSocket::bind((Family::of(remote.ip()).any_address(), 0))?;
     socket.connect(remote)?;
@@ -716,20 +725,20 @@ mod tests {
             heard(socket);
         }
         path.connect(four_at.into());
-        // A check of the other family's pair still finds its way.
+        // A check of the other family's pair still arrives.
         check(&mut path, six_at);
         heard(&six);
         assert_eq!(path.settle(), 0);
         assert_eq!(path.descriptors().count(), 1);
         send(&mut path, four_at);
         heard(&four);
-        // A later nomination that has no socket changes nothing.
+        // A later nomination without a socket changes nothing.
         path.connect(six_at.into());
         send(&mut path, four_at);
         heard(&four);
     }
 
-    /// Our end of a TCP connection as a path, its address, and the other end.
+    /// Returns our end of a TCP connection as a path, its address, and the other end.
     fn tcp_path() -> (Path, FarEnd, TcpStream) {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
@@ -749,7 +758,7 @@ mod tests {
 
     #[test]
     fn udp_and_tcp_are_tried_side_by_side_and_the_nominated_one_stays() {
-        // The same number may be a port of both.
+        // UDP and TCP may have the same port number.
         let (udp, udp_at) = listener("127.0.0.1:0");
         let (tcp, by_tcp, mut theirs) = tcp_path();
         let mut path = Path::open_udp(Family::V4, BUFFER).unwrap();
@@ -766,7 +775,7 @@ mod tests {
         check(&mut path, elsewhere);
         path.connect(by_tcp);
         assert_eq!(path.via(Lane::Main), by_tcp.via);
-        // A check of the other pair still finds its way.
+        // A check of the other pair still arrives.
         check(&mut path, udp_at);
         heard(&udp);
         path.settle();

@@ -1,8 +1,8 @@
-//! Datagrams through a relay (TURN, RFC 8656), as ChannelData (section 12.4) alone: four bytes
-//! before each.
+//! Datagrams through a relay (TURN, RFC 8656). Only ChannelData (section 12.4) is used, which puts
+//! four bytes before each datagram.
 //!
-//! The protocol is not spoken here. Signalling makes the allocation and keeps it
-//! (`signal::turn`); what the relay says of it comes in by the same socket and is handed over.
+//! The TURN protocol itself is not implemented here. Signalling makes the allocation and keeps it
+//! (`signal::turn`). The relay's messages about it arrive on the same socket and are handed over.
 
 use std::io::{self, IoSlice};
 use std::net::{SocketAddr, UdpSocket};
@@ -15,25 +15,25 @@ use super::Unsent;
 use super::relay_stream::{CHANNEL_HEAD_BYTES, RelayStream};
 use crate::net::{self, ReceiveBatch};
 
-/// Peers of one allocation: the server's candidates.
+/// Maximum number of peers of one allocation: the server's candidates.
 const CHANNELS_MAX: usize = 16;
 
-/// What leads to a relay.
+/// Connection to a relay.
 pub enum RelayLink {
-    /// Of [`net::open_relay_socket`], and connected to the relay.
+    /// A socket made by [`net::open_relay_socket`] and connected to the relay.
     Udp(UdpSocket),
     Stream(Box<RelayStream>),
 }
 
-/// One allocation.
+/// One allocation at a relay.
 pub struct RelayCarrier {
     link: RelayLink,
     /// Our address at the relay.
     relayed: SocketAddr,
     channels: Vec<RelayChannel>,
-    /// Buffers that the kernel has dropped so far.
+    /// Number of buffers that the kernel has dropped so far.
     drops: u32,
-    /// STUN messages of the relay, for whoever keeps the allocation.
+    /// Receiver of the relay's STUN messages: the task that keeps the allocation.
     control: mpsc::Sender<Vec<u8>>,
 }
 
@@ -57,7 +57,7 @@ impl RelayCarrier {
         }
     }
 
-    /// What to look at for datagrams.
+    /// Returns the descriptor to poll for datagrams.
     pub fn descriptor(&self) -> RawFd {
         match &self.link {
             RelayLink::Udp(socket) => socket.as_raw_fd(),
@@ -65,7 +65,7 @@ impl RelayCarrier {
         }
     }
 
-    /// Our address on the way to the relay.
+    /// Returns our address on the connection to the relay.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         match &self.link {
             RelayLink::Udp(socket) => socket.local_addr(),
@@ -77,7 +77,7 @@ impl RelayCarrier {
         matches!(self.link, RelayLink::Stream(_))
     }
 
-    /// Whether what led to the relay has come to its end. A socket has none.
+    /// Whether the connection to the relay has ended. A UDP socket does not end.
     pub fn is_over(&self) -> bool {
         matches!(&self.link, RelayLink::Stream(stream) if stream.is_over())
     }
@@ -86,7 +86,7 @@ impl RelayCarrier {
         self.relayed
     }
 
-    /// What is for `peer`, and comes from it, goes by this channel.
+    /// Binds a channel: datagrams to and from `peer` use it.
     pub fn bind(&mut self, peer: SocketAddr, number: u16) {
         self.channels.retain(|channel| channel.peer != peer);
         if self.channels.len() < CHANNELS_MAX {
@@ -94,12 +94,12 @@ impl RelayCarrier {
         }
     }
 
-    /// Datagrams that the kernel says it dropped since it said so last.
+    /// Returns the number of datagrams that the kernel has dropped since its last report.
     pub fn dropped_datagrams(&mut self, drops: u32) -> u64 {
         u64::from(drops.wrapping_sub(std::mem::replace(&mut self.drops, drops)))
     }
 
-    /// Drops that no datagram has told of.
+    /// Returns the drops that no datagram has reported.
     pub fn untold_drops(&self) -> u64 {
         let RelayLink::Udp(socket) = &self.link else {
             return 0;
@@ -107,7 +107,8 @@ impl RelayCarrier {
         net::socket_drops(socket).map_or(0, |drops| u64::from(drops.wrapping_sub(self.drops)))
     }
 
-    /// Takes what has come, as [`ReceiveBatch::receive`]: from the peers, without the head.
+    /// Receives what has arrived, as [`ReceiveBatch::receive`]: datagrams of the peers, without the
+    /// head.
     pub fn receive(&mut self, batch: &mut ReceiveBatch) -> io::Result<usize> {
         match &mut self.link {
             RelayLink::Udp(socket) => batch.receive(socket)?,
@@ -116,11 +117,11 @@ impl RelayCarrier {
         Ok(batch.unwrap_each(|bytes| self.unwrap(bytes)))
     }
 
-    /// Where in `bytes` a peer's datagram lies, and whose it is.
+    /// Returns the range of a peer's datagram in `bytes`, and the peer's address.
     fn unwrap(&self, bytes: &[u8]) -> Option<(Range<usize>, SocketAddr)> {
         let [first, second, high, low] = *bytes.first_chunk::<CHANNEL_HEAD_BYTES>()?;
         if first >> 6 == 0 {
-            // The relay repeats what finds no room.
+            // If there is no room, the message is dropped: the relay repeats it.
             let _ = self.control.try_send(bytes.to_vec());
             return None;
         }
@@ -133,7 +134,8 @@ impl RelayCarrier {
         (end <= bytes.len()).then_some((CHANNEL_HEAD_BYTES..end, channel.peer))
     }
 
-    /// Sends `bytes` to a peer as datagrams of `segment` bytes; nowhere, where it has no channel.
+    /// Sends `bytes` to a peer as datagrams of `segment` bytes. If the peer has no channel, nothing
+    /// is sent.
     pub fn send(&mut self, to: SocketAddr, bytes: &[u8], segment: usize, unsent: &mut Unsent) {
         let Some(channel) = self.channels.iter().find(|channel| channel.peer == to) else {
             return;
@@ -149,7 +151,7 @@ impl RelayCarrier {
                         unsent.count(&error, 1);
                     }
                 }
-                // Told by the end of the stream, not by each datagram after it.
+                // The end of the stream is reported once, not for each datagram after it.
                 RelayLink::Stream(stream) => {
                     unsent.backlogged +=
                         u64::from(!stream.is_over() && !stream.push(&head, datagram));
@@ -161,7 +163,7 @@ impl RelayCarrier {
         }
     }
 
-    /// Sends a message of whoever keeps the allocation.
+    /// Sends a message of the task that keeps the allocation.
     pub fn send_control(&mut self, message: &[u8], unsent: &mut Unsent) {
         match &mut self.link {
             RelayLink::Udp(socket) => {
@@ -209,7 +211,7 @@ mod tests {
             let len = relay.recv(&mut bytes).unwrap();
             assert_eq!(bytes[..len], [&[0x40, 1, 0, 3], &expected[..]].concat());
         }
-        // Padded to four bytes, as over TCP; of an unknown channel; too short; cut off; STUN.
+        // Cases: padded to four bytes, as over TCP; an unknown channel; too short; cut off; STUN.
         let stun = [&[1, 1, 0, 0][..], &[7; 16]].concat();
         for datagram in [
             &b"\x40\x01\x00\x05hello\0\0\0"[..],

@@ -1,8 +1,8 @@
-//! The connection to a relay that is reached over TCP, or over TLS: what has a length of its own
-//! lies in it one behind the other (RFC 8656, section 12.5).
+//! Connection to a relay over TCP or TLS. Messages that carry their own length follow each other in
+//! the stream (RFC 8656, section 12.5).
 //!
-//! The connection is open, and the allocation made, before it becomes part of a path. TLS is
-//! rustls's, which allocates a buffer for each record: the one exception on the packet path.
+//! The connection is open, and the allocation made, before it becomes part of a path. TLS is by
+//! rustls, which allocates a buffer for each record: the one exception on the packet path.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -12,22 +12,23 @@ use rustls::ClientConnection;
 use super::stream::{Backlog, is_passing};
 use crate::net::{FramePlace, ReceiveBatch, StreamRest};
 
-/// Before the data of a channel: its number, and a length.
+/// Size of the head before channel data: channel number and length.
 pub const CHANNEL_HEAD_BYTES: usize = 4;
-/// Before the attributes of a STUN message, which have their length in bytes 2 and 3.
+/// Size of the head before the attributes of a STUN message. Its bytes 2 and 3 hold the length of
+/// the attributes.
 const STUN_HEAD_BYTES: usize = 20;
-/// The longest frame: what a datagram is, and its head and filling.
+/// Maximum size of a frame: a datagram with its head and padding.
 const FRAME_BYTES_MAX: usize = 2_048;
-/// What waits for the kernel, as in `stream`.
+/// Maximum number of bytes that wait for the kernel, as in `stream`.
 const SEALED_BYTES_MAX: usize = 1 << 16;
-/// A record's head, its type, and the tag of the cipher (RFC 8446, section 5.2).
+/// Overhead of a record: its head, its type, and the tag of the cipher (RFC 8446, section 5.2).
 const RECORD_BYTES: usize = 5 + 1 + 16;
 
-/// What a relay's stream is opened as.
+/// An open stream to a relay.
 pub struct RelayStream {
     stream: TcpStream,
     remote: SocketAddr,
-    /// What of a frame has not come whole.
+    /// An incomplete frame.
     rest: StreamRest,
     seal: RelaySeal,
     is_over: bool,
@@ -37,17 +38,16 @@ enum RelaySeal {
     Plain(Backlog),
     Tls {
         connection: Box<ClientConnection>,
-        /// About so many bytes of records wait in it.
+        /// Approximate number of bytes of records that wait in the connection.
         waiting: usize,
     },
 }
 
 impl RelayStream {
-    /// Takes a connection that is open, with TLS where there is some, and what has been read of it
-    /// already.
+    /// Takes an open connection, with TLS if it has any, and what has already been read from it.
     ///
     /// # Errors
-    /// Where it is not open any more, or more has been read than one frame.
+    /// If the connection is not open any more, or if more than one frame has been read.
     pub fn new(
         stream: TcpStream,
         tls: Option<Box<ClientConnection>>,
@@ -58,7 +58,7 @@ impl RelayStream {
         let seal = match tls {
             None => RelaySeal::Plain(Backlog::default()),
             Some(mut connection) => {
-                // Bounded here, by whole frames.
+                // The limit is enforced here, in whole frames.
                 connection.set_buffer_limit(None);
                 RelaySeal::Tls {
                     connection,
@@ -83,7 +83,7 @@ impl RelayStream {
         self.is_over
     }
 
-    /// Takes what has come as whole frames, heads included, and sends on what has waited.
+    /// Receives what has arrived as whole frames, heads included, and sends on what has waited.
     pub fn receive(&mut self, batch: &mut ReceiveBatch) -> io::Result<usize> {
         self.flush();
         let (remote, rest) = (self.remote, &mut self.rest);
@@ -105,8 +105,8 @@ impl RelayStream {
         received
     }
 
-    /// A frame leaves with the next [`RelayStream::flush`]; false where too much waits already.
-    /// `parts` are its head and its body; it is filled up to a multiple of four bytes.
+    /// Adds a frame, which is sent with the next [`RelayStream::flush`]. Returns false if too much
+    /// waits already. The frame is `head` and `body`, padded to a multiple of four bytes.
     pub fn push(&mut self, head: &[u8], body: &[u8]) -> bool {
         let len = head.len() + body.len();
         let pad = len.next_multiple_of(4) - len;
@@ -123,7 +123,7 @@ impl RelayStream {
                 if *waiting + padded + RECORD_BYTES > SEALED_BYTES_MAX {
                     return false;
                 }
-                // A frame is a record, as with clients.
+                // One frame is one record, as with clients.
                 let mut frame = [0; FRAME_BYTES_MAX];
                 frame[..head.len()].copy_from_slice(head);
                 frame[head.len()..len].copy_from_slice(body);
@@ -133,7 +133,7 @@ impl RelayStream {
         }
     }
 
-    /// Gives the kernel what it takes.
+    /// Writes to the kernel as much as it takes.
     pub fn flush(&mut self) {
         while !self.is_over {
             let written = match &mut self.seal {
@@ -163,8 +163,8 @@ impl RelayStream {
     }
 }
 
-/// How the next frame lies in the stream: a channel's data or a STUN message, whole with its head.
-/// `None` where its length has not come.
+/// Returns the position of the next frame in the stream: a channel's data or a STUN message, with
+/// its head. Returns `None` if its length has not arrived.
 fn next_frame(stream: &[u8]) -> Option<FramePlace> {
     let [first, _, high, low] = *stream.first_chunk::<CHANNEL_HEAD_BYTES>()?;
     let len = usize::from(u16::from_be_bytes([high, low]));
@@ -179,7 +179,7 @@ fn next_frame(stream: &[u8]) -> Option<FramePlace> {
     })
 }
 
-/// What comes out of TLS, as much as there is.
+/// Reads as much as TLS has decrypted.
 struct OpenedRecords<'a> {
     stream: &'a TcpStream,
     connection: &'a mut ClientConnection,
@@ -190,14 +190,14 @@ impl Read for OpenedRecords<'_> {
         let mut taken = 0;
         while taken < room.len() {
             let read = match self.connection.reader().read(&mut room[taken..]) {
-                // Nothing is left in it.
+                // Nothing decrypted is left.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.open_more(),
                 read => read.map(|count| (count, count == 0)),
             };
             match read {
                 Ok((_, true)) => break,
                 Ok((count, false)) => taken += count,
-                // Told by the next look, when what came before it has been taken.
+                // The error is returned by the next read, after the data before it has been taken.
                 Err(_) if taken > 0 => break,
                 Err(error) => return Err(error),
             }
@@ -207,7 +207,7 @@ impl Read for OpenedRecords<'_> {
 }
 
 impl OpenedRecords<'_> {
-    /// Nothing yet, and whether that was the end.
+    /// Reads and decrypts more records. Returns no bytes yet, and whether the stream has ended.
     fn open_more(&mut self) -> io::Result<(usize, bool)> {
         let came = self.connection.read_tls(&mut &*self.stream)?;
         self.connection

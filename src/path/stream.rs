@@ -1,10 +1,9 @@
-//! Datagrams over a byte stream: ICE over TCP (RFC 6544), each datagram behind its length in two
-//! bytes (RFC 4571).
+//! Datagrams over a byte stream: ICE over TCP (RFC 6544), with a two-byte length before each
+//! datagram (RFC 4571).
 //!
 //! The connection is open before it becomes part of a path. What the kernel does not take at once
-//! waits in a bounded backlog; beyond that whole datagrams are dropped and counted. A stream that
-//! ended, or that holds something else than datagrams, is over: that is noticed by the next look
-//! at it.
+//! waits in a bounded backlog; beyond it whole datagrams are dropped and counted. A stream that has
+//! ended, or that holds something other than datagrams, is over. The next read or send notices it.
 
 use std::io::{self, IoSlice, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -12,10 +11,10 @@ use std::net::{SocketAddr, TcpStream};
 use super::Unsent;
 use crate::net::{FramePlace, ReceiveBatch, SEGMENTS_MAX, StreamRest};
 
-/// What waits for the kernel: as much as the largest burst of a frame, a quarter of a second of
-/// 2 Mbit/s. What is older than that helps nobody.
+/// Maximum number of bytes that wait for the kernel: the largest burst of a frame, or a quarter of
+/// a second at 2 Mbit/s. Older data is of no use.
 const BACKLOG_BYTES: usize = 1 << 16;
-/// The length before each datagram.
+/// Size of the length before each datagram.
 const HEAD_BYTES: usize = 2;
 
 /// One TCP connection to a candidate of the server.
@@ -23,20 +22,20 @@ pub struct TcpCarrier {
     stream: TcpStream,
     local: SocketAddr,
     remote: SocketAddr,
-    /// The beginning of a datagram that has not come whole.
+    /// The beginning of an incomplete datagram.
     rest: StreamRest,
     backlog: Backlog,
     is_over: bool,
 }
 
 impl TcpCarrier {
-    /// Takes a connection that is open.
+    /// Takes an open connection.
     ///
     /// # Errors
-    /// Where it is not any more.
+    /// If it is not open any more.
     pub fn new(stream: TcpStream) -> io::Result<TcpCarrier> {
         stream.set_nonblocking(true)?;
-        // A datagram that waits for the next one is late.
+        // A datagram must not wait for the next one, because it would be late.
         stream.set_nodelay(true)?;
         Ok(TcpCarrier {
             local: stream.local_addr()?,
@@ -64,7 +63,8 @@ impl TcpCarrier {
         self.is_over
     }
 
-    /// Takes what has come, as [`ReceiveBatch::receive_framed`], and sends on what has waited.
+    /// Receives what has arrived, as [`ReceiveBatch::receive_framed`], and sends on what has
+    /// waited.
     pub fn receive(&mut self, batch: &mut ReceiveBatch) -> io::Result<usize> {
         self.flush();
         let received = batch.receive_framed(
@@ -84,7 +84,7 @@ impl TcpCarrier {
         if !self.backlog.is_empty() {
             self.flush();
         }
-        // Told by the end of the stream, not by each datagram after it.
+        // The end of the stream is reported once, not for each datagram after it.
         if self.is_over {
             return;
         }
@@ -107,7 +107,7 @@ impl TcpCarrier {
                 }
             }
         }
-        // What the kernel took of a datagram commits us to the rest of it.
+        // If the kernel took a part of a datagram, the rest must follow.
         for datagram in bytes.chunks(segment) {
             let framed = HEAD_BYTES + datagram.len();
             if taken >= framed {
@@ -129,7 +129,7 @@ impl TcpCarrier {
     }
 }
 
-/// One call for a burst. Says how many bytes of the frames the kernel took.
+/// Writes a burst with one call. Returns how many bytes of the frames the kernel took.
 fn write_framed(mut stream: &TcpStream, bytes: &[u8], segment: usize) -> io::Result<usize> {
     if bytes.len() <= segment {
         let head = (bytes.len() as u16).to_be_bytes();
@@ -156,7 +156,7 @@ fn write_framed(mut stream: &TcpStream, bytes: &[u8], segment: usize) -> io::Res
     stream.write_vectored(&slices[..used])
 }
 
-/// Errors that say nothing of the connection.
+/// Whether an error says nothing about the connection.
 pub(super) fn is_passing(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -164,7 +164,7 @@ pub(super) fn is_passing(error: &io::Error) -> bool {
     )
 }
 
-/// Bytes that the kernel has no room for.
+/// Bytes that wait until the kernel has room.
 pub(super) struct Backlog {
     bytes: Box<[u8]>,
     start: usize,
@@ -197,8 +197,9 @@ impl Backlog {
         }
     }
 
-    /// Takes a datagram and its length, without the first `sent` bytes of both; false where there
-    /// is no room. One that has begun finds room: nothing waits before it.
+    /// Takes a datagram and its length, without the first `sent` bytes of both. Returns false if
+    /// there is no room. A datagram that has been sent in part always has room, because nothing
+    /// waits before it.
     fn push(&mut self, datagram: &[u8], sent: usize) -> bool {
         let head = (datagram.len() as u16).to_be_bytes();
         self.push_parts(&[
@@ -207,7 +208,7 @@ impl Backlog {
         ])
     }
 
-    /// Takes these one behind the other, or says that there is no room.
+    /// Takes these parts one after the other. Returns false if there is no room.
     pub(super) fn push_parts(&mut self, parts: &[&[u8]]) -> bool {
         let len: usize = parts.iter().map(|part| part.len()).sum();
         if self.end + len > self.bytes.len() {
@@ -233,7 +234,7 @@ mod tests {
 
     use super::*;
 
-    /// Our end and the other one.
+    /// Returns our end of a connection, and the other end.
     fn connected() -> (TcpCarrier, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let ours = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -244,7 +245,7 @@ mod tests {
         (TcpCarrier::new(ours).unwrap(), theirs)
     }
 
-    /// Looks until something comes or the stream is over.
+    /// Reads until something arrives or the stream is over.
     fn received(carrier: &mut TcpCarrier, batch: &mut ReceiveBatch) -> io::Result<Vec<Vec<u8>>> {
         let started = Instant::now();
         loop {
@@ -289,7 +290,7 @@ mod tests {
         let (mut carrier, mut theirs) = connected();
         let mut batch = ReceiveBatch::default();
         let long = [7; 1_200];
-        // A frame without a byte is a legal one, and nothing.
+        // An empty frame is legal and has no meaning.
         let bytes = framed(&[b"one", b"", &long, b"three"]);
         for cut in [1, 2, 4, 5, 6, 7, 8, 100, bytes.len() - 1] {
             let mut all = Vec::new();
@@ -340,7 +341,7 @@ mod tests {
         }
         assert_eq!(unsent.backlogged, 100, "of {sent}");
         assert_eq!(unsent.no_room, 0, "that is not this host's fault");
-        // What was taken arrives whole and in order, however little the kernel took at a time.
+        // What was taken arrives complete and in order, however little the kernel took at a time.
         let expected = sent - unsent.backlogged;
         let reader = std::thread::spawn(move || {
             let (mut numbers, mut frame) = (Vec::new(), [0; 1_002]);
