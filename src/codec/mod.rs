@@ -1,9 +1,9 @@
-//! What is to be known of a codec, in one place: its names, its numbers, and how its payloads are
-//! read.
+//! Everything that is specific to a codec, in one place: its names, its numbers, and how its
+//! payloads are read.
 //!
 //! Plan, descriptions, engine, embedded SFU, recorder and report ask a [`Codec`]. Whether something
-//! is audio or video is [`Kind`]'s business: counters by kind, tracks of a kind. A codec is added
-//! here: a variant of [`Codec`], and what the compiler then asks for.
+//! is audio or video is a matter of [`Kind`]: counters by kind, tracks of a kind. A codec is added
+//! here: as a variant of [`Codec`], and by what the compiler then asks for.
 //!
 //! Nothing here allocates. [`Codec::depacketize`] is a `match`, so the packet path calls the
 //! codec's reader directly.
@@ -15,13 +15,13 @@ use crate::measure::Kind;
 use red::RedPayload;
 use vp8::Vp8Descriptor;
 
-/// Media as RTP carries it.
+/// A codec, as RTP carries it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Codec {
     Opus,
-    /// Opus with redundancy (RFC 2198): each packet repeats earlier ones. It always comes with
-    /// plain Opus beside it.
+    /// Opus with redundancy (RFC 2198): each packet repeats earlier ones. It is always offered
+    /// together with plain Opus.
     Red,
     Vp8,
 }
@@ -36,26 +36,26 @@ pub enum RtcpFeedback {
     TransportCc,
 }
 
-/// What one packet's payload says of its frame, whatever the codec.
+/// What one packet's payload says about its frame, whatever the codec.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PayloadInfo {
     /// The packet holds the frame's first bytes.
     pub start: bool,
     /// The packet holds the frame's last bytes.
     pub end: bool,
-    /// The packet starts a frame that needs no other. Always true for audio.
+    /// The packet starts a frame that depends on no other. Always true for audio.
     pub key: bool,
-    /// Nothing depends on the frame.
+    /// No other frame depends on this one.
     pub discardable: bool,
-    /// 0 where the codec has no such layers, or does not say.
+    /// 0 if the codec has no such layers, or does not say.
     pub spatial_layer: u8,
     pub temporal_layer: u8,
-    /// Where the codec's own bytes begin; before them lies the payload descriptor. Of RED: the
+    /// Offset of the codec's own bytes, which follow the payload descriptor. For RED: offset of the
     /// primary block.
     pub body_at: u16,
 }
 
-/// The file format that a track is recorded in.
+/// File format in which a track is recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Container {
     Ogg,
@@ -63,7 +63,7 @@ pub enum Container {
 }
 
 impl Container {
-    /// Of its files.
+    /// Returns the extension of its files.
     pub const fn extension(self) -> &'static str {
         match self {
             Container::Ogg => "ogg",
@@ -75,7 +75,7 @@ impl Container {
 impl Codec {
     pub const ALL: [Codec; 3] = [Codec::Opus, Codec::Red, Codec::Vp8];
 
-    /// What is sent of a kind where nobody asks for another one.
+    /// Returns the codec that is sent of a kind if no other is chosen.
     pub const fn default_of(kind: Kind) -> Codec {
         match kind {
             Kind::Audio => Codec::Opus,
@@ -90,7 +90,7 @@ impl Codec {
         }
     }
 
-    /// As flags and reports name it.
+    /// Returns the name used in flags and reports.
     pub const fn name(self) -> &'static str {
         match self {
             Codec::Opus => "opus",
@@ -99,7 +99,7 @@ impl Codec {
         }
     }
 
-    /// As LiveKit names it: `TrackInfo.mime_type`, and the list of enabled codecs.
+    /// Returns LiveKit's name: `TrackInfo.mime_type`, and the list of enabled codecs.
     pub const fn mime(self) -> &'static str {
         match self {
             Codec::Opus => "audio/opus",
@@ -108,7 +108,7 @@ impl Codec {
         }
     }
 
-    /// What `a=rtpmap` says of it in our offers.
+    /// Returns its `a=rtpmap` text in our offers.
     pub const fn rtpmap(self) -> &'static str {
         match self {
             Codec::Opus => "opus/48000/2",
@@ -117,17 +117,17 @@ impl Codec {
         }
     }
 
-    /// What `a=fmtp` says of it in our offers; empty for nothing.
+    /// Returns its `a=fmtp` text in our offers; empty for none.
     pub const fn fmtp(self) -> &'static str {
         match self {
             Codec::Opus => "minptime=10;useinbandfec=1",
-            // The payload type of the primary block, and of a redundant one.
+            // The payload types of the primary block and of a redundant one.
             Codec::Red => "111/111",
             Codec::Vp8 => "",
         }
     }
 
-    /// The codec of a name in `a=rtpmap`, in any case, with this clock rate.
+    /// Returns the codec with this name in `a=rtpmap`, in any letter case, and this clock rate.
     pub fn from_rtpmap(name: &str, clock_rate: u32) -> Option<Codec> {
         Codec::ALL.into_iter().find(|codec| {
             let known = codec.rtpmap().split('/').next().unwrap_or_default();
@@ -135,7 +135,7 @@ impl Codec {
         })
     }
 
-    /// Of its RTP time.
+    /// Returns the clock rate of its RTP time.
     pub const fn clock_rate(self) -> u32 {
         match self {
             Codec::Opus | Codec::Red => 48_000,
@@ -143,7 +143,7 @@ impl Codec {
         }
     }
 
-    /// In our own offers; browsers have the same for audio.
+    /// Returns its payload type in our own offers. Browsers use the same for audio.
     pub const fn payload_type(self) -> u8 {
         match self {
             Codec::Opus => 111,
@@ -152,8 +152,8 @@ impl Codec {
         }
     }
 
-    /// The payload type of its retransmissions in our own offers; `None` where the original packets
-    /// are repeated.
+    /// Returns the payload type of its retransmissions in our own offers; `None` if the original
+    /// packets are repeated.
     pub const fn rtx_payload_type(self) -> Option<u8> {
         match self {
             Codec::Opus | Codec::Red => None,
@@ -165,7 +165,7 @@ impl Codec {
         self.rtx_payload_type().is_some()
     }
 
-    /// The messages that make sense about it.
+    /// Returns the feedback messages that apply to it.
     pub const fn feedback(self) -> &'static [RtcpFeedback] {
         match self {
             Codec::Opus | Codec::Red => &[RtcpFeedback::Nack, RtcpFeedback::TransportCc],
@@ -173,7 +173,7 @@ impl Codec {
         }
     }
 
-    /// The codec that it wraps, which its section offers beside it.
+    /// Returns the codec that it wraps, which its section offers as well.
     pub const fn wrapped(self) -> Option<Codec> {
         match self {
             Codec::Opus | Codec::Vp8 => None,
@@ -181,7 +181,7 @@ impl Codec {
         }
     }
 
-    /// A receiver can begin with any packet, and needs no key frame.
+    /// Whether a receiver can begin with any packet, and needs no key frame.
     pub const fn begins_anywhere(self) -> bool {
         match self {
             Codec::Opus | Codec::Red => true,
@@ -189,7 +189,7 @@ impl Codec {
         }
     }
 
-    /// What the recorder writes it to.
+    /// Returns the file format in which it is recorded.
     pub const fn container(self) -> Container {
         match self {
             Codec::Opus | Codec::Red => Container::Ogg,
@@ -197,8 +197,9 @@ impl Codec {
         }
     }
 
-    /// Reads what a payload says of its frame; `marker` is the RTP header's bit. `None` for a
-    /// payload without any of the codec's bytes (padding), or one that is none of this codec.
+    /// Reads what a payload says about its frame. `marker` is the RTP header's marker bit. Returns
+    /// `None` for a payload without any of the codec's bytes (padding), or one that is not of this
+    /// codec.
     #[inline]
     pub fn depacketize(self, payload: &[u8], marker: bool) -> Option<PayloadInfo> {
         match self {
@@ -224,7 +225,7 @@ impl Codec {
 }
 
 impl PayloadInfo {
-    /// A packet that is a frame, as audio's are.
+    /// Describes a packet that is a whole frame, as in audio.
     const fn whole_frame(body_at: u16) -> PayloadInfo {
         PayloadInfo {
             start: true,
@@ -247,7 +248,7 @@ impl RtcpFeedback {
         RtcpFeedback::TransportCc,
     ];
 
-    /// As `a=rtcp-fb` has it.
+    /// Returns the text used in `a=rtcp-fb`.
     pub const fn as_str(self) -> &'static str {
         match self {
             RtcpFeedback::Nack => "nack",
@@ -265,14 +266,14 @@ impl RtcpFeedback {
     }
 }
 
-/// Which payload types of a stream carry which codec. A stream may mix them: RED's sender sends
-/// plain Opus where a packet is too long to be repeated.
+/// Payload types of a stream, and the codec of each. A stream may mix them: the sender of RED sends
+/// plain Opus if a packet is too long to be repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PayloadTypes {
-    /// The codec that the section prefers.
+    /// The codec that the section prefers (`codec`), and its payload type.
     pub codec: Codec,
     pub payload_type: u8,
-    /// The codec that it wraps, which may come by itself.
+    /// Payload type of the codec that it wraps, which may be sent by itself.
     pub wrapped: Option<u8>,
 }
 
@@ -291,7 +292,7 @@ impl PayloadTypes {
         self.payload_type == payload_type || self.wrapped == Some(payload_type)
     }
 
-    /// The payload type that carries the codec without what wraps it.
+    /// Returns the payload type that carries the codec without its wrapping.
     pub const fn plain_payload_type(&self) -> u8 {
         match self.wrapped {
             Some(wrapped) => wrapped,
@@ -299,7 +300,7 @@ impl PayloadTypes {
         }
     }
 
-    /// The same section without the codec that wraps another.
+    /// Returns the same section without the codec that wraps another.
     pub fn plain(&self) -> PayloadTypes {
         PayloadTypes::of(
             self.codec.wrapped().unwrap_or(self.codec),
@@ -307,8 +308,8 @@ impl PayloadTypes {
         )
     }
 
-    /// The codec of a packet. One with a payload type that nobody named is taken for the preferred
-    /// codec's.
+    /// Returns the codec of a packet. An unknown payload type counts as that of the preferred
+    /// codec.
     #[inline]
     pub fn codec_of(&self, payload_type: u8) -> Codec {
         if self.wrapped == Some(payload_type) {
@@ -351,8 +352,8 @@ mod tests {
         assert!(opus.start && opus.end && opus.key && opus.body_at == 0);
         let red = [0xEF, 0x0F, 0x00, 0x02, 0x6F, 1, 2, 3, 4];
         assert_eq!(Codec::Red.depacketize(&red, false).unwrap().body_at, 7);
-        // S and PID 0, with a picture id of 15 bits and temporal layer 2; then a key frame's first
-        // byte.
+        // S and PID 0, with a picture id of 15 bits and temporal layer 2. Then the first byte of a
+        // key frame.
         let vp8 = [0xB0, 0xA0, 0x81, 0x00, 0x80, 0x10];
         let info = Codec::Vp8.depacketize(&vp8, true).unwrap();
         assert_eq!(

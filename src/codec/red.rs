@@ -1,39 +1,40 @@
 //! Redundant audio (RFC 2198): the payload repeats earlier packets beside its own.
 //!
-//! A payload is a row of headers, then a row of blocks. The last block is the *primary*: what the
-//! packet would hold without redundancy. The blocks before it are older packets, oldest first.
+//! A payload is a sequence of headers, then a sequence of blocks. The last block is the *primary*:
+//! what the packet would hold without redundancy. The blocks before it are older packets, oldest
+//! first.
 
-/// Redundant blocks that a publisher of ours writes at most. libwebrtc writes one by default;
-/// LiveKit's server, where it makes RED of plain Opus, two.
+/// Maximum number of redundant blocks that our publishers write. libwebrtc writes one by default;
+/// LiveKit's server writes two when it converts plain Opus to RED.
 pub const DISTANCE_MAX: usize = 2;
 
-/// libwebrtc splits a payload into no more blocks than these.
+/// Maximum number of blocks in a payload. libwebrtc splits a payload into no more.
 const BLOCKS_MAX: usize = 32;
 
-/// The header of a redundant block: F bit, payload type, 14 bits of timestamp offset, 10 bits of
-/// length.
+/// Size of the header of a redundant block: F bit, payload type, 14 bits of timestamp offset, 10
+/// bits of length.
 const HEADER_LEN: usize = 4;
-/// The header of the primary: F bit (clear) and payload type.
+/// Size of the header of the primary: F bit (clear) and payload type.
 const PRIMARY_HEADER_LEN: usize = 1;
 const FOLLOWS: u8 = 0x80;
 const PAYLOAD_TYPE: u8 = 0x7F;
 const RTP_OFFSET_BITS: u32 = 14;
 const LEN_BITS: u32 = 10;
 
-/// One RED payload. Every length in it has been checked.
+/// One RED payload. All its lengths have been checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RedPayload<'a> {
     headers: &'a [u8],
     redundant: &'a [u8],
-    /// The payload type of the primary block.
+    /// Payload type of the primary block.
     pub payload_type: u8,
     pub primary: &'a [u8],
 }
 
-/// An earlier packet's payload, repeated.
+/// The repeated payload of an earlier packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RedundantBlock<'a> {
-    /// How many packets before the primary: 1 is the one right before it.
+    /// How many packets before the primary: 1 is the packet right before it.
     pub distance: u8,
     pub payload_type: u8,
     /// By how much its timestamp is lower than the packet's.
@@ -43,7 +44,8 @@ pub struct RedundantBlock<'a> {
 }
 
 impl<'a> RedPayload<'a> {
-    /// `None` where a header or a block is cut short, or there are more than 32 blocks.
+    /// Parses a payload. Returns `None` if a header or a block is cut short, or if there are more
+    /// than 32 blocks.
     pub fn parse(payload: &'a [u8]) -> Option<RedPayload<'a>> {
         let (mut at, mut redundant_len) = (0, 0);
         while payload.get(at)? & FOLLOWS != 0 {
@@ -65,7 +67,7 @@ impl<'a> RedPayload<'a> {
         })
     }
 
-    /// The repeated packets, oldest first. Empty blocks say nothing and are left out.
+    /// Returns the repeated packets, oldest first. Empty blocks carry nothing and are left out.
     pub fn redundant(&self) -> impl Iterator<Item = RedundantBlock<'a>> + use<'a> {
         let (headers, _) = self.headers.as_chunks::<HEADER_LEN>();
         let mut rest = self.redundant;
@@ -86,7 +88,7 @@ impl<'a> RedPayload<'a> {
             .filter(|block| !block.payload.is_empty())
     }
 
-    /// Bytes before the primary block.
+    /// Returns the number of bytes before the primary block.
     pub fn primary_at(&self) -> usize {
         self.headers.len() + PRIMARY_HEADER_LEN + self.redundant.len()
     }
@@ -100,19 +102,19 @@ fn rtp_offset(header: &[u8; HEADER_LEN]) -> u32 {
     u32::from_be_bytes([0, header[1], header[2], header[3]]) >> LEN_BITS
 }
 
-/// Whether a block of `len` bytes, `rtp_offset` ticks older than its packet, can be said in a
-/// header.
+/// Whether a header can describe a block of `len` bytes that is `rtp_offset` ticks older than its
+/// packet.
 pub const fn fits(rtp_offset: u32, len: usize) -> bool {
     rtp_offset < 1 << RTP_OFFSET_BITS && len < 1 << LEN_BITS
 }
 
-/// Bytes of headers in front of so many redundant blocks and the primary.
+/// Returns the number of header bytes in front of `redundant` redundant blocks and the primary.
 pub const fn headers_len(redundant: usize) -> usize {
     redundant * HEADER_LEN + PRIMARY_HEADER_LEN
 }
 
-/// Writes the headers for `redundant`, the RTP offset and length of each block, oldest first, and
-/// returns their length. `None` without room, or where a block does not fit ([`fits`]).
+/// Writes the headers for `redundant`, the RTP offset and length of each block, oldest first.
+/// Returns their length, or `None` if there is no room or a block does not fit ([`fits`]).
 pub fn write_headers(
     out: &mut [u8],
     payload_type: u8,
@@ -133,7 +135,7 @@ pub fn write_headers(
     Some(len)
 }
 
-/// Gives every block of a payload that [`RedPayload::parse`] takes this payload type.
+/// Sets the payload type of every block in a payload that [`RedPayload::parse`] accepts.
 pub fn set_payload_types(payload: &mut [u8], payload_type: u8) {
     let mut at = 0;
     while let Some(first) = payload.get_mut(at) {
@@ -187,7 +189,7 @@ mod tests {
 
     #[test]
     fn the_bytes_are_those_of_libwebrtc() {
-        // One redundant block of 2 bytes, 960 ticks older, payload type 111; then the primary of 3
+        // One redundant block of 2 bytes, 960 ticks older, payload type 111. Then the primary of 3
         // bytes.
         assert_eq!(
             written(111, &[(960, &[1, 2])], &[3, 4, 5]),
@@ -253,7 +255,7 @@ mod tests {
         for _ in 0..200_000 {
             let len = random.below(200) as usize;
             let mut payload: Vec<u8> = (0..len).map(|_| random.draw() as u8).collect();
-            // Short lengths, so that many are whole.
+            // Short lengths, so that many payloads are complete.
             for at in (0..len.saturating_sub(3)).step_by(4).take(3) {
                 payload[at + 2] &= 0xFC;
                 payload[at + 3] &= 0x0F;

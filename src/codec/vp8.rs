@@ -13,7 +13,7 @@ pub struct Vp8Descriptor {
     pub tl0_pic_idx: Option<u8>,
     /// TID, 2 bits.
     pub tid: Option<u8>,
-    /// Y: the frame depends on the base layer only. Means something with a `tid` only.
+    /// Y: the frame depends on the base layer only. Meaningful only with a `tid`.
     pub layer_sync: bool,
     /// KEYIDX, 5 bits.
     pub key_idx: Option<u8>,
@@ -38,11 +38,11 @@ impl PictureId {
 }
 
 impl Vp8Descriptor {
-    /// The longest form.
+    /// Length of the longest form.
     pub const MAX_LEN: usize = 6;
 
-    /// Reads the descriptor at the front of an RTP payload; with it comes its length, where the VP8
-    /// data starts.
+    /// Reads the descriptor at the front of an RTP payload. Returns it with its length, which is
+    /// where the VP8 data starts.
     pub fn parse(payload: &[u8]) -> Option<(Vp8Descriptor, usize)> {
         let mut reader = Reader { payload, len: 0 };
         let required = reader.byte()?;
@@ -68,8 +68,8 @@ impl Vp8Descriptor {
         Some((descriptor, reader.len))
     }
 
-    /// Writes the shortest form that holds every field and returns its length; `None` without room,
-    /// or if a field exceeds its width.
+    /// Writes the shortest form that holds every field. Returns its length; `None` if there is no
+    /// room or a field exceeds its width.
     pub fn write(&self, out: &mut [u8]) -> Option<usize> {
         let mut form = [0; Vp8Descriptor::MAX_LEN];
         let len = self.encode(&mut form)?;
@@ -77,7 +77,7 @@ impl Vp8Descriptor {
         Some(len)
     }
 
-    /// Whether this packet holds the first bytes of a key frame; `vp8` is what follows the
+    /// Whether this packet holds the first bytes of a key frame. `vp8` is what follows the
     /// descriptor.
     pub fn starts_key_frame(&self, vp8: &[u8]) -> bool {
         self.starts_frame() && is_key_frame(vp8)
@@ -136,8 +136,8 @@ pub fn is_key_frame(vp8: &[u8]) -> bool {
     vp8.first().is_some_and(|first| first & 1 == 0)
 }
 
-/// Width and height in pixels from the start of a key frame (RFC 6386, section 9.1); `None` if it
-/// is none.
+/// Reads width and height in pixels from the start of a key frame (RFC 6386, section 9.1). Returns
+/// `None` if it is not a key frame.
 pub fn key_frame_size(vp8: &[u8]) -> Option<(u16, u16)> {
     let [first, _, _, 0x9D, 0x01, 0x2A, w0, w1, h0, h1] = *vp8.first_chunk()? else {
         return None;
