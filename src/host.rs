@@ -1,9 +1,8 @@
-//! What this host says of itself: who waited for a CPU, who was throttled, and where datagrams were
-//! dropped.
+//! Health of this host: who waited for a CPU, who was throttled, and where datagrams were dropped.
 //!
-//! Text of `/proc` and of control groups goes through pure functions; [`HostSnapshot::read`] is the
-//! edge. Read once a second, never by a thread that carries media. What the kernel does not tell is
-//! `None`.
+//! The text of `/proc` and of control groups is parsed by pure functions; [`HostSnapshot::read`]
+//! does the reading. It is called once a second, never by a thread that carries media. A figure
+//! that the kernel does not provide is `None`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,31 +12,32 @@ use std::time::Duration;
 use crate::measure::second::HostDrops;
 use crate::net;
 
-/// Cumulative readings of one moment.
+/// Cumulative readings at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct HostSnapshot {
     /// By thread id.
     pub threads: BTreeMap<u32, Thread>,
-    /// Time that the hypervisor gave to others while a CPU of ours had work, over all CPUs.
+    /// Time that the hypervisor gave to others while one of our CPUs had work, summed over all
+    /// CPUs.
     pub stolen: Option<Duration>,
     pub throttling: Option<Throttling>,
-    /// `sockets` is not the kernel's to say: it is `None` here.
+    /// The kernel does not provide `sockets`: it is `None` here.
     pub drops: HostDrops,
-    /// How often a CPU left received packets for later, because its turn was over.
+    /// Number of times that a CPU left received packets for later, because its turn was over.
     pub softnet_squeezed: Option<u64>,
 }
 
-/// One thread of this process, so far.
+/// One thread of this process, with its times so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Thread {
     pub name: String,
     pub cpu: Duration,
-    /// Ready to run, and waiting for a CPU.
+    /// Time ready to run and waiting for a CPU.
     pub run_queue: Duration,
 }
 
-/// How often and how long the control group of this process was kept from running, with all that is
-/// in it. That of its ancestors is included.
+/// How often and how long the control group of this process, with everything in it, was throttled.
+/// Throttling of its ancestors is included.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Throttling {
     group: PathBuf,
@@ -77,7 +77,8 @@ impl HostSnapshot {
         Some(self.stolen?.saturating_sub(earlier.stolen?))
     }
 
-    /// `None` also where the process was moved to another control group meanwhile.
+    /// Returns the throttling since `earlier`; `None` also if the process was moved to another
+    /// control group meanwhile.
     pub fn throttled_since(&self, earlier: &HostSnapshot) -> Option<Throttling> {
         let (now, before) = (self.throttling.as_ref()?, earlier.throttling.as_ref()?);
         (now.group == before.group).then(|| Throttling {
@@ -87,8 +88,8 @@ impl HostSnapshot {
         })
     }
 
-    /// Each thread's time since then; one that was not there yet has all of its own. One that has
-    /// ended meanwhile tells nothing any more.
+    /// Returns each thread's times since `earlier`. A thread that did not exist then has all of its
+    /// time. A thread that has ended meanwhile is not included.
     pub fn threads_since(&self, earlier: &HostSnapshot) -> Vec<Thread> {
         let since = |(id, thread): (&u32, &Thread)| {
             let before = earlier.threads.get(id);
@@ -106,10 +107,10 @@ impl HostSnapshot {
     }
 }
 
-/// The threads below a `task` directory; none where the kernel has no `schedstat`.
+/// Returns the threads below a `task` directory; none if the kernel has no `schedstat`.
 fn threads(tasks: &Path) -> BTreeMap<u32, Thread> {
     let entries = fs::read_dir(tasks).into_iter().flatten().flatten();
-    // A thread may end while it is looked at.
+    // A thread may end while it is read.
     let read = |path: PathBuf| {
         let id = path.file_name()?.to_str()?.parse().ok()?;
         let name = fs::read_to_string(path.join("comm")).ok()?;
@@ -126,7 +127,7 @@ fn threads(tasks: &Path) -> BTreeMap<u32, Thread> {
     entries.filter_map(|entry| read(entry.path())).collect()
 }
 
-/// `/proc/PID/task/TID/schedstat`: time on a CPU, time waiting for one.
+/// Reads `/proc/PID/task/TID/schedstat`: the time on a CPU, and the time waiting for one.
 fn schedstat(text: &str) -> Option<(Duration, Duration)> {
     let mut nanos = text
         .split_whitespace()
@@ -134,7 +135,7 @@ fn schedstat(text: &str) -> Option<(Duration, Duration)> {
     Some((nanos.next()??, nanos.next()??))
 }
 
-/// The eighth figure of `/proc/stat`'s first line, in clock ticks.
+/// Reads the eighth figure of the first line of `/proc/stat`, in clock ticks.
 fn stolen(text: &str, ticks_per_second: u64) -> Option<Duration> {
     let line = text.lines().find_map(|line| line.strip_prefix("cpu "))?;
     let ticks: u64 = line.split_whitespace().nth(7)?.parse().ok()?;
@@ -149,8 +150,8 @@ struct Softnet {
     squeezed: u64,
 }
 
-/// `/proc/net/softnet_stat`: a line a CPU, hexadecimal; the second column counts drops, the third
-/// squeezes.
+/// Reads `/proc/net/softnet_stat`: one line per CPU, in hexadecimal. The second column counts
+/// drops, the third squeezes.
 fn softnet(text: &str) -> Option<Softnet> {
     let mut sum = Softnet {
         dropped: 0,
@@ -172,13 +173,13 @@ fn softnet(text: &str) -> Option<Softnet> {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Udp {
-    /// `InErrors`, which has `receive_buffer_errors` in it.
+    /// `InErrors`, which includes `receive_buffer_errors`.
     receive_errors: u64,
     receive_buffer_errors: u64,
     send_buffer_errors: u64,
 }
 
-/// `/proc/net/snmp` and `/proc/net/snmp6` (where there is one): all UDP sockets of this network
+/// Reads `/proc/net/snmp` and `/proc/net/snmp6` (if it exists): all UDP sockets of this network
 /// namespace.
 fn udp(snmp: &str, snmp6: Option<&str>) -> Option<Udp> {
     let mut rows = snmp.lines().filter(|line| line.starts_with("Udp:"));
@@ -212,7 +213,7 @@ struct Interfaces {
     send: u64,
 }
 
-/// `/proc/net/dev`: the drop columns of all interfaces of this network namespace.
+/// Reads `/proc/net/dev`: the drop columns of all interfaces of this network namespace.
 fn interfaces(text: &str) -> Option<Interfaces> {
     let mut sum = Interfaces {
         receive: 0,
@@ -231,8 +232,8 @@ fn interfaces(text: &str) -> Option<Interfaces> {
     Some(sum)
 }
 
-/// Drops of the root queueing disciplines of all interfaces of this network namespace: those of
-/// what is below them are in theirs. `/proc` has no such table.
+/// Returns the drops of the root queueing disciplines of all interfaces of this network namespace.
+/// They include the drops of the disciplines below them. `/proc` has no such table.
 fn queueing_drops() -> Option<u64> {
     // An nlmsghdr and an empty tcmsg: RTM_GETQDISC, NLM_F_REQUEST | NLM_F_DUMP.
     let mut request = [0u8; 36];
@@ -261,18 +262,18 @@ const RTM_NEWQDISC: u16 = 36;
 const RTM_GETQDISC: u16 = 38;
 const TCA_STATS2: u16 = 7;
 const TCA_STATS_QUEUE: u16 = 3;
-/// `tcm_parent` of a discipline that stands at its interface itself.
+/// `tcm_parent` of a discipline that is attached directly to its interface.
 const TC_H_ROOT: u32 = 0xFFFF_FFFF;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum NetlinkMessage {
-    /// What one discipline dropped; 0 for one below another.
+    /// Number of packets that one discipline dropped; 0 for a discipline below another.
     Discipline(u64),
     Done,
     Refused,
 }
 
-/// One datagram of a dump's answer (netlink(7), rtnetlink(7), linux/rtnetlink.h,
+/// Parses one datagram of a dump's answer (netlink(7), rtnetlink(7), linux/rtnetlink.h,
 /// linux/gen_stats.h).
 fn messages(mut answer: &[u8]) -> Vec<NetlinkMessage> {
     let mut found = Vec::new();
@@ -294,7 +295,7 @@ fn messages(mut answer: &[u8]) -> Vec<NetlinkMessage> {
     found
 }
 
-/// `None` for a discipline that is not at the root, or keeps no statistics.
+/// Returns the drops of a discipline; `None` if it is not at the root, or keeps no statistics.
 fn discipline_drops(body: &[u8]) -> Option<u64> {
     let is_root = u32_at(body, 12)? == TC_H_ROOT;
     let statistics = attribute(body.get(20..)?, TCA_STATS2).filter(|_| is_root)?;
@@ -302,7 +303,7 @@ fn discipline_drops(body: &[u8]) -> Option<u64> {
     u32_at(attribute(statistics, TCA_STATS_QUEUE)?, 8).map(u64::from)
 }
 
-/// The payload of the first attribute of a kind.
+/// Returns the payload of the first attribute of a kind.
 fn attribute(mut attributes: &[u8], kind: u16) -> Option<&[u8]> {
     loop {
         let len = usize::from(u16_at(attributes, 0)?);
@@ -323,8 +324,8 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-/// What `/proc/self/cgroup` leads to: the `cpu` controller's group of version 1, or the one group
-/// of version 2, and those above it.
+/// Reads the throttling of the groups that `/proc/self/cgroup` names: the `cpu` controller's group
+/// of version 1, or the one group of version 2, and the groups above it.
 fn throttling(membership: &str, mount: &Path) -> Option<Throttling> {
     let v1 = membership.lines().find_map(|line| {
         let (controllers, group) = line.split_once(':')?.1.split_once(':')?;
@@ -349,8 +350,8 @@ fn throttling(membership: &str, mount: &Path) -> Option<Throttling> {
     };
     let mut total: Option<Throttling> = None;
     let mut path = root.join(group.trim_start_matches('/'));
-    // In a container the path may be the host's, which cannot be seen from here: its own group is
-    // then at the mount.
+    // In a container the path may be the host's, which is not visible here. The container's own
+    // group is then at the mount.
     if !path.is_dir() {
         path.clone_from(&root);
     }
@@ -375,8 +376,8 @@ fn throttling(membership: &str, mount: &Path) -> Option<Throttling> {
     total
 }
 
-/// `cpu.stat` of a control group: `throttled_usec` in version 2, `throttled_time` in nanoseconds in
-/// version 1.
+/// Reads `cpu.stat` of a control group: `throttled_usec` in version 2, `throttled_time` in
+/// nanoseconds in version 1.
 fn cpu_stat(text: &str) -> Option<(u64, Duration)> {
     let value = |name: &str| -> Option<u64> {
         let line = text
@@ -390,7 +391,7 @@ fn cpu_stat(text: &str) -> Option<(u64, Duration)> {
     Some((value("nr_throttled")?, time))
 }
 
-/// What this host calls itself.
+/// Returns the host name, or `unnamed`.
 pub fn name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     Some(name.trim())
@@ -465,11 +466,11 @@ mod tests {
             assert_eq!(throttling(text, Path::new("/nowhere")), None, "{text:?}");
         }
         assert_eq!(interfaces("a\nb\n lo: 1 2 3\n"), None);
-        // The root group of version 2 has a cpu.stat, and no throttling in it.
+        // The root group of version 2 has a `cpu.stat`, but no throttling in it.
         assert_eq!(cpu_stat("usage_usec 5\nuser_usec 3\nsystem_usec 2\n"), None);
     }
 
-    /// An attribute, padded to four bytes.
+    /// Returns an attribute, padded to four bytes.
     fn attribute_of(kind: u16, payload: &[u8]) -> Vec<u8> {
         let mut bytes = (payload.len() as u16 + 4).to_ne_bytes().to_vec();
         bytes.extend(kind.to_ne_bytes());
@@ -527,7 +528,7 @@ mod tests {
             messages(&message(NLMSG_ERROR, &[0; 20])),
             [NetlinkMessage::Refused]
         );
-        // Whatever is cut off, nothing is made up.
+        // Wherever the answer is cut off, nothing is invented.
         for len in 0..answer.len() {
             assert!(
                 messages(&answer[..len])

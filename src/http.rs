@@ -1,11 +1,11 @@
 //! The HTTP port of every server that this program runs: how many connections may be open, how long
-//! a request may take to come, and who goes when there is no room for one more.
+//! a request may take to arrive, and which connection is closed when there is no room for one more.
 //!
 //! A connection is a *stranger's* until one of its requests was answered with something other than
-//! a refusal. Strangers have no claim to a place: where all places are taken the one that has been
-//! a stranger for longest ends, and one address has only a part of the places for its strangers. So
-//! sockets that say nothing, or drip a head byte by byte, keep nobody out who sends a request at
-//! once.
+//! a refusal. Strangers have no claim to a place: if all places are taken, the connection that has
+//! been a stranger for longest is closed, and one address has only a part of the places for its
+//! strangers. So sockets that send nothing, or send a head byte by byte, keep out nobody who sends
+//! a request at once.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
@@ -28,34 +28,35 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
-/// Files that are not for connections: media sockets, logs, and what a runtime needs for itself.
-/// Without one to spare nobody could even be refused.
+/// Number of files that are not for connections: media sockets, logs, and what a runtime needs for
+/// itself. Without a spare one, a connection could not even be refused.
 const FILES_KEPT: u64 = 64;
-/// What a head may take, by [`Limits::head_timeout`], unless a test asks for less.
+/// Time that a head may take ([`Limits::head_timeout`]), unless a test sets less.
 pub const HEAD_TIMEOUT: Duration = Duration::from_secs(20);
 const TLS_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection on which nothing moves, although something should.
+/// Time after which a connection is closed on which nothing moves although something should.
 const STANDSTILL_MAX: Duration = Duration::from_secs(60);
-/// For answers that are under way when the server stops.
+/// Time for answers that are under way when the server stops.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-/// What it takes a stranger's task to hear that it is to end.
+/// Time that a stranger's task takes to hear that it is to end.
 const EVICTION_TIMEOUT: Duration = Duration::from_secs(1);
-/// The share of all places that strangers from one address may hold: one in ..
+/// Strangers from one address may hold one in this many of all places.
 const STRANGERS_SHARE: usize = 4;
 
-/// What a server allows.
+/// Limits of a server.
 pub struct Limits {
-    /// Connections that may be open, or what this process may open of files where that is less.
+    /// Maximum number of open connections. It is lower if this process may open fewer files.
     pub connections: usize,
-    /// For a request's head, from when the connection is ready for it.
+    /// Time for a request's head, from when the connection is ready for it.
     pub head_timeout: Duration,
-    /// Bytes that we send show that the connection is alive; else only the client's do.
+    /// Whether bytes that we send also show that the connection is alive. Otherwise only the
+    /// client's bytes do.
     pub sending_is_life: bool,
-    /// Connections that were closed for want of a place, strangers' among them.
+    /// Number of connections that were closed for lack of a place, strangers' connections included.
     pub refused: Arc<AtomicU64>,
 }
 
-/// Serves until `stop` says so, or its sender is gone; then ends what is under way.
+/// Serves until `stop` changes or its sender is gone. Then it ends what is under way.
 pub async fn serve(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
@@ -94,9 +95,9 @@ pub async fn serve(
 async fn accept(listener: &TcpListener) -> (TcpStream, IpAddr) {
     loop {
         match listener.accept().await {
-            // An IPv4 address that came over IPv6 is the same one.
+            // An IPv4 address that arrives over IPv6 is the same address.
             Ok((stream, address)) => return (stream, address.ip().to_canonical()),
-            // Out of files, for a moment.
+            // The process has no files left for a moment.
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
@@ -138,7 +139,7 @@ async fn connection(
         .with_upgrades();
     tokio::pin!(connection);
     tokio::select! {
-        // What a client did wrong is its own affair.
+        // A client's error is its own affair.
         _ = connection.as_mut() => return,
         _ = stop.changed() => {}
     }
@@ -146,7 +147,7 @@ async fn connection(
     let _ = connection.await;
 }
 
-/// The places, and who sits on them without a claim.
+/// The places, and the strangers that hold some of them without a claim.
 struct Hall {
     places: Arc<Semaphore>,
     strangers_of_one_max: usize,
@@ -154,7 +155,7 @@ struct Hall {
     refused: Arc<AtomicU64>,
 }
 
-/// By when they came.
+/// Strangers in the order of their arrival.
 #[derive(Default)]
 struct Strangers {
     came: u64,
@@ -201,7 +202,8 @@ impl Hall {
         }
     }
 
-    /// A place for a connection from this address; `None` where every place has an owner.
+    /// Admits a connection from this address. Returns `None` if no place is free and no stranger
+    /// can be evicted.
     async fn admit(self: &Arc<Hall>, address: IpAddr) -> Option<Guest> {
         let has_left = {
             let mut strangers = self.strangers();
@@ -213,7 +215,7 @@ impl Hall {
             }
             strangers.evict(number)
         };
-        // One goes, or this one does.
+        // Either a stranger's connection is closed, or this one.
         if has_left {
             self.refused.fetch_add(1, Relaxed);
         }
@@ -245,7 +247,7 @@ impl Hall {
     }
 
     fn strangers(&self) -> std::sync::MutexGuard<'_, Strangers> {
-        // What is behind the lock is whole after each line.
+        // The data behind the lock is consistent after each line.
         self.strangers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -258,7 +260,7 @@ struct Guest {
     number: u64,
     address: IpAddr,
     leave: Arc<Notify>,
-    /// Held by the socket as well, which outlives its connection where it becomes a WebSocket.
+    /// Also held by the socket, which outlives its connection if it becomes a WebSocket.
     place: Arc<OwnedSemaphorePermit>,
 }
 
@@ -297,7 +299,7 @@ impl WatchedStream {
         sending_is_life: bool,
         place: Arc<OwnedSemaphorePermit>,
     ) -> WatchedStream {
-        // A kernel that cannot switch Nagle off is slower, not wrong.
+        // If the kernel cannot switch off Nagle's algorithm, the connection is slower, not wrong.
         let _ = stream.set_nodelay(true);
         WatchedStream {
             stream,
@@ -416,7 +418,7 @@ mod tests {
         let mut stream = TcpStream::connect(address).await.unwrap();
         let head = format!("GET {path} HTTP/1.1\r\nHost: here\r\n\r\n");
         let mut answer = vec![0; 4_096];
-        // A socket that the server has closed shows in the answer that does not come.
+        // A socket that the server has closed shows as an answer that does not arrive.
         let _ = stream.write_all(head.as_bytes()).await;
         let len = stream.read(&mut answer).await.unwrap_or(0);
         answer.truncate(len);
@@ -429,7 +431,7 @@ mod tests {
         let mut slow = Vec::new();
         for at in 0..20 * PLACES {
             let mut stream = TcpStream::connect(address).await.unwrap();
-            // Some say nothing, some a part of a head.
+            // Some send nothing, some send a part of a head.
             let _ = stream.write_all(&b"GET / HTTP/1.1\r\nX-"[..at % 18]).await;
             slow.push(stream);
             if at % 16 == 0 {
@@ -460,11 +462,11 @@ mod tests {
             assert!(answer.contains("200 OK"));
             served.push(stream);
         }
-        // All places have owners now.
+        // All places now belong to connections that are no strangers.
         let before = refused.load(Relaxed);
         assert_eq!(ask(address, "/").await.1, "");
         assert_eq!(refused.load(Relaxed), before + 1);
-        // And these keep them.
+        // These connections keep their places.
         for stream in &mut served {
             let head = b"GET / HTTP/1.1\r\nHost: here\r\n\r\n";
             stream.write_all(head).await.unwrap();

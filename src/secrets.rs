@@ -1,18 +1,18 @@
-//! Secrets: ICE credentials, API secrets, tokens. Whoever guesses one takes somebody's place.
+//! Secrets: ICE credentials, API secrets, tokens. Whoever guesses one can take somebody's place.
 //!
-//! A process has them from the system's generator. A simulation hands in a keyed generator instead,
-//! so that its runs repeat. What is not secret (ids, SSRCs, first sequence numbers, the chances of
-//! a scenario) comes from [`crate::seeded`], and no seed reaches a secret.
+//! A process draws them from the system's generator. A simulation passes in a keyed generator
+//! instead, so that its runs repeat. What is not secret (ids, SSRCs, first sequence numbers, the
+//! chances of a scenario) comes from [`crate::seeded`], and no seed reaches a secret.
 
 use std::fmt;
 
 use ring::hmac;
 use ring::rand::{SecureRandom, SystemRandom};
 
-/// They need no quoting in any protocol, and all are ice-chars (RFC 8839, section 5.4).
+/// Letters that need no quoting in any protocol. All are ice-chars (RFC 8839, section 5.4).
 const LETTERS: &[u8; 52] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 
-/// A generator whose past and future draws cannot be computed from those that were shown.
+/// A generator whose past and future draws cannot be computed from known draws.
 pub struct Secrets(SecretSource);
 
 enum SecretSource {
@@ -25,20 +25,22 @@ enum SecretSource {
 }
 
 impl Secrets {
-    /// The system's generator: the only one for a process that others can reach.
+    /// Makes the system's generator: the only one for a process that others can reach.
     pub fn system() -> Secrets {
         Secrets(SecretSource::System(SystemRandom::new()))
     }
 
-    /// For simulations, never for a network: one seed, one sequence. It does not show its seed, but
-    /// seeds are few and can be tried.
+    /// Makes a generator for simulations, never for a network: one seed gives one sequence. The
+    /// draws do not reveal the seed, but there are few seeds and all can be tried.
     pub fn keyed_for_tests(seed: u64) -> Secrets {
         let key = hmac::Key::new(hmac::HMAC_SHA256, &seed.to_be_bytes());
         Secrets(SecretSource::Keyed { key, drawn: 0 })
     }
 
+    /// Draws `N` random bytes.
+    ///
     /// # Panics
-    /// Where the system has no random numbers, without which no secret is worth its name.
+    /// If the system has no random numbers, because then no secret is safe.
     pub fn bytes<const N: usize>(&mut self) -> [u8; N] {
         let mut bytes = [0; N];
         match &mut self.0 {
@@ -59,10 +61,10 @@ impl Secrets {
         bytes
     }
 
-    /// Text of `count` letters, 5.7 bits each: no letter is more likely than the others.
+    /// Draws a text of `count` letters, 5.7 bits each. All letters are equally likely.
     pub fn letters(&mut self, count: usize) -> String {
-        /// The largest multiple of the letters that a byte holds: bytes from there on would favour
-        /// the first letters.
+        /// The largest multiple of the number of letters that a byte holds. Bytes from there on
+        /// would favour the first letters.
         const EVEN: u8 = (256 / LETTERS.len() * LETTERS.len()) as u8;
         let mut text = String::with_capacity(count);
         while text.len() < count {
@@ -90,12 +92,13 @@ impl Secret {
         Secret(text.into())
     }
 
-    /// The text itself, for the one place that sends or signs with it.
+    /// Returns the text itself, for the one place that sends it or signs with it.
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// `text` without this secret: a LiveKit server repeats the whole token when it refuses one.
+    /// Returns `text` without this secret. A LiveKit server repeats the whole token when it refuses
+    /// one.
     pub fn redact(&self, text: &str) -> String {
         if self.0.is_empty() {
             text.to_owned()
@@ -158,7 +161,8 @@ mod tests {
         assert_eq!(format!("{:?}", Secrets::keyed_for_tests(3)), "Secrets(..)");
     }
 
-    /// Outside tests the keyed generator would be a door: nothing in the program may make one.
+    /// The keyed generator would be a vulnerability outside tests: nothing in the program may make
+    /// one.
     #[test]
     fn only_tests_have_a_keyed_generator() {
         let name = concat!("keyed_for", "_tests");

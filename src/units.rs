@@ -1,6 +1,6 @@
 //! Quantities that carry their unit: points in time, wall-clock anchors, bitrates.
 //!
-//! Below the worker thread nothing reads a clock: a [`Time`] comes in as an argument.
+//! Below the worker thread nothing reads a clock: a [`Time`] is passed in as an argument.
 
 use std::fmt;
 use std::ops::{Add, AddAssign, Sub};
@@ -16,7 +16,7 @@ pub struct Time(u64);
 
 impl Time {
     pub const ZERO: Time = Time(0);
-    /// Later than every point that a run can reach; stands for "no deadline".
+    /// Later than every point that a run can reach. It means "no deadline".
     pub const MAX: Time = Time(u64::MAX);
 
     pub const fn from_nanos(nanos: u64) -> Time {
@@ -43,24 +43,24 @@ impl Time {
         self.0 / 1_000_000
     }
 
-    /// This time, or the next whole multiple of `step` after it.
+    /// Returns this time if it is a whole multiple of `step`, else the next one.
     #[must_use]
     pub const fn next_whole(self, step: Duration) -> Time {
         Time(self.0.next_multiple_of(step.as_nanos() as u64))
     }
 
-    /// The first whole second after this time.
+    /// Returns the first whole second after this time.
     #[must_use]
     pub const fn next_second(self) -> Time {
         Time(self.0 + 1).next_whole(Duration::from_secs(1))
     }
 
-    /// The time that has passed since `earlier`; zero if `earlier` lies ahead.
+    /// Returns the time that has passed since `earlier`; zero if `earlier` is in the future.
     pub const fn since(self, earlier: Time) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }
 
-    /// Whole microseconds since `earlier`; zero if `earlier` lies ahead.
+    /// Returns the whole microseconds since `earlier`; zero if `earlier` is in the future.
     pub const fn micros_since(self, earlier: Time) -> u64 {
         self.0.saturating_sub(earlier.0) / 1_000
     }
@@ -94,7 +94,8 @@ impl Sub<Duration> for Time {
     }
 }
 
-/// Where a run's clock starts: one reading of the monotonic and of the wall clock, taken together.
+/// Start of a run's clock: one reading of the monotonic clock and of the wall clock, taken
+/// together.
 ///
 /// Wall-clock times that leave the process (frame identity, NTP stamps) are derived from it, so
 /// they never step during a run.
@@ -116,8 +117,8 @@ impl Epoch {
         }
     }
 
-    /// The same clock, counted from `zero` on: moments of both are the same in microseconds since
-    /// 1970, whatever has become of the wall clock meanwhile.
+    /// Returns the same clock, counted from `zero` on. A moment has the same microseconds since
+    /// 1970 on both, whatever has happened to the wall clock meanwhile.
     #[must_use]
     pub fn counted_from(&self, zero: Time) -> Epoch {
         Epoch {
@@ -126,8 +127,8 @@ impl Epoch {
         }
     }
 
-    /// A simulation's: its clock starts at `unix` (since 1970), whatever the host's clocks say, so
-    /// that all that is derived from it is the same every time.
+    /// Makes a simulation's epoch. Its clock starts at `unix` (since 1970), whatever the host's
+    /// clocks say, so that everything derived from it is the same every time.
     pub fn simulated(unix: Duration) -> Epoch {
         Epoch {
             instant: Instant::now(),
@@ -148,19 +149,20 @@ impl Epoch {
         self.instant + Duration::from_nanos(time.as_nanos())
     }
 
-    /// Microseconds since 1970 at `time`, by the wall clock as it stood at the epoch.
+    /// Returns the microseconds since 1970 at `time`, by the wall clock as read at the epoch.
     pub fn unix_micros(&self, time: Time) -> u64 {
         self.unix.as_micros() as u64 + time.as_micros()
     }
 
-    /// The run time of a wall-clock stamp; `None` if it lies before the epoch, or further behind
-    /// than a run can last.
+    /// Converts a wall-clock stamp to run time. Returns `None` if it lies before the epoch, or
+    /// later than a run can last.
     pub fn time_of_unix_micros(&self, unix_micros: u64) -> Option<Time> {
         let micros = unix_micros.checked_sub(self.unix.as_micros() as u64)?;
         micros.checked_mul(1_000).map(Time::from_nanos)
     }
 
-    /// The NTP timestamp at `time` (RFC 3550, section 4): 32.32 fixed point, seconds since 1900.
+    /// Returns the NTP timestamp at `time` (RFC 3550, section 4): 32.32 fixed point, seconds since
+    /// 1900.
     pub fn ntp(&self, time: Time) -> u64 {
         const UNIX_TO_NTP_SECONDS: u64 = 2_208_988_800;
         let unix = self.unix + Duration::from_nanos(time.as_nanos());
@@ -169,8 +171,8 @@ impl Epoch {
     }
 }
 
-/// The middle 32 bits of an NTP timestamp, as LSR and DLSR use them (RFC 3550, section 6.4.1):
-/// units of 1/65,536 s.
+/// Returns the middle 32 bits of an NTP timestamp, as LSR and DLSR use them (RFC 3550, section
+/// 6.4.1): units of 1/65,536 s.
 pub const fn ntp_middle(ntp: u64) -> u32 {
     (ntp >> 16) as u32
 }
@@ -190,7 +192,7 @@ impl Bitrate {
 }
 
 impl Bitrate {
-    /// As it is read again: `24k`, `1.5M`, `48001`.
+    /// Returns the text that parses to the same bitrate: `24k`, `1.5M`, `48001`.
     pub fn written(self) -> String {
         match self.0 {
             bps if bps >= 1_000_000 && bps % 10_000 == 0 => {
@@ -216,15 +218,15 @@ impl<'de> Deserialize<'de> for Bitrate {
     }
 }
 
-/// A text that is no time.
+/// Error for a text that is not a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("write 20, 20s, 30m or 1h")]
 pub struct NoDuration;
 
-/// A time as people write it: `20` (seconds), `20s`, `2.5ms`, `1h 30m`.
+/// Reads a time as people write it: `20` (seconds), `20s`, `2.5ms`, `1h 30m`.
 ///
 /// # Errors
-/// It is none.
+/// If the text is not a time.
 pub fn read_duration(text: &str) -> Result<Duration, NoDuration> {
     let seconds = text.parse::<u64>().ok().map(Duration::from_secs);
     let millis = || {
@@ -239,12 +241,12 @@ pub fn read_duration(text: &str) -> Result<Duration, NoDuration> {
     duration.ok_or(NoDuration)
 }
 
-/// As [`read_duration`] takes it, to the nanosecond.
+/// Returns the text that [`read_duration`] reads, to the nanosecond.
 pub fn written_duration(duration: Duration) -> String {
     humantime::format_duration(duration).to_string()
 }
 
-/// A time as text, for serde.
+/// Serde format: a time as text.
 pub mod duration_text {
     use serde::de::Error as _;
 
@@ -260,7 +262,7 @@ pub mod duration_text {
     }
 }
 
-/// A time as text that may be absent, for serde.
+/// Serde format: a time as text that may be absent.
 pub mod optional_duration_text {
     use serde::de::Error as _;
 
@@ -283,7 +285,7 @@ pub mod optional_duration_text {
     }
 }
 
-/// A text that is no bitrate.
+/// Error for a text that is not a bitrate.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("'{0}' is no bitrate: write 24k, 1.5M or bare bits per second (48000)")]
 pub struct NoBitrate(String);
@@ -328,17 +330,17 @@ fn trimmed(value: f64) -> String {
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
-/// When a datagram reached this host, on the run's clock: by the kernel's stamp, or `now` where it
-/// gave none.
+/// Returns when a datagram reached this host, on the run's clock: by the kernel's stamp, or `now`
+/// if there is none.
 ///
-/// `now` and `unix_now` are one moment on both clocks; a datagram that came while others were being
-/// taken is younger than that.
+/// `now` and `unix_now` are the same moment on both clocks. A datagram that arrived while others
+/// were being received is later than that.
 pub fn arrival(now: Time, unix_now: u64, stamp: Option<u64>) -> Time {
     const ABSURD: Duration = Duration::from_secs(10);
     let Some(stamp) = stamp else { return now };
     let apart = Duration::from_nanos(unix_now.abs_diff(stamp));
     if apart > ABSURD {
-        // A wall clock that was stepped.
+        // The wall clock was stepped.
         now
     } else if stamp <= unix_now {
         now - apart

@@ -1,13 +1,13 @@
-//! How figures and sentences are written for people, wherever they stand.
+//! How numbers and sentences are written for people, in all outputs.
 
 use std::fmt::Write as _;
 use std::time::Duration;
 
-/// Columns of a terminal that nobody has widened.
+/// Width of a terminal window that has not been resized, in columns.
 pub const WIDTH: usize = 80;
 
-/// `text` in lines of at most [`WIDTH`] columns, each after `indent` spaces. Words are never
-/// broken.
+/// Wraps `text` into lines of at most [`WIDTH`] columns, each indented by `indent` spaces. Words
+/// are never broken.
 pub fn wrapped(text: &str, indent: usize) -> String {
     let mut lines = String::new();
     let mut line = String::new();
@@ -25,8 +25,8 @@ pub fn wrapped(text: &str, indent: usize) -> String {
     lines
 }
 
-/// What others wrote, on one line: characters that move a terminal's cursor, or turn the direction
-/// of the text around them, become blanks.
+/// Returns text from others on one line. Characters that move a terminal's cursor, or change the
+/// direction of the text around them, become blanks.
 pub fn one_line(text: &str) -> String {
     let turns = |c| matches!(c, '\u{200E}' | '\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2066}'..='\u{2069}');
     let mut line: String = text
@@ -37,12 +37,12 @@ pub fn one_line(text: &str) -> String {
     line
 }
 
-/// `n/a` for what is unknown.
+/// Formats a value, or `n/a` if it is unknown.
 pub fn maybe<T>(value: Option<T>, print: impl FnOnce(T) -> String) -> String {
     value.map_or_else(|| "n/a".to_owned(), print)
 }
 
-/// `12,345`
+/// Formats a number: `12,345`.
 pub fn number(value: u64) -> String {
     let digits = value.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
@@ -55,7 +55,7 @@ pub fn number(value: u64) -> String {
     text
 }
 
-/// `1 room`, `2 rooms`
+/// Formats a count: `1 room`, `2 rooms`.
 pub fn count(value: u64, what: &str) -> String {
     format!(
         "{} {what}{}",
@@ -64,7 +64,7 @@ pub fn count(value: u64, what: &str) -> String {
     )
 }
 
-/// A share (0..=1) as `0.12%`; what is not zero never prints as zero.
+/// Formats a share (0..=1) as `0.12%`. A share above zero never prints as zero.
 pub fn percent(share: f64) -> String {
     match share * 100.0 {
         0.0 => "0%".to_owned(),
@@ -73,7 +73,7 @@ pub fn percent(share: f64) -> String {
     }
 }
 
-/// Microseconds as `412 us`, `2.41 ms`, `1.24 s`.
+/// Formats microseconds as `412 us`, `2.41 ms`, `1.24 s`.
 pub fn micros(us: f64) -> String {
     match us {
         us if us < 999.5 => format!("{us:.0} us"),
@@ -85,13 +85,13 @@ pub fn micros(us: f64) -> String {
     }
 }
 
-/// `1h 30m`, `20ms`, `260ms`; what lies below a millisecond is left out.
+/// Formats a duration: `1h 30m`, `20ms`, `260ms`. Anything below a millisecond is left out.
 pub fn duration(duration: Duration) -> String {
     let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     humantime::format_duration(Duration::from_millis(millis)).to_string()
 }
 
-/// Three significant digits and a decimal prefix: `1.23 MB`, `512 kbps`.
+/// Formats a value with three significant digits and a decimal prefix: `1.23 MB`, `512 kbps`.
 pub fn scaled(value: f64, unit: &str) -> String {
     let mut value = value;
     let mut prefixes = ["", "k", "M", "G", "T"].into_iter().peekable();
