@@ -1,11 +1,12 @@
-//! The data channels of one connection, on the side that is called: SCTP over DTLS (RFC 8831),
-//! channels that are opened in band (RFC 8832), and of those LiveKit's two.
+//! Data channels of one connection, on the side that accepts the association: SCTP over DTLS (RFC
+//! 8831) with channels opened in band (RFC 8832). Only LiveKit's two channels are served.
 //!
-//! Sans-IO. `handle_*` takes what DTLS has opened, and the time; `poll_*` gives what DTLS is to
-//! seal, and messages. A client begins the association, and may wait for it before it does
-//! anything else with a description that has data channels: who agrees on them must serve them.
+//! Sans-IO. `handle_*` takes the packets that DTLS has opened, and the time; `poll_*` gives the
+//! packets that DTLS is to seal, and messages. The client begins the association. It may wait for
+//! the association before it processes anything else in a description with data channels, so
+//! whoever accepts them in a description must serve them.
 //!
-//! Tags and first numbers of SCTP come from the library's own generator.
+//! SCTP tags and initial sequence numbers come from the library's own generator.
 
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -19,23 +20,25 @@ use sctp_proto::{
     TransportConfig,
 };
 
-/// Of a message in either direction: what a description without `a=max-message-size` allows (RFC
-/// 8841, section 6.1).
+/// Maximum size of a message in either direction: the limit that holds for a description without
+/// `a=max-message-size` (RFC 8841, section 6.1).
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
-/// What may wait for the rest of its message, of all channels together.
+/// Maximum of received bytes that wait for the rest of their message, over all channels.
 const RECEIVED_BYTES_MAX: u32 = 256 << 10;
-/// What may wait to be sent on a channel: beyond, a message is not taken.
+/// Maximum of bytes that wait to be sent on a channel. A message that would exceed it is refused.
 const UNSENT_BYTES_MAX: usize = 256 << 10;
-/// Clients open two or three. One who opens more than this gets no data at all.
+/// Maximum number of channels. Clients open two or three. A client that opens more than this gets
+/// no data at all.
 const CHANNELS_MAX: usize = 16;
-/// SCTP's chunks: with its headers and those of DTLS a datagram stays below what any path carries.
+/// Size of SCTP's chunks. With the headers of SCTP and DTLS a datagram stays below what any path
+/// carries.
 const CHUNK_BYTES_MAX: u32 = 1000;
 
 /// DATA_CHANNEL_OPEN, DATA_CHANNEL_ACK, and the bit for "unordered" (RFC 8832, sections 5.1, 8.2).
 const DCEP_OPEN: u8 = 3;
 const DCEP_ACK: u8 = 2;
 const DCEP_UNORDERED: u8 = 0x80;
-/// Up to the label.
+/// Length of a DATA_CHANNEL_OPEN up to its label.
 const DCEP_OPEN_BYTES: usize = 12;
 
 static SERVER: LazyLock<Arc<ServerConfig>> = LazyLock::new(|| {
@@ -43,7 +46,7 @@ static SERVER: LazyLock<Arc<ServerConfig>> = LazyLock::new(|| {
         .with_max_receive_message_size(MESSAGE_BYTES_MAX as u32)
         .with_max_send_message_size(MESSAGE_BYTES_MAX as u32)
         .with_max_receive_buffer_size(RECEIVED_BYTES_MAX)
-        // Whether the other side is there is for ICE to say.
+        // SCTP never gives up by itself, because ICE decides whether the other side is alive.
         .with_max_init_retransmits(None)
         .with_max_data_retransmits(None);
     let mut config = ServerConfig::new();
@@ -79,7 +82,7 @@ impl DataChannelKind {
         kinds.find(|kind| kind.label().as_bytes() == label)
     }
 
-    /// As LiveKit opens them: lossy data is unordered, and never sent again.
+    /// How LiveKit opens the channel: lossy data is unordered and never retransmitted.
     fn delivery(self) -> ChannelDelivery {
         match self {
             DataChannelKind::Reliable => ChannelDelivery {
@@ -96,7 +99,7 @@ impl DataChannelKind {
     }
 }
 
-/// One message that came.
+/// One received message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DataMessage {
     pub channel: DataChannelKind,
@@ -108,29 +111,31 @@ pub struct DataMessage {
 struct ChannelDelivery {
     unordered: bool,
     reliability: ReliabilityType,
-    /// Retransmissions, or milliseconds.
+    /// Number of retransmissions, or milliseconds.
     value: u32,
 }
 
 impl ChannelDelivery {
     fn set(self, stream: &mut Stream<'_>) {
-        // Fails for a stream that has just been closed: then there is nothing to set.
+        // This fails for a stream that has just been closed. Then there is nothing to set.
         let _ = stream.set_reliability_params(self.unordered, self.reliability, self.value);
     }
 }
 
 struct DataChannel {
     stream: StreamId,
-    /// `None`: not one of ours, or not opened yet. What comes on it is dropped.
+    /// `None` if the channel is not one of LiveKit's, or not opened yet. Messages on it are
+    /// dropped.
     kind: Option<DataChannelKind>,
 }
 
-/// The association of one connection, and its channels.
+/// SCTP association of one connection, with its channels.
 pub struct DataTransport {
     endpoint: Endpoint,
     association: Option<(AssociationHandle, Association)>,
     channels: Vec<DataChannel>,
-    /// Where we open LiveKit's channels, once the association is there: from this stream on.
+    /// First stream to open LiveKit's channels on once the association is up; `None` if the client
+    /// opens them.
     opens_from: Option<StreamId>,
     received: VecDeque<DataMessage>,
     outgoing: VecDeque<Bytes>,
@@ -138,8 +143,8 @@ pub struct DataTransport {
 }
 
 impl DataTransport {
-    /// `opens`: we open the channels, not the client. `dtls_active` says which streams are ours
-    /// (RFC 8832, section 6).
+    /// With `opens`, we open the channels instead of the client. `dtls_active` decides which stream
+    /// numbers are ours (RFC 8832, section 6).
     pub fn new(opens: bool, dtls_active: bool) -> DataTransport {
         DataTransport {
             endpoint: Endpoint::new(ENDPOINT.clone(), Some(SERVER.clone())),
@@ -152,19 +157,19 @@ impl DataTransport {
         }
     }
 
-    /// One packet of SCTP. What makes no sense is dropped.
+    /// Takes one SCTP packet. Invalid packets are dropped.
     pub fn handle_packet(&mut self, packet: &[u8], now: Instant) {
         if self.over {
             return;
         }
-        // The library tells associations apart by addresses as well; here there is only one.
+        // The library also distinguishes associations by address. Here there is only one.
         let peer = SocketAddr::from((Ipv4Addr::LOCALHOST, sctp_proto::DEFAULT_SCTP_PORT));
         let packet = Bytes::copy_from_slice(packet);
         let event = self.endpoint.handle(now, peer, None, None, packet);
         match (event, &mut self.association) {
             (Some((handle, DatagramEvent::NewAssociation(association))), None) => {
                 self.association = Some((handle, association));
-                // One is all that a connection has.
+                // A connection has only one association.
                 self.endpoint.reject_new_associations();
             }
             (
@@ -194,7 +199,7 @@ impl DataTransport {
         association.poll_timeout()
     }
 
-    /// The next packet that DTLS is to seal.
+    /// Returns the next packet for DTLS to seal.
     pub fn poll_transmit(&mut self, now: Instant) -> Option<Bytes> {
         while self.outgoing.is_empty() {
             let of_endpoint = self.endpoint.poll_transmit();
@@ -214,7 +219,8 @@ impl DataTransport {
         self.received.pop_front()
     }
 
-    /// `false`: there is no such channel, or too much waits on it already.
+    /// Sends a message. Returns `false` if there is no such channel, or too much waits on it
+    /// already.
     pub fn send(&mut self, channel: DataChannelKind, payload: &[u8]) -> bool {
         let Some((_, association)) = &mut self.association else {
             return false;
@@ -260,7 +266,8 @@ impl DataTransport {
         for (kind, id) in DataChannelKind::ALL.into_iter().zip((first..).step_by(2)) {
             let opened = association.open_stream(id, PayloadProtocolIdentifier::Binary);
             let Ok(mut stream) = opened else { continue };
-            // Until the other side has agreed all is ordered (RFC 8832, section 6).
+            // All messages are ordered until the other side has acknowledged the channel (RFC 8832,
+            // section 6).
             let asked = stream.write_with_ppi(&dcep_open(kind), PayloadProtocolIdentifier::Dcep);
             if asked.is_ok() {
                 let kind = Some(kind);
@@ -329,7 +336,7 @@ impl DataChannel {
     }
 }
 
-/// RFC 8832, section 5.1.
+/// DATA_CHANNEL_OPEN message (RFC 8832, section 5.1).
 fn dcep_open(kind: DataChannelKind) -> Vec<u8> {
     let delivery = kind.delivery();
     let unordered = if delivery.unordered {
@@ -346,7 +353,7 @@ fn dcep_open(kind: DataChannelKind) -> Vec<u8> {
     message
 }
 
-/// How the channel delivers, and its label.
+/// Reads a DATA_CHANNEL_OPEN message: the channel's delivery and its label.
 fn parse_dcep_open(message: &[u8]) -> Option<(ChannelDelivery, &[u8])> {
     let (head, rest) = message.split_first_chunk::<DCEP_OPEN_BYTES>()?;
     let [DCEP_OPEN, channel_type, _, _, v0, v1, v2, v3, l0, l1, _, _] = *head else {

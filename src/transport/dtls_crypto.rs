@@ -1,9 +1,9 @@
-//! The cryptography of DTLS, done by `ring`, which TLS and SRTP use too: `dimpl` would bring a
-//! library of its own, whose C code takes longer to compile than all of ours.
+//! Cryptography for DTLS by `ring`, which TLS and SRTP use too. `dimpl` would otherwise bring a
+//! library of its own, whose C code takes longer to compile than all of our code.
 //!
-//! Nothing is computed here; this only says which function of `ring` (and, for certificates, of
-//! `webpki`) is meant. `dimpl` checks all of it against known values whenever a configuration is
-//! built.
+//! Nothing is computed here. This module only maps `dimpl`'s requests to functions of `ring` (and,
+//! for certificates, of `webpki`). `dimpl` checks all of it against known values whenever a
+//! configuration is built.
 
 use std::fmt;
 
@@ -19,7 +19,7 @@ use ring::rand::{SecureRandom as _, SystemRandom};
 use ring::{aead, agreement, digest, hmac};
 use rustls::pki_types::{CertificateDer, SignatureVerificationAlgorithm};
 
-/// All of DTLS 1.2 with ECDSA and AEAD; the one private key is `key`.
+/// Returns a provider for all of DTLS 1.2 with ECDSA and AEAD. `key` is the only private key.
 pub(super) fn provider(key: &'static dyn KeyProvider) -> CryptoProvider {
     CryptoProvider {
         kx_groups: &[
@@ -37,7 +37,7 @@ pub(super) fn provider(key: &'static dyn KeyProvider) -> CryptoProvider {
             &DtlsSuite::Aes256Gcm,
             &DtlsSuite::ChaCha20Poly1305,
         ],
-        // DTLS 1.3 is never spoken here, and `dimpl` wants to see one suite of it.
+        // DTLS 1.3 is never used here, but `dimpl` requires one suite of it.
         dtls13_cipher_suites: &[&Suite13],
     }
 }
@@ -46,7 +46,7 @@ fn failed(operation: CryptoOperation) -> CryptoError {
     CryptoError::OperationFailed(operation)
 }
 
-/// A group for the key exchange.
+/// Group for the key exchange.
 #[derive(Debug)]
 struct DtlsGroup(NamedGroup);
 
@@ -77,7 +77,7 @@ impl SupportedKxGroup for DtlsGroup {
     }
 }
 
-/// One side of a key exchange under way.
+/// One side of a key exchange in progress.
 struct DtlsKeyExchange {
     group: NamedGroup,
     key: agreement::EphemeralPrivateKey,
@@ -97,7 +97,7 @@ impl ActiveKeyExchange for DtlsKeyExchange {
 
     fn complete(self: Box<Self>, theirs: &[u8], out: &mut Buf) -> Result<(), CryptoError> {
         let theirs = agreement::UnparsedPublicKey::new(self.key.algorithm(), theirs);
-        // Refuses points that are not on the curve, and an X25519 secret of zeros (RFC 7748,
+        // This refuses points that are not on the curve, and an all-zero X25519 secret (RFC 7748,
         // section 6.1).
         let agreed = agreement::agree_ephemeral(self.key, &theirs, |secret| {
             out.clear();
@@ -111,8 +111,8 @@ impl ActiveKeyExchange for DtlsKeyExchange {
     }
 }
 
-/// The signatures of the other side, with the key of its certificate. Whose certificate it is says
-/// the fingerprint in the description, not this.
+/// Verifies the other side's signatures with the key of its certificate. The fingerprint in the
+/// description authenticates the certificate, not this check.
 #[derive(Debug)]
 struct Verifier;
 
@@ -128,8 +128,8 @@ impl SignatureVerifier for Verifier {
         if kind != SignatureAlgorithm::ECDSA {
             return Err(CryptoError::UnsupportedSignatureAlgorithm(kind));
         }
-        // In DTLS 1.2 the hash does not follow from the curve. A certificate has one curve: the
-        // other algorithm refuses it.
+        // In DTLS 1.2 the hash does not determine the curve, so both are tried. A certificate has
+        // one curve, and the algorithm for the other curve refuses it.
         let algorithms: [(NamedGroup, &dyn SignatureVerificationAlgorithm); 2] = match hash {
             HashAlgorithm::SHA256 => [
                 (NamedGroup::Secp256r1, webpki::ring::ECDSA_P256_SHA256),
@@ -176,7 +176,7 @@ struct Hashes;
 
 impl HashProvider for Hashes {
     /// # Panics
-    /// For a hash that none of the suites above has.
+    /// Panics for a hash that none of the suites above uses.
     fn create_hash(&self, hash: HashAlgorithm) -> Box<dyn HashContext> {
         let algorithm = match hash {
             HashAlgorithm::SHA256 => &digest::SHA256,
@@ -187,7 +187,7 @@ impl HashProvider for Hashes {
     }
 }
 
-/// The hash of a handshake so far.
+/// Running hash of a handshake.
 struct Transcript(digest::Context);
 
 impl fmt::Debug for Transcript {
@@ -264,8 +264,8 @@ impl SupportedDtls12CipherSuite for DtlsSuite {
         }
     }
 
-    /// Lengths of the MAC, the key and the nonce's fixed part (RFC 5288, section 3; RFC 7905,
-    /// section 2).
+    /// Returns the lengths of the MAC, the key and the fixed part of the nonce (RFC 5288, section
+    /// 3; RFC 7905, section 2).
     fn key_lengths(&self) -> (usize, usize, usize) {
         (
             0,
@@ -290,7 +290,7 @@ impl SupportedDtls12CipherSuite for DtlsSuite {
     }
 }
 
-/// What `dimpl` is shown of DTLS 1.3.
+/// The one DTLS 1.3 suite that `dimpl` requires.
 #[derive(Debug)]
 struct Suite13;
 
@@ -319,8 +319,8 @@ impl SupportedDtls13CipherSuite for Suite13 {
         Sealing::boxed(&aead::CHACHA20_POLY1305, key)
     }
 
-    /// The mask of a record number (RFC 9147, section 4.2.3). QUIC has the same function (RFC 9001,
-    /// section 5.4.4) and takes five bytes of it, which are enough.
+    /// Computes the mask of a record number (RFC 9147, section 4.2.3). QUIC has the same function
+    /// (RFC 9001, section 5.4.4) and uses five bytes of it, which are enough.
     fn encrypt_sn(&self, key: &[u8], sample: &[u8; 16]) -> [u8; 16] {
         let key = quic::HeaderProtectionKey::new(&quic::CHACHA20, key);
         let five = key.and_then(|key| key.new_mask(sample));
@@ -332,7 +332,7 @@ impl SupportedDtls13CipherSuite for Suite13 {
     }
 }
 
-/// The cipher of one direction.
+/// Cipher of one direction.
 struct Sealing(aead::LessSafeKey);
 
 impl fmt::Debug for Sealing {

@@ -1,6 +1,6 @@
-//! When which packets of a connection came, for transport-wide feedback
-//! (draft-holmer-rmcat-transport-wide-cc-extensions-01): what a browser's bandwidth estimate is
-//! made from. Without it the estimate stays low.
+//! Arrival times of a connection's packets, for transport-wide feedback
+//! (draft-holmer-rmcat-transport-wide-cc-extensions-01). A browser's bandwidth estimate is made
+//! from it and stays low without it.
 
 use crate::transport::rtp::Ssrc;
 use std::time::Duration;
@@ -10,23 +10,24 @@ use super::sequence::Seq;
 use crate::net;
 use crate::units::Time;
 
-/// libwebrtc's interval at a usual rate; its estimator asks for 50 to 250 ms.
+/// Feedback interval of libwebrtc at a usual rate. Its estimator asks for 50 to 250 ms.
 pub const FEEDBACK_INTERVAL: Duration = Duration::from_millis(100);
-/// Packets remembered until they are reported: 100 ms at 100 Mb/s. Older ones are reported as lost,
-/// or not at all.
+/// Number of packets remembered until they are reported: 100 ms at 100 Mb/s. Older ones are
+/// reported as lost, or not at all.
 const LOG_LEN: u64 = 1_024;
-/// Packets of one message: it stays below 1,200 bytes however they came.
+/// Maximum number of packets in one message, so that it stays below 1,200 bytes for any arrival
+/// pattern.
 const MESSAGE_PACKETS_MAX: usize = 400;
 
-/// The arrivals that have not been reported. What every packet needs comes first.
+/// Arrivals that have not been reported. The fields that every packet needs come first.
 #[repr(C)]
 pub struct ArrivalLog {
-    /// The first unwrapped number of the next message.
+    /// First unwrapped sequence number of the next message.
     next: u64,
-    /// One past the highest that came; zero before the first.
+    /// Unwrapped sequence number after the highest received; zero before the first packet.
     end: u64,
     messages: u8,
-    /// [`Time::MAX`] where nothing came.
+    /// Arrival times; [`Time::MAX`] for a packet that has not arrived.
     arrivals: [Time; LOG_LEN as usize],
 }
 
@@ -42,15 +43,16 @@ impl Default for ArrivalLog {
 }
 
 impl ArrivalLog {
-    /// What every packet needs, from the start.
+    /// Size of the fields at the start that every packet needs.
     pub const HEAD_BYTES: usize = std::mem::offset_of!(ArrivalLog, arrivals);
 
-    /// Fetches what the next packet needs beyond the head, which must have come by then.
+    /// Prefetches what the next packet needs beyond the head. The head must be in the cache by
+    /// then.
     pub fn prefetch_next(&self) {
         net::prefetch(&self.arrivals[(self.end % LOG_LEN) as usize], usize::MAX);
     }
 
-    /// A packet came. One that was reported as lost before stays so.
+    /// Records a packet's arrival. A packet that was already reported as lost stays lost.
     pub fn record(&mut self, seq: u16, arrival: Time) {
         let ext = self.unwrapped(seq);
         if self.end == 0 {
@@ -73,14 +75,14 @@ impl ArrivalLog {
         self.next < self.end
     }
 
-    /// Appends one message with the oldest news. What it says is forgotten; more may be left.
+    /// Appends one message about the oldest unreported packets and forgets them. More may be left.
     pub fn write(
         &mut self,
         writer: &mut RtcpWriter<'_>,
         sender_ssrc: Ssrc,
         media_ssrc: Ssrc,
     ) -> Result<(), WriteError> {
-        // A message begins with a packet that came: its time is the reference.
+        // A message begins with a received packet, because its time is the reference.
         while self.has_news() && self.arrival(self.next).is_none() && self.end - self.next > 1 {
             self.next += 1;
         }
@@ -113,7 +115,7 @@ impl ArrivalLog {
         Some(self.arrivals[(ext % LOG_LEN) as usize]).filter(|arrival| *arrival != Time::MAX)
     }
 
-    /// The first number is set a cycle ahead, so that one that was overtaken by it does not fall
+    /// The first number starts one cycle above zero, so that a packet older than it does not fall
     /// below zero.
     fn unwrapped(&self, seq: u16) -> u64 {
         if self.end == 0 {
@@ -124,7 +126,7 @@ impl ArrivalLog {
     }
 }
 
-/// A step between two arrivals has 16 bits, signed.
+/// Returns whether two arrivals are too far apart: a step between them has 16 bits, signed.
 fn too_far_apart(before: Time, after: Time) -> bool {
     let apart = after.since(before).max(before.since(after));
     apart >= FEEDBACK_TICK * (i16::MAX as u32 - 1)
@@ -140,8 +142,8 @@ mod tests {
     };
     use rtc_shared::marshal::Unmarshal;
 
-    /// What an independent reader makes of a message: numbers that came, in units of 250 us, and
-    /// the number behind the last.
+    /// Reads a message with an independent library. Returns the received sequence numbers with
+    /// their times in units of 250 us, and the number after the last.
     fn read(message: &[u8]) -> (Vec<(u16, i64)>, u16) {
         let parsed = TransportLayerCc::unmarshal(&mut &message[..]).unwrap();
         let mut symbols = Vec::new();
@@ -199,7 +201,7 @@ mod tests {
                         expected.push((seq, (now.as_micros() / 250) as i64));
                     }
                     seq = seq.wrapping_add(1 + random.below(30) as u16 / 29 * 50);
-                    // What the log cannot hold until it is asked.
+                    // The log holds no more than this until it is read.
                     if expected.len() - told.len() > 100 {
                         break;
                     }

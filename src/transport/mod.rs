@@ -1,4 +1,4 @@
-//! One peer connection, without sockets or clocks: ICE and DTLS set it up, then SRTP, RTP and RTCP
+//! One peer connection, without sockets or clocks. ICE and DTLS set it up; then SRTP, RTP and RTCP
 //! carry media in place.
 
 pub mod bandwidth;

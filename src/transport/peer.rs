@@ -1,8 +1,9 @@
-//! One peer connection's set-up: ICE (`is`) finds the path, DTLS (`dimpl`) agrees on the SRTP keys.
+//! Set-up of one peer connection: ICE (`is`) finds the path, DTLS (`dimpl`) agrees on the SRTP
+//! keys.
 //!
-//! Sans-IO. `handle_*` takes datagrams, candidates and time, `poll_*` gives datagrams and events.
-//! The media that flows afterwards is sealed and opened by [`Peer::sealer`] and [`Peer::opener`];
-//! STUN keeps the path alive for as long as the peer lives.
+//! Sans-IO. `handle_*` takes datagrams, candidates and time; `poll_*` gives datagrams and events.
+//! [`Peer::sealer`] seals and [`Peer::opener`] opens the media that flows afterwards. STUN keeps
+//! the path alive for as long as the peer lives.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -27,36 +28,40 @@ use crate::path::{FarEnd, Via};
 use crate::secrets::Secrets;
 use crate::units::{Epoch, Time};
 
-/// A check that met a role conflict is retried after this; `is` would wait 250 ms.
+/// Retry interval of a check that met a role conflict. `is` would wait 250 ms.
 const STUN_RTO: Duration = Duration::from_millis(100);
-/// Restarts retry no sooner than this: it is what another tick or two on either side may take.
+/// Minimum retry interval after an ICE restart: the time that another tick or two on either side
+/// may take.
 const RESTART_RTO_MIN: Duration = Duration::from_millis(20);
-/// LiveKit's own DTLS interval; `dimpl` would wait 1 s.
+/// DTLS retransmission interval, the same as LiveKit's. `dimpl` would wait 1 s.
 const DTLS_RTO: Duration = Duration::from_millis(200);
-/// Doubling from 200 ms, eight repeats of a flight span the whole of [`DTLS_TIMEOUT`].
+/// Number of retransmissions of a flight. With doubling from 200 ms, eight of them span the whole
+/// of [`DTLS_TIMEOUT`].
 const DTLS_RETRIES: usize = 8;
 const DTLS_TIMEOUT: Duration = Duration::from_secs(30);
-/// Larger than any DTLS record that the configured MTU lets `dimpl` make.
+/// Size of the DTLS buffer, larger than any record that `dimpl` makes with the configured MTU.
 const DTLS_BUFFER: usize = 2048;
-/// A lite agent sends no checks, so silence is all that tells it of a lost peer. LiveKit's limit:
-/// 10 s until disconnected, 5 more until failed.
+/// Silence after which a lite agent has failed. It sends no checks, so only silence shows a lost
+/// peer. The limit is LiveKit's: 10 s until disconnected, 5 more until failed.
 const LITE_SILENCE_MAX: Duration = Duration::from_secs(15);
-/// Until a lite agent hears the first check: LiveKit's limit for a participant's first connection.
+/// Time that a lite agent waits for the first check: LiveKit's limit for a participant's first
+/// connection.
 const LITE_FIRST_CHECK_MAX: Duration = Duration::from_secs(60);
-/// A server that restarts ICE ends its TCP connections before its description is here.
+/// Grace time after a path has ended, because a server that restarts ICE ends its TCP connections
+/// before its description arrives.
 const PATH_END_GRACE: Duration = Duration::from_secs(1);
-/// DTLS datagrams that come before ICE has nominated a path are kept: one flight at most.
+/// Maximum number of DTLS datagrams kept until ICE has nominated a path: one flight.
 const EARLY_DTLS_MAX: usize = 8;
 
-/// What all connections of a process share: one certificate and one DTLS configuration, because
-/// making either costs over a millisecond.
+/// Certificate and DTLS configuration that all connections of a process share, because making
+/// either takes over a millisecond.
 #[derive(Clone)]
 pub struct Identity {
     certificate: DtlsCertificate,
     config: Arc<dimpl::Config>,
 }
 
-/// Why the crypto library makes no identity.
+/// Error returned when the crypto library cannot make an identity.
 #[derive(Debug, thiserror::Error)]
 pub enum NoIdentity {
     #[error(transparent)]
@@ -68,14 +73,14 @@ pub enum NoIdentity {
 }
 
 impl Identity {
-    /// Makes the key pair. Errors only if the crypto library fails its self-test.
+    /// Makes the key pair. Fails only if the crypto library fails its self-test.
     pub fn generate() -> Result<Identity, NoIdentity> {
         Identity::with_config(dimpl::Config::builder())
     }
 
-    /// For simulations, never for a network: DTLS draws from a seed what it waits before it repeats
-    /// a flight, so that a run can be repeated. Keys are still nobody's to guess; they show in
-    /// the lengths of some DTLS records, and in nothing else.
+    /// Makes an identity for simulations, never for a network. DTLS draws its retransmission delays
+    /// from a seed, so that a run can be repeated. Keys are still secret. They affect the lengths
+    /// of some DTLS records, and nothing else.
     pub fn simulated(seed: u64) -> Result<Identity, NoIdentity> {
         Identity::with_config(dimpl::Config::builder().dangerously_set_rng_seed(seed))
     }
@@ -86,9 +91,9 @@ impl Identity {
             .with_crypto_provider(dtls_crypto::provider(
                 LoadedKey::leaked(&certificate).map_err(NoIdentity::Key)?,
             ))
-            // A cookie proves that a ClientHello comes from where it says (RFC 6347, section
-            // 4.2.1). ICE has proved it before, and a connection that nobody
-            // described gets no answer at all.
+            // A cookie proves that a ClientHello comes from the address that it claims (RFC 6347,
+            // section 4.2.1). ICE has proved that already, and a connection that no description
+            // announced gets no answer at all.
             .use_server_cookie(false)
             .flight_start_rto(DTLS_RTO)
             .flight_retries(DTLS_RETRIES)
@@ -100,13 +105,13 @@ impl Identity {
         })
     }
 
-    /// For `a=fingerprint`.
+    /// Returns the fingerprint for `a=fingerprint`.
     pub fn fingerprint(&self) -> Fingerprint {
         fingerprint(&self.certificate.certificate)
     }
 }
 
-/// SHA-256 of a certificate (RFC 8122, section 5).
+/// Returns the SHA-256 fingerprint of a certificate (RFC 8122, section 5).
 fn fingerprint(certificate: &[u8]) -> Fingerprint {
     let digest = digest::digest(&digest::SHA256, certificate);
     let mut bytes = [0; 32];
@@ -114,7 +119,8 @@ fn fingerprint(certificate: &[u8]) -> Fingerprint {
     Fingerprint(bytes)
 }
 
-/// Valid for a year from now. Whose it is says the fingerprint in a description, nothing in it.
+/// Makes a certificate that is valid for a year from now. The fingerprint in a description says
+/// whose it is; the certificate itself does not.
 fn self_signed_certificate() -> Result<DtlsCertificate, rcgen::Error> {
     const YEAR: Duration = Duration::from_secs(365 * 24 * 3_600);
     let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
@@ -125,7 +131,7 @@ fn self_signed_certificate() -> Result<DtlsCertificate, rcgen::Error> {
         .push(DnType::CommonName, "DTLS Peer");
     let now = SystemTime::now();
     (params.not_before, params.not_after) = (now.into(), (now + YEAR).into());
-    // Firefox wants one that no other certificate has.
+    // Firefox requires a serial number that no other certificate has.
     params.serial_number = Some(Secrets::system().bytes::<16>().to_vec().into());
     let certificate = params.self_signed(&key)?;
     Ok(DtlsCertificate {
@@ -134,8 +140,8 @@ fn self_signed_certificate() -> Result<DtlsCertificate, rcgen::Error> {
     })
 }
 
-/// The one private key of an [`Identity`], read once. The library would read it again for each
-/// connection, and check it each time: a tenth of the handshake.
+/// The private key of an [`Identity`], parsed once. The library would parse and check it again for
+/// each connection, which is a tenth of the handshake.
 #[derive(Clone, Debug)]
 struct LoadedKey {
     der: Arc<[u8]>,
@@ -143,7 +149,8 @@ struct LoadedKey {
 }
 
 impl LoadedKey {
-    /// The library wants providers that live for ever, as the identity of a process does.
+    /// Leaks the key, because the library requires providers that live for ever. The identity of a
+    /// process does so anyway.
     fn leaked(certificate: &DtlsCertificate) -> Result<&'static LoadedKey, KeyRejected> {
         let der = certificate.private_key.as_slice();
         let pair =
@@ -207,14 +214,14 @@ pub struct IceCredentials {
 }
 
 impl IceCredentials {
-    /// From the system's generator. Only the edge (signalling, tests) calls this. (`IceCreds::new`
-    /// draws from a generator that is not for secrets.)
+    /// Draws credentials from the system's generator. Only the edge (signalling, tests) calls this.
+    /// (`IceCreds::new` uses a generator that is not for secrets.)
     pub fn random() -> IceCredentials {
         IceCredentials::draw(&mut Secrets::system())
     }
 
-    /// Fresh ones, for a new connection or an ICE restart. RFC 8445, section 5.3 asks for 24 and
-    /// 128 bits at least: these have 91 and 182.
+    /// Draws new credentials for a new connection or an ICE restart. RFC 8445, section 5.3 requires
+    /// at least 24 and 128 bits; these have 91 and 182.
     pub fn draw(secrets: &mut Secrets) -> IceCredentials {
         IceCredentials {
             ufrag: secrets.letters(16),
@@ -223,7 +230,7 @@ impl IceCredentials {
     }
 }
 
-/// What a finished exchange of descriptions says about one connection.
+/// Parameters of one connection, as the exchanged descriptions give them.
 #[derive(Clone, Debug)]
 pub struct PeerParameters {
     pub local_address: SocketAddr,
@@ -232,24 +239,24 @@ pub struct PeerParameters {
     pub remote_fingerprint: Fingerprint,
     pub remote_candidates: Vec<SocketAddr>,
     pub ice_controlling: bool,
-    /// We send the ClientHello (`a=setup:active`).
+    /// Whether we send the ClientHello (`a=setup:active`).
     pub dtls_active: bool,
 }
 
-/// What the owner of a peer needs to hear.
+/// Event for the owner of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PeerEvent {
-    /// A path is nominated: datagrams go to this address from now on. May come again when the path
-    /// changes.
+    /// A path is nominated. Datagrams go to this address from now on. The event repeats when the
+    /// path changes.
     Nominated(FarEnd),
-    /// SRTP keys are there: media may flow.
+    /// SRTP keys are available, so media may flow.
     Connected,
     Failed(PeerFailure),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PeerFailure {
-    /// No answer to STUN checks for as long as the agent waits.
+    /// STUN checks got no answer for as long as the agent waits.
     IceDisconnected,
     /// The remote certificate is not the one that the description promised.
     FingerprintMismatch,
@@ -257,22 +264,22 @@ pub enum PeerFailure {
     Dtls,
     /// The other side ended the DTLS session.
     ClosedByRemote,
-    /// The connection that carried datagrams ended: TCP, not UDP.
+    /// The connection that carried datagrams ended. This happens with TCP, not with UDP.
     PathEnded,
 }
 
-/// An end of ours that datagrams leave from and come to.
+/// Local end of a path, which sends and receives datagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NearEnd {
     /// A socket with this address.
     Udp(SocketAddr),
-    /// A connection from this address of ours to a passive candidate of the other side's (RFC
-    /// 6544, section 4.2).
+    /// A connection from this local address to a passive candidate of the other side (RFC 6544,
+    /// section 4.2).
     Tcp {
         local: SocketAddr,
         remote: SocketAddr,
     },
-    /// A relay, with our address there.
+    /// A relay, with our relayed address.
     Relay(SocketAddr),
 }
 
@@ -296,23 +303,23 @@ impl PeerFailure {
 pub struct Peer {
     sealer: Option<Sealer>,
     opener: Option<Opener>,
-    /// Where datagrams go, by `PeerSetup::via`.
+    /// Destination of datagrams, by `PeerSetup::via`.
     remote: Option<SocketAddr>,
     next_timeout: Time,
     setup: Box<PeerSetup>,
 }
 
-/// The part that no media packet touches.
+/// State that no media packet touches.
 struct PeerSetup {
     ice: IceAgent,
     dtls: Dtls,
     epoch: Epoch,
     local_address: SocketAddr,
-    /// Ours in the other address family, where there is one.
+    /// Local address in the other address family, if there is one.
     other_local_address: Option<SocketAddr>,
-    /// Our addresses at relays.
+    /// Relayed addresses.
     relayed: Vec<SocketAddr>,
-    /// By what of ours the nominated path goes.
+    /// Local end that the nominated path uses.
     via: Via,
     remote_fingerprint: Fingerprint,
     dtls_active: bool,
@@ -321,10 +328,11 @@ struct PeerSetup {
     failure: Option<PeerFailure>,
     failure_told: bool,
     responses_seen: u64,
-    /// A lite agent fails here unless a check comes before; [`Time::MAX`] for a full agent, which
-    /// checks for itself.
+    /// Time when a lite agent fails unless a check comes before; [`Time::MAX`] for a full agent,
+    /// which sends checks itself.
     silent_until: Time,
-    /// What carried datagrams is gone: it fails here, unless the other side restarts ICE.
+    /// Time when the peer fails because its path has ended, unless the other side restarts ICE
+    /// before.
     pathless_until: Time,
     is_restarting: bool,
     nominated_at: Option<Time>,
@@ -332,8 +340,8 @@ struct PeerSetup {
     data: Option<DataService>,
 }
 
-/// Data channels are served. Their transport is made when the first packet of SCTP comes: most
-/// connections never have one.
+/// Data channels that are served. Their transport is made when the first SCTP packet comes, because
+/// most connections never have one.
 struct DataService {
     opens: bool,
     transport: Option<Box<DataTransport>>,
@@ -344,9 +352,9 @@ impl Peer {
         Peer::with_agent(identity, parameters, ice_agent(parameters), epoch, now)
     }
 
-    /// A peer that is `ice-lite` (RFC 8445, section 2.5): it answers checks and sends none, and the
-    /// other side nominates. Remote candidates and the role are ignored: addresses are learnt
-    /// from checks, and a lite agent is controlled.
+    /// Creates an `ice-lite` peer (RFC 8445, section 2.5): it answers checks and sends none, and
+    /// the other side nominates. Remote candidates and the role are ignored, because addresses are
+    /// learnt from checks and a lite agent is controlled.
     pub fn lite(identity: &Identity, parameters: &PeerParameters, epoch: Epoch, now: Time) -> Peer {
         let mut ice = ice_agent(&PeerParameters {
             remote_candidates: Vec::new(),
@@ -354,8 +362,8 @@ impl Peer {
             ..parameters.clone()
         });
         ice.set_ice_lite(true);
-        // A lite agent that gave up its role would wait for nobody's nomination: let the other side
-        // yield.
+        // The largest tie-breaker makes the other side yield in a role conflict. A lite agent that
+        // switched its role would wait for a nomination that never comes.
         ice.set_control_tie_breaker(u64::MAX);
         let mut peer = Peer::with_agent(identity, parameters, ice, epoch, now);
         peer.setup.silent_until = now + LITE_FIRST_CHECK_MAX;
@@ -406,10 +414,10 @@ impl Peer {
         }
     }
 
-    /// Another end of ours, with the other side's where that is known.
+    /// Adds a local end, with the remote end if that is known.
     ///
-    /// Of UDP one address a family is enough: where datagrams leave from is their path's to know,
-    /// and any of them reaches us.
+    /// One UDP address per family is enough. The path decides which address datagrams leave from,
+    /// and all of them reach us.
     pub fn add_near_end(&mut self, end: NearEnd, now: Time) {
         let setup = &mut self.setup;
         match end {
@@ -441,7 +449,7 @@ impl Peer {
         self.next_timeout = now;
     }
 
-    /// An end of ours is gone; with `is_last` there is no other.
+    /// Takes note that a local end is gone. With `is_last` no other is left.
     pub fn handle_path_end(&mut self, via: Via, is_last: bool, now: Time) {
         let setup = &mut self.setup;
         let is_used = is_last || (setup.via == via && self.remote.is_some());
@@ -465,11 +473,12 @@ impl Peer {
         }
     }
 
-    /// New credentials on both sides (RFC 8445, section 9). The DTLS session stays, and datagrams
-    /// go where they went until a new path is nominated.
+    /// Restarts ICE with new credentials on both sides (RFC 8445, section 9). The DTLS session
+    /// stays, and datagrams keep their destination until a new path is nominated.
     pub fn restart_ice(&mut self, local: &IceCredentials, remote: &IceCredentials, now: Time) {
-        // Nothing flows until a check succeeds, and the first may come before the other side knows
-        // of the restart. The round trip is known by now.
+        // Checks are retried sooner after a restart. No new path is nominated until a check
+        // succeeds, and the first one may come before the other side knows of the restart. The
+        // round trip is known by now.
         if let Some(rtt) = self.setup.ice.nominated_pair_rtt() {
             self.setup
                 .ice
@@ -484,8 +493,8 @@ impl Peer {
         self.next_timeout = now;
     }
 
-    /// The client may open data channels, or, with `opens`, we open LiveKit's two once it has begun
-    /// an association.
+    /// Serves data channels: the client may open them. With `opens`, we open LiveKit's two once the
+    /// client has begun an association.
     pub fn serve_data(&mut self, opens: bool) {
         self.setup.data.get_or_insert(DataService {
             opens,
@@ -493,18 +502,19 @@ impl Peer {
         });
     }
 
-    /// The next message that has come on a data channel.
+    /// Returns the next message received on a data channel.
     pub fn poll_data(&mut self) -> Option<DataMessage> {
         self.setup.data_transport()?.poll_message()
     }
 
-    /// Follow with [`Peer::poll`]. `false`: the client has no such channel, or does not read it.
+    /// Sends a message; follow with [`Peer::poll`]. Returns `false` if the client has no such
+    /// channel, or does not read from it.
     pub fn send_data(&mut self, channel: DataChannelKind, payload: &[u8]) -> bool {
         let transport = self.setup.data_transport();
         transport.is_some_and(|transport| transport.send(channel, payload))
     }
 
-    /// A STUN or DTLS datagram. Anything malformed is dropped; returns whether it was taken.
+    /// Takes a STUN or DTLS datagram. Anything malformed is dropped; returns whether it was taken.
     pub fn handle_setup_datagram(
         &mut self,
         datagram: &[u8],
@@ -519,7 +529,7 @@ impl Peer {
         }
     }
 
-    /// Advances timers; due at [`Peer::next_timeout`]. Follow with [`Peer::poll`].
+    /// Advances the timers. It is due at [`Peer::next_timeout`]; follow with [`Peer::poll`].
     pub fn handle_timeout(&mut self, now: Time) {
         let instant = self.setup.epoch.instant(now);
         self.setup.ice.handle_timeout(instant);
@@ -537,7 +547,7 @@ impl Peer {
         }
     }
 
-    /// [`Peer::poll_by`] where all goes by UDP.
+    /// Does the same as [`Peer::poll_by`], for a connection that uses UDP only.
     pub fn poll(
         &mut self,
         now: Time,
@@ -547,8 +557,8 @@ impl Peer {
         self.poll_by(now, |datagram, to| send(datagram, to.address), event);
     }
 
-    /// Hands every pending datagram to `send` and every event to `event`, then works out the next
-    /// time-out.
+    /// Hands every pending datagram to `send` and every event to `event`, then computes the next
+    /// timeout.
     pub fn poll_by(
         &mut self,
         now: Time,
@@ -557,7 +567,7 @@ impl Peer {
     ) {
         self.poll_ice(now, &mut send, &mut event);
         let mut dtls_timeout = self.poll_dtls(now, &mut send, &mut event);
-        // A record at a time: DTLS keeps few of them.
+        // Data is sealed record by record, because DTLS keeps few of them.
         while self.setup.seal_data(now) {
             dtls_timeout = self.poll_dtls(now, &mut send, &mut event);
         }
@@ -585,33 +595,33 @@ impl Peer {
         self.next_timeout
     }
 
-    /// Where datagrams go, once a path is nominated.
+    /// Returns the destination of datagrams, once a path is nominated.
     pub fn remote(&self) -> Option<SocketAddr> {
         self.remote
     }
 
-    /// By what of ours they go there.
+    /// Returns the local end that datagrams leave from.
     pub fn via(&self) -> Via {
         self.setup.via
     }
 
-    /// For RTP; `None` until the keys are there.
+    /// Returns the sealer for RTP; `None` until the keys are available.
     pub fn sealer(&self) -> Option<&Sealer> {
         self.sealer.as_ref()
     }
 
-    /// Fetches what opening a packet needs.
+    /// Prefetches what opening a packet needs.
     pub fn prefetch_opener(&self) {
         net::prefetch(&self.opener, usize::MAX);
     }
 
-    /// Fetches what sealing a packet needs.
+    /// Prefetches what sealing a packet needs.
     pub fn prefetch_sending(&self) {
         net::prefetch(&self.remote, usize::MAX);
         net::prefetch(&self.sealer, usize::MAX);
     }
 
-    /// For RTCP, whose packet index the sealer keeps.
+    /// Returns the sealer for RTCP, whose packet index the sealer keeps.
     pub fn sealer_mut(&mut self) -> Option<&mut Sealer> {
         self.sealer.as_mut()
     }
@@ -632,7 +642,7 @@ impl Peer {
         self.setup.connected_at
     }
 
-    /// The round trip of a STUN check that was answered since the last call.
+    /// Returns the round trip of a STUN check that was answered since the last call.
     pub fn poll_stun_rtt(&mut self) -> Option<Duration> {
         let responses = self.setup.ice.nominated_pair_responses_received()?;
         if responses == self.setup.responses_seen {
@@ -675,7 +685,7 @@ impl Peer {
         }
     }
 
-    /// Returns when DTLS wants to be called again.
+    /// Returns when DTLS must be called again.
     fn poll_dtls(
         &mut self,
         now: Time,
@@ -705,8 +715,8 @@ impl Peer {
                 }
                 Output::CloseNotify => self.setup.fail(PeerFailure::ClosedByRemote),
                 Output::BufferTooSmall { .. } => {
-                    // Cannot happen with the default MTU; a record that does not fit is a broken
-                    // session, not a reason to grow.
+                    // This cannot happen with the default MTU. A record that does not fit means a
+                    // broken session and is no reason for a larger buffer.
                     self.setup.fail(PeerFailure::Dtls);
                     return Time::MAX;
                 }
@@ -767,7 +777,8 @@ impl PeerSetup {
         taken
     }
 
-    /// What the agent calls a pair: its destination, and the local candidate that it goes from.
+    /// Translates the agent's notion of a pair: its destination, and the local candidate that it
+    /// leaves from.
     fn far_end(&self, proto: Protocol, source: SocketAddr, address: SocketAddr) -> FarEnd {
         let via = match proto {
             Protocol::Tcp => Via::Tcp(source),
@@ -785,7 +796,7 @@ impl PeerSetup {
 
     fn handle_dtls(&mut self, datagram: &[u8], now: Time) -> bool {
         if !self.dtls_started {
-            // The other side may finish its checks, and start, before our path is nominated.
+            // The other side may finish its checks, and start DTLS, before our path is nominated.
             if self.early_dtls.len() == EARLY_DTLS_MAX {
                 return false;
             }
@@ -808,7 +819,7 @@ impl PeerSetup {
     }
 
     fn handle_data(&mut self, packet: &[u8], now: Time) {
-        // Before the keys are there nobody has proved who it is.
+        // The other side is not authenticated until the keys are available.
         let is_proved = self.connected_at.is_some() && self.failure.is_none();
         let Some(data) = self.data.as_mut().filter(|_| is_proved) else {
             return;
@@ -819,7 +830,7 @@ impl PeerSetup {
             .handle_packet(packet, self.epoch.instant(now));
     }
 
-    /// Hands DTLS the next packet of the data channels. `false`: there is none.
+    /// Hands the next packet of the data channels to DTLS. Returns `false` if there is none.
     fn seal_data(&mut self, now: Time) -> bool {
         let instant = self.epoch.instant(now);
         if self.failure.is_some() {
@@ -854,14 +865,14 @@ impl PeerSetup {
         }
     }
 
-    /// The first failure is the cause; later ones follow from it.
+    /// Records a failure. Only the first one is kept, because later ones follow from it.
     fn fail(&mut self, failure: PeerFailure) {
         self.failure.get_or_insert(failure);
     }
 }
 
-/// The user name fragment of ours that a binding request is meant for: several connections on one
-/// socket are told apart by it.
+/// Returns the local user name fragment in a binding request. It distinguishes several connections
+/// on one socket.
 pub fn local_ufrag_of_check(datagram: &[u8]) -> Option<&str> {
     let message = StunMessage::parse(datagram).ok()?;
     if !message.is_binding_request() {
@@ -880,7 +891,7 @@ fn creds(credentials: &IceCredentials) -> IceCreds {
 fn ice_agent(parameters: &PeerParameters) -> IceAgent {
     let mut ice = IceAgent::new(creds(&parameters.local));
     ice.set_initial_stun_rto(STUN_RTO);
-    // Checks are answered in microseconds here; pacing them at the RFC's 50 ms would be most of the
+    // Checks are answered in microseconds here. Pacing them at the RFC's 50 ms would be most of the
     // time to connect.
     ice.set_timing_advance(Duration::from_millis(5));
     ice.set_controlling(parameters.ice_controlling);

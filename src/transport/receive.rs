@@ -1,10 +1,9 @@
-//! What one received RTP stream (one SSRC) tells: what arrived, what is missing, what to ask for
-//! again, and the numbers of a receiver report.
+//! Statistics of one received RTP stream (one SSRC): arrivals, losses, NACKs, and the numbers of a
+//! receiver report.
 //!
-//! Takes plain integers and gives plain numbers; parsing and sealing are elsewhere. Nothing here
-//! allocates. The state is flat and bounded: a window of the last [`WINDOW`] sequence numbers with
-//! two bits each, and a short list of loss batches that carries the NACK timing, which is
-//! libwebrtc's.
+//! Takes and returns plain numbers; parsing and sealing are elsewhere. Nothing here allocates. The
+//! state is flat and bounded: a window of the last [`WINDOW`] sequence numbers with two bits each,
+//! and a short list of loss batches that carries the NACK timing, which is libwebrtc's.
 
 use std::mem;
 use std::time::Duration;
@@ -13,116 +12,119 @@ use super::rtcp::dlsr_units;
 use crate::net;
 use crate::units::{Time, ntp_middle};
 
-/// Packets further behind the newest than this are too old to tell a late one from a duplicate.
+/// Window in packets. For packets further behind the newest, a late one cannot be distinguished
+/// from a duplicate.
 pub const WINDOW: u64 = 1024;
 
-/// libwebrtc's limit of packets that are missing at a time (`kMaxNackPackets`): beyond, all are
-/// given up, and a key frame is the cure. [`ReceiveStream::poll_nack`] wants a buffer of this size.
+/// Maximum number of packets that are missing at a time, as in libwebrtc (`kMaxNackPackets`).
+/// Beyond it all are given up, and a key frame is needed. [`ReceiveStream::poll_nack`] needs a
+/// buffer of this size.
 pub const MISSING_MAX: usize = 1_000;
 
-/// As many of them fit into one NACK of 1,200 bytes, however far apart they are.
+/// Number of sequence numbers that fit into one NACK of 1,200 bytes, however far apart they are.
 pub const NACK_SEQS_MAX: usize = 256;
 
-/// RFC 3550, A.1: a jump ahead of this many or more is a restart of the sender, not a loss, once a
-/// second packet confirms it.
+/// Limit of a jump ahead (RFC 3550, A.1). A jump of this size or more is a restart of the sender
+/// and not a loss, once a second packet confirms it.
 const MAX_DROPOUT: u16 = 3000;
 
-/// A packet that the network reordered before the very first one may still arrive: the stream then
-/// starts this much earlier at most.
+/// Maximum distance by which the start of the stream moves back, because a packet from before the
+/// first received one may still arrive out of order.
 const EARLY_MAX: u64 = 64;
 
-/// Batches of loss that are waited for at a time. In heavy loss neighbouring gaps share a batch, so
-/// this covers more than as many gaps.
+/// Maximum number of loss batches at a time. In heavy loss neighbouring gaps share a batch, so this
+/// covers a larger number of gaps.
 const BATCHES_MAX: usize = 20;
 
-/// Gaps noticed within this time of each other share a batch; when more than half of the batches
-/// are in use, within [`REPEAT_GRID`], and when all are, the two oldest become one. It bounds the
-/// error of [`Arrival::Repaired`]'s time, and of when a packet is asked for again; the first
-/// request is never late.
+/// Gaps found within this time of each other share a batch. If more than half of the batches are in
+/// use, the time is [`REPEAT_GRID`]; if all are, the two oldest batches are merged. This bounds the
+/// error of [`Arrival::Repaired`]'s time, and of the time of repeated requests. The first request
+/// is never late.
 const BATCH_SPREAD: Duration = Duration::from_millis(1);
 
-/// Requests for one packet, as libwebrtc had it until 2025 (`kMaxNackRetries`); then it became 100,
-/// which the age below leaves room for at no usual RTT.
+/// Maximum number of requests for one packet, as in libwebrtc until 2025 (`kMaxNackRetries`). Then
+/// libwebrtc raised it to 100, which the age limit below leaves no room for at any usual RTT.
 const TRIES_MAX: u8 = 10;
 
-/// After this a packet is of no use to a live picture: a key frame is the better cure. libwebrtc
-/// knows no age, but forgets what lies before a frame that it could decode, and asks for a key
-/// frame when it has had none to decode for long.
+/// Age after which a missing packet is given up. It is of no use to a live picture then, and a key
+/// frame is the better cure. libwebrtc has no age limit. Instead it forgets packets before a frame
+/// that it could decode, and asks for a key frame if it had none to decode for long.
 const AGE_MAX: Duration = Duration::from_secs(1);
 
-/// How often libwebrtc looks whether to ask again.
+/// Interval at which libwebrtc checks whether to request packets again.
 const REPEAT_GRID: Duration = Duration::from_millis(20);
 
-/// A step of the RTP clock against the arrival clock above this is a new timestamp origin, not
-/// jitter.
+/// Limit of a step between the RTP clock and the arrival clock. A larger step is a new timestamp
+/// origin, not jitter.
 const JITTER_STEP_MAX_SECONDS: u32 = 5;
 
-/// The unwrapped number of sequence number 0 in the first cycle. Above zero, so that an early
+/// Unwrapped number of sequence number 0 in the first cycle. It is above zero, so that an early
 /// packet never underflows.
 const FIRST_CYCLE: u64 = 1 << 16;
 
-/// What a packet turned out to be.
+/// Classification of a received packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrival {
-    /// Newer than all before; `gap` packets were newly found missing.
+    /// Newer than all before; `gap` packets before it were newly found missing.
     New { gap: u16 },
-    /// An original that came late.
+    /// An original packet that came late.
     Reordered,
-    /// A resend that filled a hole. `loss_to_repair` counts from when the hole was noticed; `None`
-    /// where it was no longer, or never, waited for.
+    /// A retransmission that filled a hole. `loss_to_repair` counts from the time when the hole was
+    /// found. It is `None` if the packet was not, or no longer, waited for.
     Repaired { loss_to_repair: Option<Duration> },
-    /// The payload was here before.
+    /// The payload was received before.
     Duplicate,
-    /// Outside of the window, or part of a jump that no second packet has confirmed. Nothing to
-    /// deliver.
+    /// Outside of the window, or part of a jump that no second packet has confirmed. It must not be
+    /// delivered.
     TooOld,
 }
 
-/// The answer of [`ReceiveStream::poll_nack`].
+/// Result of [`ReceiveStream::poll_nack`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NackPoll {
-    /// Sequence numbers written.
+    /// Number of sequence numbers written.
     pub count: usize,
-    /// Packets given up since the last poll: too old, asked for too often, or crowded out.
+    /// Number of packets given up since the last poll: too old, requested too often, or too many at
+    /// a time.
     pub gave_up: u32,
 }
 
-/// The numbers of a report block (RFC 3550, section 6.4.1), without the SSRC.
+/// Numbers of a report block (RFC 3550, section 6.4.1), without the SSRC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReportNumbers {
     pub fraction_lost: u8,
     pub cumulative_lost: i32,
     pub extended_highest_seq: u32,
-    /// In units of the RTP clock.
+    /// Jitter in units of the RTP clock.
     pub jitter: u32,
     pub lsr: u32,
-    /// In units of 1/65,536 s.
+    /// Delay since the last sender report, in units of 1/65,536 s.
     pub dlsr: u32,
 }
 
 /// Cumulative counts in packets. `expected = received + lost_network` and `lost_network = repaired
 /// + lost`, always.
 ///
-/// `lost_network` and `lost` include what is merely under way; at the end of a run they are exact.
-/// `repaired` shrinks by one where the original of a repaired packet arrives after all.
+/// `lost_network` and `lost` include packets that are still on their way; at the end of a run they
+/// are exact. `repaired` decreases by one if the original of a repaired packet arrives after all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReceiveCounts {
-    /// Sequence numbers from the lowest to the highest that was seen.
+    /// Number of sequence numbers from the lowest to the highest received.
     pub expected: u64,
-    /// Originals, reordered ones included, duplicates not.
+    /// Number of originals, with reordered ones and without duplicates.
     pub received: u64,
     pub reordered: u64,
     pub repaired: u64,
     pub duplicate: u64,
     pub too_old: u64,
-    /// Never arrived as an original.
+    /// Number of packets that never arrived as an original.
     pub lost_network: u64,
-    /// Never arrived at all.
+    /// Number of packets that never arrived at all.
     pub lost: u64,
 }
 
 impl ReceiveCounts {
-    /// Those of another stream.
+    /// Adds the counts of another stream.
     pub fn add(&mut self, others: &ReceiveCounts) {
         self.expected += others.expected;
         self.received += others.received;
@@ -135,20 +137,20 @@ impl ReceiveCounts {
     }
 }
 
-/// Packets found missing at one time, asked for together: those of `first..first + len` whose
-/// window bit says "not here".
+/// Packets found missing at one time and requested together: those of `first..first + len` that are
+/// missing by the window's bits.
 #[derive(Clone, Copy, Default)]
 struct NackBatch {
-    /// The run time of the notice, in microseconds modulo 2^32.
+    /// Time when they were found missing, in microseconds of the run modulo 2^32.
     noticed: u32,
-    /// When it was asked for last, in microseconds after `noticed`; means nothing before.
+    /// Time of the last request, in microseconds after `noticed`. Meaningless before the first.
     asked_after: u32,
-    /// The low half of the unwrapped number; the window is short enough to restore the rest.
+    /// Low half of the unwrapped number. The window is short enough to restore the rest.
     first: u16,
     len: u16,
     missing: u16,
     tries: u8,
-    /// Some of it has not been asked for at all.
+    /// Whether some of its packets have not been requested at all.
     fresh: bool,
 }
 
@@ -162,15 +164,15 @@ impl NackBatch {
     }
 }
 
-/// When missing packets are asked for: as libwebrtc does it for the kind of media.
+/// When missing packets are requested, as libwebrtc does it for each kind of media.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum NackRule {
-    /// At once, and again when a round trip has passed.
+    /// At once, and again after a round trip.
     #[default]
     Video,
-    /// At once, and again after one and a half round trips and 5 ms.
+    /// At once, and again after one and a half round trips plus 5 ms.
     Audio,
-    /// Nobody agreed on it.
+    /// Never, because NACK was not negotiated.
     Never,
 }
 
@@ -183,44 +185,44 @@ impl NackRule {
     }
 }
 
-/// What is known of the way to the sender and back.
+/// Round trip to the sender.
 #[derive(Clone, Copy, Debug)]
 pub struct RoundTrip {
-    /// The last one measured, or what is taken for it before there is any.
+    /// Last measured round trip, or the assumed one before the first measurement.
     pub last: Duration,
-    /// The shortest one measured.
+    /// Shortest measured round trip.
     pub least: Option<Duration>,
 }
 
-/// What is known of a missing packet when it comes.
+/// State of a missing packet when it arrives.
 #[derive(Clone, Copy)]
 struct MissingPacket {
-    /// Since it was noticed.
+    /// Time since it was found missing.
     age: Duration,
-    /// It was asked for so shortly before that it cannot be the answer.
+    /// Whether it was requested so recently that it cannot be the answer.
     is_too_young_for_a_resend: bool,
 }
 
-/// One received SSRC.
+/// Statistics of one received SSRC.
 ///
-/// In the order in which packets need it: a packet that comes in its turn meets
-/// [`ReceiveStream::HEAD_BYTES`] and one word of the window. With thousands of streams, every line
-/// of memory that it does not meet counts.
+/// Fields are ordered by how often packets need them. A packet in sequence touches
+/// [`ReceiveStream::HEAD_BYTES`] and one word of the window. With thousands of streams, every cache
+/// line that it does not touch counts.
 #[repr(C)]
 pub struct ReceiveStream {
-    /// The unwrapped number of the newest packet; 0 before the first.
+    /// Unwrapped number of the newest packet; 0 before the first.
     highest: u64,
-    /// The unwrapped number of the oldest packet since the sender's last restart.
+    /// Unwrapped number of the oldest packet since the sender's last restart.
     base: u64,
     last_ext_seq: u64,
     next_nack_at: Time,
     clock_rate: u32,
     transit: u32,
     last_rtp_time: u32,
-    /// Scaled by 16.
+    /// Jitter, scaled by 16.
     jitter: u32,
     received: u32,
-    /// The sequence number that would confirm a jump.
+    /// Sequence number that would confirm a jump.
     confirms_jump: Option<u16>,
     missing: u16,
     batches_len: u8,
@@ -228,9 +230,9 @@ pub struct ReceiveStream {
     nack: NackRule,
     window: [SeenBlock; WINDOW as usize / 64],
 
-    /// Where in [`REPEAT_GRID`] this stream looks whether to ask again, in microseconds.
+    /// Phase of this stream's checks within [`REPEAT_GRID`], in microseconds.
     grid_phase: u16,
-    /// The shortest round trip, in microseconds; 0 while none is known.
+    /// Shortest round trip, in microseconds; 0 while none is known.
     rtt_least: u32,
     gave_up: u32,
     reordered: u32,
@@ -242,12 +244,12 @@ pub struct ReceiveStream {
     expected_before_restart: u64,
     expected_prior: u64,
     received_prior: u32,
-    /// Oldest first.
+    /// Loss batches, oldest first.
     batches: [NackBatch; BATCHES_MAX],
 }
 
-/// 64 packets, two bits each, `(filled, flagged)`: 00 missing; 01 missing, was asked for; 10
-/// arrived as an original; 11 filled by a resend.
+/// State of 64 packets, two bits each, `(filled, flagged)`: 00 missing; 01 missing and requested;
+/// 10 arrived as an original; 11 filled by a retransmission.
 #[derive(Clone, Copy, Default)]
 struct SeenBlock {
     filled: u64,
@@ -255,16 +257,17 @@ struct SeenBlock {
 }
 
 impl ReceiveStream {
-    /// What every packet needs, from the start.
+    /// Size of the fields at the start that every packet needs.
     pub const HEAD_BYTES: usize = std::mem::offset_of!(ReceiveStream, window);
 
-    /// Fetches what the next packet needs beyond the head, which must have come by then.
+    /// Prefetches what the next packet needs beyond the head. The head must be in the cache by
+    /// then.
     pub fn prefetch_next(&self) {
         let (word, _) = place(self.highest + 1);
         net::prefetch(&self.window[word], usize::MAX);
     }
 
-    /// `clock_rate` is the payload's RTP clock in Hz, above zero.
+    /// Creates the state. `clock_rate` is the payload's RTP clock in Hz, above zero.
     pub fn new(clock_rate: u32) -> ReceiveStream {
         assert!(clock_rate > 0, "an RTP clock has a rate");
         ReceiveStream {
@@ -299,12 +302,12 @@ impl ReceiveStream {
         }
     }
 
-    /// Says that resends come over RTX (RFC 4588), so whatever comes on the stream's own SSRC is an
-    /// original. Assumed from the first RTX packet on.
+    /// Sets whether retransmissions come over RTX (RFC 4588), so that every packet on the stream's
+    /// own SSRC is an original. This is assumed from the first RTX packet on.
     ///
-    /// Without RTX a packet that was asked for counts as repaired when it comes, unless it comes
-    /// sooner than any answer could: within half of the shortest round trip. If it was the
-    /// original after all, nobody can tell.
+    /// Without RTX a requested packet counts as repaired when it comes, unless it comes sooner than
+    /// any answer could: within half of the shortest round trip. Whether it was the original after
+    /// all cannot be told.
     pub fn set_rtx(&mut self, negotiated: bool) {
         self.rtx = negotiated;
     }
@@ -313,8 +316,8 @@ impl ReceiveStream {
         self.nack = rule;
     }
 
-    /// Takes one packet, padding included. `retransmitted`: it came over RTX, `seq` being its
-    /// original number.
+    /// Takes one packet, even one of padding only. `retransmitted` means that it came over RTX and
+    /// `seq` is its original number.
     pub fn handle_packet(
         &mut self,
         seq: u16,
@@ -341,19 +344,19 @@ impl ReceiveStream {
         }
     }
 
-    /// The unwrapped sequence number of the packet handled last; it never wraps and never repeats
-    /// over a sender's restart. Meaningless after [`Arrival::TooOld`].
+    /// Returns the unwrapped sequence number of the packet handled last. It never wraps, and never
+    /// repeats across a sender's restart. Meaningless after [`Arrival::TooOld`].
     pub fn ext_seq(&self) -> u64 {
         self.last_ext_seq
     }
 
-    /// Writes the sequence numbers to ask for now, oldest first, and tells what was given up (a
-    /// video receiver then wants a key frame).
+    /// Writes the sequence numbers to request now, oldest first, and returns the number of packets
+    /// given up (a video receiver then needs a key frame).
     ///
-    /// A gap is asked for at once: a packet that is merely overtaken is asked for too, as libwebrtc
-    /// does, whose reordering statistics are never fed. It is asked for again by the
-    /// [`NackRule`], which libwebrtc looks at each 20 ms; at most 10 times, within 1 s. `out` holds
-    /// [`MISSING_MAX`] numbers at least.
+    /// A gap is requested at once, even if the packet is only reordered. libwebrtc does the same,
+    /// because its reordering statistics are never fed. Packets are requested again by the
+    /// [`NackRule`], which libwebrtc checks every 20 ms; at most 10 times, within 1 s. `out` must
+    /// hold at least [`MISSING_MAX`] numbers.
     pub fn poll_nack(&mut self, now: Time, rtt: RoundTrip, out: &mut [u16]) -> NackPoll {
         assert!(
             out.len() >= MISSING_MAX,
@@ -389,8 +392,8 @@ impl ReceiveStream {
         }
     }
 
-    /// When to poll; [`Time::MAX`] while nothing is missing. May be earlier than needed, never
-    /// later.
+    /// Returns when to poll; [`Time::MAX`] while nothing is missing. It may be earlier than needed,
+    /// never later.
     pub fn next_nack_at(&self) -> Time {
         self.next_nack_at
     }
@@ -401,10 +404,10 @@ impl ReceiveStream {
         self.sender_report_at = now;
     }
 
-    /// The numbers of a report block, its fraction counted from the call before (RFC 3550, A.3);
-    /// `None` before the first packet.
+    /// Returns the numbers of a report block; `None` before the first packet. The fraction covers
+    /// the time since the previous call (RFC 3550, A.3).
     ///
-    /// Loss is that of originals: neither resends nor duplicates make up for it.
+    /// Loss counts originals only: neither retransmissions nor duplicates reduce it.
     pub fn report_block(&mut self, now: Time) -> Option<ReportNumbers> {
         if !self.has_started() {
             return None;
@@ -434,8 +437,8 @@ impl ReceiveStream {
         })
     }
 
-    /// Interarrival jitter (RFC 3550, A.8) of originals in order, one packet a timestamp, as
-    /// libwebrtc and LiveKit take it.
+    /// Returns the interarrival jitter (RFC 3550, A.8) of originals in order, one packet per
+    /// timestamp, as libwebrtc and LiveKit measure it.
     pub fn jitter(&self) -> Duration {
         Duration::from_nanos(
             u64::from(self.jitter) * 1_000_000_000 / 16 / u64::from(self.clock_rate),
@@ -457,20 +460,21 @@ impl ReceiveStream {
         }
     }
 
-    /// Whether it is still known of this packet, and of all after it, which of them came. `ext_seq`
-    /// is unwrapped.
+    /// Returns whether the window still covers this packet and all after it. `ext_seq` is
+    /// unwrapped.
     pub fn remembers(&self, ext_seq: u64) -> bool {
         ext_seq >= self.base && self.highest < ext_seq + WINDOW
     }
 
-    /// Whether this packet is missing by now, between others that came: neither the original
-    /// nor a resend of it is here. `ext_seq` is unwrapped.
+    /// Returns whether this packet is missing so far, between others that arrived: neither the
+    /// original nor a retransmission is here. `ext_seq` is unwrapped.
     pub fn is_missing(&self, ext_seq: u64) -> bool {
         ext_seq < self.highest && self.remembers(ext_seq) && !self.state(ext_seq).0
     }
 
-    /// How many packets after `before` and ahead of `after`, both unwrapped, did not come by
-    /// themselves: missing, or only resent. `None` where it is not known any more.
+    /// Returns how many packets after `before` and ahead of `after`, both unwrapped, did not arrive
+    /// as originals: they are missing, or only a retransmission came. `None` if it is not known any
+    /// more.
     pub fn holes_between(&self, before: u64, after: u64) -> Option<u64> {
         let is_hole = |ext: &u64| self.state(*ext) != (true, false);
         self.remembers(before)
@@ -562,8 +566,8 @@ impl ReceiveStream {
         }
     }
 
-    /// A second copy. If it is the original of what a resend filled, the network did not lose it
-    /// and the resend was the superfluous one.
+    /// Takes a second copy of a packet. If it is the original of a packet that a retransmission
+    /// filled, the network did not lose it and the retransmission was superfluous.
     fn handle_known(&mut self, ext: u64, original_after_repair: bool) -> Arrival {
         if original_after_repair {
             self.set_state(ext, true, false);
@@ -575,7 +579,8 @@ impl ReceiveStream {
         Arrival::Duplicate
     }
 
-    /// RFC 3550, A.1: two packets in sequence make a jump a restart; a lone one is a stray.
+    /// Takes a packet far ahead (RFC 3550, A.1). Two packets in sequence make a jump a restart; a
+    /// single one is a stray.
     fn handle_jump(&mut self, seq: u16, rtp_time: u32, now: Time, retransmitted: bool) -> Arrival {
         if retransmitted {
             return self.reject();
@@ -632,13 +637,13 @@ impl ReceiveStream {
         };
     }
 
-    /// The unwrapped number of a batch's first packet.
+    /// Returns the unwrapped number of a batch's first packet.
     fn first_of(&self, at: usize) -> u64 {
         self.highest - u64::from((self.highest as u16).wrapping_sub(self.batches[at].first))
     }
 
-    /// The `gap` packets before the newest are missing. Where that makes too many, all are given
-    /// up.
+    /// Notes that the `gap` packets before the newest are missing. If that makes too many, all are
+    /// given up.
     fn note_missing(&mut self, gap: u64, now: Time) {
         self.next_nack_at = self.next_nack_at.min(now);
         if self.nack == NackRule::Never || u64::from(self.missing) + gap > MISSING_MAX as u64 {
@@ -666,8 +671,8 @@ impl ReceiveStream {
         self.missing += gap as u16;
     }
 
-    /// Puts the `gap` packets before the newest into the last batch, if that is young enough; it
-    /// then covers all up to the newest.
+    /// Adds the `gap` packets before the newest to the last batch, if that is young enough. The
+    /// batch then covers all packets up to the newest.
     fn extend_last_batch(&mut self, gap: u64, now: Time) -> bool {
         let Some(last) = usize::from(self.batches_len).checked_sub(1) else {
             return false;
@@ -689,8 +694,9 @@ impl ReceiveStream {
         true
     }
 
-    /// The older one takes on how often and when the younger one was asked for: so batches are
-    /// still given up in their order, and what lies between two of them was not given up.
+    /// Merges the two oldest batches. The older one takes over the request count and time of the
+    /// younger. So batches are still given up in their order, and nothing between two of them has
+    /// been given up.
     fn join_oldest_batches(&mut self) {
         let [older, younger, ..] = self.batches;
         self.batches[1] = NackBatch {
@@ -707,7 +713,7 @@ impl ReceiveStream {
         self.batches_len -= 1;
     }
 
-    /// Takes an arrived packet out of its batch.
+    /// Removes an arrived packet from its batch.
     fn settle(&mut self, ext: u64, now: Time) -> Option<MissingPacket> {
         let at = (0..usize::from(self.batches_len)).find(|&at| {
             let first = self.first_of(at);
@@ -744,8 +750,8 @@ impl ReceiveStream {
         }
     }
 
-    /// Writes what a batch still misses, with or without what was asked for before, and marks it as
-    /// asked for.
+    /// Writes the packets that a batch still misses and marks them as requested. With `again`,
+    /// packets that were requested before are included.
     fn write_missing(&mut self, at: usize, again: bool, out: &mut [u16]) -> usize {
         let first = self.first_of(at);
         let mut slots = out.iter_mut();
@@ -763,8 +769,8 @@ impl ReceiveStream {
         count
     }
 
-    /// When a batch that was asked for is asked for again: the first time that libwebrtc would
-    /// look, after the rule's time.
+    /// Returns when a requested batch is due again: the first time that libwebrtc would check after
+    /// the rule's interval.
     fn repeat_at(&self, batch: &NackBatch, now: Time, rtt: Duration) -> Time {
         let phase = Duration::from_micros(self.grid_phase.into());
         let wanted = batch.asked_at(now) + self.nack.repeat_after(rtt);
@@ -826,13 +832,13 @@ mod tests {
     use super::*;
     use crate::seeded::Seeded;
 
-    /// A link's character, drawn from the seed.
+    /// Properties of a link, drawn from the seed.
     struct LinkCharacter {
         loss_percent: u64,
         burst: u64,
         duplicate_percent: u64,
         late_percent: u64,
-        /// How late a late packet is, at most.
+        /// Maximum delay of a late packet.
         late_micros: u64,
         rtx: bool,
     }
@@ -840,14 +846,13 @@ mod tests {
     const ONE_WAY_MICROS: u64 = 15_000;
     const PACKETS: u64 = 4_000;
 
-    /// What happened to one sequence number, as an onlooker with the sender's knowledge writes it
-    /// down.
+    /// Fate of one sequence number, as seen by an observer who knows what the sender did.
     #[derive(Default)]
     struct NumberFate {
         originals: u64,
         resends: u64,
-        /// Arrived as an original by the rules of the stream: with RTX the truth, without it
-        /// "before anybody asked for it".
+        /// Whether it arrived as an original by the stream's rules: with RTX this is the truth,
+        /// without it "before it was requested".
         as_original: bool,
         reordered: bool,
         asked: Vec<u64>,
@@ -985,7 +990,8 @@ mod tests {
                 let noticed = fate.noticed.expect("noticed before asked for");
                 match fate.asked.last() {
                     None => assert!(at - noticed < 1_000, "at once: {noticed} {at}"),
-                    // In heavy loss, what was noticed within 20 ms is asked for again together.
+                    // In heavy loss, packets found missing within 20 ms are requested again
+                    // together.
                     Some(last) => assert!(
                         at - last >= 2 * ONE_WAY_MICROS - 20_000,
                         "never in haste: {last} {at}"
@@ -1020,8 +1026,8 @@ mod tests {
             self.newest = Some(newest.max(index));
             let fate = self.fates.entry(index).or_default();
             let known = fate.originals + fate.resends > 0;
-            // What comes within half a round trip is no answer, which the stream may overlook where
-            // gaps share a batch.
+            // A packet that comes within half a round trip of its request is no answer. The stream
+            // may not see that if gaps share a batch.
             let asked_just_now = fate.asked.len() == 1 && fate.asked[0] + ONE_WAY_MICROS > at;
             let counts_as_original = if self.link.rtx {
                 !resend
@@ -1043,7 +1049,7 @@ mod tests {
                     let slack = if self.link.loss_percent <= 5 && self.link.late_percent == 0 {
                         1_000
                     } else {
-                        // Batches of 20 ms, and the two oldest of them joined again and again.
+                        // Batches of 20 ms, with the two oldest of them merged again and again.
                         200_000
                     };
                     let truth = at - fate.noticed.expect("a hole was noticed");
@@ -1057,7 +1063,7 @@ mod tests {
             }
         }
 
-        /// The batches hold exactly what is missing inside them.
+        /// Checks that the batches hold exactly what is missing inside them.
         fn check_batches(&self) {
             let stream = &self.stream;
             let mut total = 0;
@@ -1135,7 +1141,7 @@ mod tests {
         }
     }
 
-    /// When what is missing is asked for, until it is given up: in ms.
+    /// Returns the times, in ms, at which missing packets are requested until they are given up.
     fn times_asked(stream: &mut ReceiveStream, rtt: Duration) -> (Vec<u64>, u32) {
         let (mut asked, mut gave_up) = (Vec::new(), 0);
         while stream.next_nack_at() != Time::MAX {
@@ -1174,7 +1180,7 @@ mod tests {
     #[test]
     fn video_is_asked_for_again_after_a_round_trip_and_audio_after_one_and_a_half() {
         for (rule, rtt_ms, expected) in [
-            // Looks are at 0, 20, 40 .. ms.
+            // Checks are at 0, 20, 40 .. ms.
             (
                 NackRule::Video,
                 1,

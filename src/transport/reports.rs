@@ -1,4 +1,5 @@
-//! RTCP that both ends of a connection write alike, and the limits of what they write and heed.
+//! RTCP that both the engine and the embedded SFU write, and the limits of what they write and
+//! read.
 
 use crate::transport::rtp::Ssrc;
 use std::net::SocketAddr;
@@ -7,18 +8,20 @@ use super::peer::Peer;
 use super::receive::ReportNumbers;
 use super::rtcp::{ReportBlock, RtcpWriter, WriteError};
 
-/// Compounds stay below this, so that SRTCP's trailer still fits an Ethernet packet.
+/// Maximum size of a compound packet, so that it still fits an Ethernet packet with SRTCP's
+/// trailer.
 const COMPOUND_BYTES_MAX: usize = 1_200;
-/// RFC 3550, section 6.4.1: the count of report blocks is five bits.
+/// Maximum number of report blocks: the count has five bits (RFC 3550, section 6.4.1).
 pub const REPORT_BLOCKS_MAX: usize = 31;
-/// Numbers of one NACK that are looked at: libwebrtc's receiver never misses more at a time.
+/// Maximum number of sequence numbers that are read from one NACK. libwebrtc's receiver never
+/// misses more at a time.
 pub const NACKED_MAX: usize = 1_000;
 
-/// Writes one compound to the start of `buffer` and seals it there. Returns where it goes and its
-/// length.
+/// Writes one compound packet to the start of `buffer` and seals it there. Returns its destination
+/// and its length.
 ///
-/// `None` where the connection is not up, nothing was written, or it does not fit: compounds are
-/// made to fit.
+/// Returns `None` if the connection is not up, nothing was written, or the packet does not fit.
+/// Callers write compound packets that fit.
 pub fn seal_compound(
     peer: &mut Peer,
     buffer: &mut [u8],
@@ -36,7 +39,7 @@ pub fn seal_compound(
 }
 
 impl ReportNumbers {
-    /// As a receiver report has it.
+    /// Returns the numbers as the block of a receiver report.
     pub fn block(self, ssrc: Ssrc) -> ReportBlock {
         ReportBlock {
             ssrc,

@@ -1,5 +1,5 @@
-//! What a sender remembers in order to answer NACKs: which frame a sequence number belonged to, and
-//! how often it may resend.
+//! State that a sender keeps to answer NACKs: the frame that each sequence number belonged to, and
+//! the limit of retransmissions.
 //!
 //! Media is shared and immutable, so a frame is remembered as a few numbers from which its packets
 //! are made again.
@@ -8,17 +8,17 @@ use std::time::Duration;
 
 use crate::units::{Bitrate, Time};
 
-/// Frames kept for audio: 2.5 s at 20 ms.
+/// Number of frames kept for audio: 2.5 s at 20 ms.
 pub const AUDIO_FRAMES: usize = 128;
 
-/// Frames kept for video: 2.1 s at 30 frames a second.
+/// Number of frames kept for video: 2.1 s at 30 frames a second.
 pub const VIDEO_FRAMES: usize = 64;
 
-/// Sequence numbers that the ring may span: half their space, so that old and new are never
-/// confused.
+/// Maximum span of the ring in sequence numbers: half of their space, so that old and new ones are
+/// never confused.
 const SPAN_MAX: u32 = 1 << 15;
 
-/// One frame as it was sent.
+/// One sent frame.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FrameRecord {
     pub intended: Time,
@@ -28,29 +28,30 @@ pub struct FrameRecord {
     /// The participant's own frame number, as in the frame's identity.
     pub frame: u32,
     pub first_seq: u16,
-    /// At least 1.
+    /// Number of packets, at least 1.
     pub packets: u16,
     pub picture_id: u16,
-    /// The key frame of `media`, not its inter frame. On audio: begins a talkspurt.
+    /// On video: this is the key frame of `media`, not its inter frame. On audio: it begins a
+    /// talkspurt.
     pub key: bool,
-    /// How many earlier packets it repeats (RED). Never changes: a packet that is sent again is
-    /// the same to the last byte.
+    /// Number of earlier packets that it repeats (RED). It never changes, because a retransmitted
+    /// packet must be the same to the last byte.
     pub redundant: u8,
 }
 
-/// The frames sent last, in sending order. Sequence numbers between frames (padding) are allowed
-/// and belong to none.
+/// The last sent frames, in sending order. There may be sequence numbers between frames (padding);
+/// they belong to no frame.
 pub struct ResendRing {
     records: Box<[FrameRecord]>,
-    /// Where the next record goes.
+    /// Index of the next record.
     head: usize,
     len: usize,
-    /// Sequence numbers from the oldest record's first to the newest's last.
+    /// Number of sequence numbers from the oldest record's first to the newest's last.
     span: u32,
 }
 
 impl ResendRing {
-    /// Room for `frames`, above zero; allocates once.
+    /// Creates a ring for `frames` frames, above zero. Allocates once.
     pub fn new(frames: usize) -> ResendRing {
         assert!(frames > 0, "a ring holds something");
         ResendRing {
@@ -61,7 +62,7 @@ impl ResendRing {
         }
     }
 
-    /// Remembers a frame, forgetting the oldest where room or sequence space run out.
+    /// Remembers a frame. Forgets the oldest ones if room or sequence space runs out.
     pub fn push(&mut self, record: FrameRecord) {
         assert!(
             record.packets > 0 && u32::from(record.packets) <= SPAN_MAX,
@@ -87,7 +88,7 @@ impl ResendRing {
         self.len += 1;
     }
 
-    /// The frame that `seq` was part of, and which packet of it.
+    /// Returns the frame that `seq` was part of, and the index of the packet in it.
     pub fn find(&self, seq: u16) -> Option<(&FrameRecord, u16)> {
         let back = u32::from(end_of(self.newest()?).wrapping_sub(seq));
         if back == 0 || back > self.span {
@@ -95,7 +96,7 @@ impl ResendRing {
         }
         let start = end_of(self.newest()?);
         let (mut low, mut high) = (0, self.len);
-        // The last record, in sending order, that starts at or before `seq`.
+        // Binary search for the last record, in sending order, that starts at or before `seq`.
         while low < high {
             let middle = (low + high) / 2;
             if u32::from(start.wrapping_sub(self.record(middle).first_seq)) >= back {
@@ -114,7 +115,7 @@ impl ResendRing {
         self.span = 0;
     }
 
-    /// `age` 0 is the oldest.
+    /// Returns the record of an age; 0 is the oldest.
     fn record(&self, age: usize) -> &FrameRecord {
         let room = self.records.len();
         &self.records[(self.head + room - self.len + age) % room]
@@ -124,8 +125,8 @@ impl ResendRing {
         self.len.checked_sub(1).map(|age| self.record(age))
     }
 
-    /// `next_seq` is the first of the frame about to be pushed, for when the oldest is also the
-    /// newest.
+    /// Forgets the oldest record. `next_seq` is the first sequence number of the frame about to be
+    /// pushed; it is used if the oldest is also the newest.
     fn forget_oldest(&mut self, next_seq: u16) {
         let first = self.record(0).first_seq;
         let second = if self.len > 1 {
@@ -142,33 +143,33 @@ fn end_of(record: &FrameRecord) -> u16 {
     record.first_seq.wrapping_add(record.packets)
 }
 
-/// The answer of [`ResendLimiter::allow`].
+/// Result of [`ResendLimiter::allow`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resend {
     Allowed,
-    /// The same packet was resent less than an RTT, and a margin, ago; that one may still be under
-    /// way.
+    /// The same packet was retransmitted less than an RTT plus a margin ago, and that one may still
+    /// be on its way.
     TooSoon,
-    /// Resends have used up their share of the rate.
+    /// Retransmissions have used up their share of the rate.
     OverBudget,
 }
 
-/// Beyond the round trip, as libwebrtc has it: a server whose reports say that it is near may not
-/// have a packet again and again in one breath.
+/// Margin beyond the round trip, as in libwebrtc. A server whose reports show a very short round
+/// trip must not get the same packet again and again at once.
 const REPEAT_MARGIN: Duration = Duration::from_millis(5);
 
-/// Recent resends remembered. Two packets this far apart share a place: then one resend more may
-/// pass, within the budget.
+/// Number of recent retransmissions remembered. Two packets this far apart share a slot. Then one
+/// retransmission more may pass, within the budget.
 const RECENT: usize = 64;
 
-/// A token bucket over the bytes of resends, and a guard against resending the same packet within
-/// an RTT (as libwebrtc has it).
+/// Token bucket over the bytes of retransmissions, and a guard against retransmitting the same
+/// packet within an RTT (as in libwebrtc).
 ///
-/// So whatever a server asks for, it gets its burst once, and then no more than the rate: with the
-/// media itself, twice the track's bitrate.
+/// So whatever a server requests, it gets one burst and then no more than the rate: together with
+/// the media itself, twice the track's bitrate.
 pub struct ResendLimiter {
     rate: Bitrate,
-    /// In bits times 10^9, so that a refill of any length is exact.
+    /// Fill level in bits times 10^9, so that a refill of any length is exact.
     level: u64,
     capacity: u64,
     refilled_at: Time,
@@ -177,7 +178,7 @@ pub struct ResendLimiter {
 
 #[derive(Clone, Copy, Default)]
 struct Recent {
-    /// In units of 100 us, modulo 2^32 (5 days), plus one; zero is none.
+    /// Time in units of 100 us, modulo 2^32 (5 days), plus one; zero if there is none.
     at: u32,
     seq: u16,
 }
@@ -185,8 +186,8 @@ struct Recent {
 const BITS: u64 = 1_000_000_000;
 
 impl ResendLimiter {
-    /// Resends may take `rate` in the long run and `burst_bytes` at once (at most 1 GiB). Starts
-    /// full.
+    /// Creates a limiter. Retransmissions may take `rate` in the long run and `burst_bytes` at once
+    /// (at most 1 GiB). The bucket starts full.
     pub fn new(rate: Bitrate, burst_bytes: u32) -> ResendLimiter {
         assert!(burst_bytes <= 1 << 30, "a burst is at most 1 GiB");
         let capacity = u64::from(burst_bytes) * 8 * BITS;
@@ -199,7 +200,8 @@ impl ResendLimiter {
         }
     }
 
-    /// May the packet `seq` of `bytes` be resent now? What is allowed is counted as resent.
+    /// Returns whether the packet `seq` of `bytes` bytes may be retransmitted now. An allowed
+    /// packet is counted as retransmitted.
     pub fn allow(&mut self, seq: u16, bytes: usize, now: Time, rtt: Duration) -> Resend {
         self.refill(now);
         let stamp = ((now.as_micros() / 100) as u32).wrapping_add(1).max(1);
@@ -231,8 +233,7 @@ impl ResendLimiter {
 mod tests {
     use super::*;
 
-    /// What the ring should know, as (record, packet), by looking at every frame from the newest
-    /// on.
+    /// Returns the expected (record, packet), by a linear search from the newest frame on.
     fn naive(sent: &[FrameRecord], room: usize, seq: u16) -> Option<(FrameRecord, u16)> {
         let kept = sent.iter().rev().take(room);
         kept.map(|record| (*record, seq.wrapping_sub(record.first_seq)))

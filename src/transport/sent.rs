@@ -1,22 +1,24 @@
-//! What was sent under each transport-wide number, so that feedback about it can be understood.
+//! Log of the packets sent under each transport-wide number, needed to interpret the feedback about
+//! them.
 
 use crate::units::Time;
 
-/// Packets remembered: more than a second at 10 Mbit/s, where feedback comes each 100 ms.
+/// Number of packets remembered: more than a second at 10 Mbit/s, where feedback comes every 100
+/// ms.
 const LOG_LEN: u64 = 1_024;
 
-/// What kind of packet had a number.
+/// Kind of a sent packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SentKind {
     /// Sent for the first time.
     Media,
-    /// Sent again because it was asked for.
+    /// Retransmitted on request.
     Resend,
-    /// Sent again so that the path is busy, as part of a probe.
+    /// Sent again as filler, as part of a probe.
     Probe { cluster: u8 },
 }
 
-/// What feedback has said of a packet.
+/// Fate of a packet, according to feedback.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PacketFate {
     Unknown,
@@ -24,15 +26,15 @@ pub enum PacketFate {
     Missing,
 }
 
-/// One packet as it was sent.
+/// One sent packet.
 #[derive(Clone, Copy, Debug)]
 pub struct SentPacket {
     pub sent_at: Time,
-    /// The connection's track.
+    /// Track of the connection.
     pub track: u8,
-    /// The RTP sequence number; of a resend that of the original.
+    /// RTP sequence number; for a retransmission that of the original.
     pub seq: u16,
-    /// The whole RTP packet.
+    /// Size of the whole RTP packet.
     pub bytes: u16,
     pub kind: SentKind,
     pub fate: PacketFate,
@@ -44,7 +46,7 @@ impl SentPacket {
             sent_at,
             track,
             seq,
-            // A datagram has fewer than 2^16.
+            // A datagram has fewer than 2^16 bytes.
             bytes: bytes as u16,
             kind,
             fate: PacketFate::Unknown,
@@ -52,7 +54,7 @@ impl SentPacket {
     }
 }
 
-/// The packets of one connection. Numbers begin with 1, as libwebrtc's do.
+/// Sent packets of one connection. Numbers begin with 1, as in libwebrtc.
 pub struct SentLog {
     packets: Box<[SentPacket]>,
     next: u64,
@@ -69,18 +71,18 @@ impl Default for SentLog {
 }
 
 impl SentLog {
-    /// The number of the packet that is written next.
+    /// Returns the number of the next packet.
     pub fn next(&self) -> u16 {
         self.next as u16
     }
 
-    /// It was sent.
+    /// Records a sent packet.
     pub fn push(&mut self, packet: SentPacket) {
         self.packets[(self.next % LOG_LEN) as usize] = packet;
         self.next += 1;
     }
 
-    /// The packet that was sent under a number; `None` where that is too long ago, or yet to come.
+    /// Returns the packet sent under a number; `None` if that is too long ago, or not sent yet.
     pub fn find(&mut self, number: u16) -> Option<&mut SentPacket> {
         let back = u64::from((self.next as u16).wrapping_sub(number));
         let known = (1..=LOG_LEN).contains(&back) && back < self.next;

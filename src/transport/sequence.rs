@@ -1,4 +1,5 @@
-//! RTP sequence numbers: wrapping order, extension to the SRTP packet index, replay protection.
+//! RTP sequence numbers: wrapping comparison, extension to the SRTP packet index, replay
+//! protection.
 //!
 //! All state is per SSRC and lives with the stream that it belongs to.
 
@@ -9,7 +10,7 @@ use crate::net;
 pub struct Seq(pub u16);
 
 impl Seq {
-    /// How far `self` lies ahead of `other`, the short way round; negative if it lies behind.
+    /// Returns how far `self` is ahead of `other`, the shorter way round; negative if it is behind.
     pub const fn diff(self, other: Seq) -> i16 {
         self.0.wrapping_sub(other.0) as i16
     }
@@ -32,16 +33,16 @@ impl Seq {
 /// Extends received sequence numbers to the packet index, ROC << 16 | SEQ (RFC 3711, section 3.3.1
 /// and appendix A).
 ///
-/// Asking and telling are two steps: an index may be committed only once the packet has proved
-/// authentic, or a forged packet could move the rollover counter.
+/// Guessing and committing are two steps. An index may be committed only once the packet has proved
+/// authentic; otherwise a forged packet could move the rollover counter.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SeqExtender {
     highest: Option<u64>,
 }
 
 impl SeqExtender {
-    /// An extender for a stream whose rollover counter is known to stand at `roc` while nothing has
-    /// been received yet.
+    /// Creates an extender for a stream whose rollover counter is known to be `roc` while nothing
+    /// has been received yet.
     pub const fn at_roc(roc: u32) -> SeqExtender {
         SeqExtender {
             highest: if roc == 0 {
@@ -52,13 +53,13 @@ impl SeqExtender {
         }
     }
 
-    /// The highest index committed so far.
+    /// Returns the highest index committed so far.
     pub const fn highest(&self) -> Option<u64> {
         self.highest
     }
 
-    /// The index that `seq` most likely stands for. The first packet of a stream has ROC 0,
-    /// whatever its sequence number.
+    /// Returns the most likely index of `seq`. The first packet of a stream has ROC 0, whatever its
+    /// sequence number.
     pub const fn guess(&self, seq: u16) -> u64 {
         let Some(highest) = self.highest else {
             return seq as u64;
@@ -66,8 +67,8 @@ impl SeqExtender {
         let roc = highest >> 16;
         let last = highest as u16;
         let roc = if last < HALF && seq.wrapping_sub(last) > HALF && seq > last {
-            // A packet from before the first rollover that we saw: there is no counter below zero
-            // to put it under.
+            // The packet is from before the first rollover that we saw. There is no counter below
+            // zero for it.
             roc.saturating_sub(1)
         } else if last >= HALF && last - HALF > seq {
             roc + 1
@@ -93,27 +94,27 @@ const WINDOW_WORDS: usize = ReplayWindow::WIDTH as usize / 64;
 /// Remembers which of the latest [`ReplayWindow::WIDTH`] packet indices have been received (RFC
 /// 3711, section 3.3.2).
 ///
-/// A bit ring: bit `index % WIDTH` belongs to the highest index so far or to one less than `WIDTH`
-/// behind it.
+/// It is a ring of bits. Bit `index % WIDTH` belongs to the highest index so far or to one less
+/// than `WIDTH` behind it.
 #[derive(Clone, Debug, Default)]
 pub struct ReplayWindow {
     seen: [u64; WINDOW_WORDS],
-    /// One past the highest committed index; zero until the first.
+    /// Index after the highest committed one; zero until the first.
     end: u64,
 }
 
 impl ReplayWindow {
-    /// In packets. Wide enough for a retransmission at a few thousand packets a second; the RFC
-    /// asks for at least 64.
+    /// Width in packets. It is large enough for a retransmission at a few thousand packets a
+    /// second; the RFC requires at least 64.
     pub const WIDTH: u64 = 1024;
 
-    /// Fetches what a packet with `index` will need.
+    /// Prefetches what a packet with `index` will need.
     pub fn prefetch(&self, index: u64) {
         net::prefetch(&self.seen[place(index).0], usize::MAX);
         net::prefetch(&self.end, usize::MAX);
     }
 
-    /// Whether `index` is neither a repetition nor older than the window. Changes nothing.
+    /// Returns whether `index` is neither a repetition nor older than the window. Changes nothing.
     pub fn check(&self, index: u64) -> bool {
         if index >= self.end {
             return true;

@@ -1,52 +1,56 @@
-//! Whether the queue of the bottleneck grows: draft-ietf-rmcat-gcc-02, sections 5.2 to 5.4, with
-//! libwebrtc's line in place of the Kalman filter.
+//! Detects whether the queue of the bottleneck grows: draft-ietf-rmcat-gcc-02, sections 5.2 to 5.4,
+//! with libwebrtc's trend line in place of the Kalman filter.
 
 use std::time::Duration;
 
 use crate::units::Time;
 
-/// Packets sent within this time are one group: what leaves as a burst is queued behind itself.
+/// Packets sent within this time form one group, because the packets of a burst queue behind each
+/// other.
 const GROUP: Duration = Duration::from_millis(5);
-/// A group that came together after a pause of the network is one burst, up to this length.
+/// Maximum length of a burst: packets that arrive together after a pause of the network form one
+/// group, up to this length.
 const BURST_MAX: Duration = Duration::from_millis(100);
-/// Arrivals that jump by more than this say nothing of a queue.
+/// Limit of a step between groups. Arrivals that jump by more than this say nothing about a queue.
 const JUMP: Duration = Duration::from_secs(3);
-/// Groups that came before the group before them, until all starts anew.
+/// Number of consecutive groups that arrive before their predecessor until the grouping starts
+/// anew.
 const REORDERED_MAX: u8 = 3;
 
-/// Points that the line is laid through.
+/// Number of points that the trend line is fitted to.
 const WINDOW: usize = 20;
-/// What the delay so far keeps of its old value with each group.
+/// Share of its old value that the smoothed delay keeps with each group.
 const SMOOTHING: f64 = 0.9;
-/// The slope is so small a number that it is multiplied by the count of groups, up to this, and by
-/// the gain.
+/// The slope is a very small number. It is multiplied by the number of groups, up to this limit,
+/// and by the gain.
 const GROUPS_MAX: u32 = 60;
 const GAIN: f64 = 4.0;
-/// The queue has to grow for so long, by the sender's clock, before it is called overuse.
+/// The queue has to grow for this long, by the sender's clock, before it counts as overuse.
 const OVERUSE_MS: f64 = 10.0;
-/// The threshold that the slope is held against follows it, fast away from it and slowly back, so
-/// that a rival that fills queues does not starve us.
+/// The slope is compared with a threshold. The threshold follows the slope, so that a competing
+/// flow that fills queues does not starve us. It rises more slowly than it falls.
 const THRESHOLD_FIRST: f64 = 12.5;
 const THRESHOLD_MIN: f64 = 6.0;
 const THRESHOLD_MAX: f64 = 600.0;
 const THRESHOLD_UP: f64 = 0.0087;
 const THRESHOLD_DOWN: f64 = 0.039;
-/// A slope that far above the threshold is a sudden loss of capacity, and nothing to get used to.
+/// A slope this far above the threshold is a sudden loss of capacity. The threshold does not adapt
+/// to it.
 const ADAPT_MAX: f64 = 15.0;
 const ADAPT_MS_MAX: f64 = 100.0;
 
-/// What the queue of the bottleneck does.
+/// State of the bottleneck's queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Usage {
     #[default]
     Normal,
-    /// It grows.
+    /// The queue grows.
     Over,
-    /// It empties.
+    /// The queue drains.
     Under,
 }
 
-/// The delay's trend over the packets of one path.
+/// Trend of the delay over the packets of one path.
 #[derive(Clone, Debug, Default)]
 pub struct DelayTrend {
     group: Option<Group>,
@@ -56,7 +60,7 @@ pub struct DelayTrend {
     detector: Detector,
 }
 
-/// Packets that were sent together, or came together.
+/// Group of packets that were sent together or arrived together.
 #[derive(Clone, Copy, Debug)]
 struct Group {
     first_sent: Time,
@@ -75,8 +79,9 @@ impl Group {
         }
     }
 
-    /// Sent with the rest, or held up with it: come close behind, and sooner behind than it was
-    /// sent.
+    /// Returns whether a packet belongs to the group: it was sent with the others, or it was held
+    /// up together with them. A packet that was held up arrives close behind the group, and the
+    /// distance is shorter than when it was sent.
     fn takes(&self, sent: Time, arrival: Time) -> bool {
         let apart = arrival.since(self.last_arrival);
         let caught_up = apart <= GROUP
@@ -91,8 +96,8 @@ impl DelayTrend {
         self.detector.usage
     }
 
-    /// Takes a packet that was `sent` by a clock of which only differences count. Packets come in
-    /// the order of their arrival.
+    /// Takes a packet. Only differences of `sent` matter, so it may come from any clock. Packets
+    /// come in the order of their arrival.
     pub fn handle_packet(&mut self, sent: Time, arrival: Time) {
         let Some(group) = &mut self.group else {
             self.group = Some(Group::new(sent, arrival));
@@ -110,7 +115,7 @@ impl DelayTrend {
         if let Some(before) = self.before {
             self.compare(&before, &complete);
         }
-        // What came before the group before it is forgotten, or all is.
+        // `compare` may have started over; then the completed group is forgotten too.
         if self.group.is_some() {
             self.before = Some(complete);
         }
@@ -136,7 +141,7 @@ impl DelayTrend {
             .handle_slope(slope, self.line.groups, sent_ms, group.last_arrival);
     }
 
-    /// The groups only: what is known of the queue stays.
+    /// Resets the groups only. The trend line and the detector keep their state.
     fn start_over(&mut self) {
         (self.group, self.before, self.reordered) = (None, None, 0);
     }
@@ -146,11 +151,11 @@ fn millis(duration: Duration) -> f64 {
     duration.as_nanos() as f64 / 1e6
 }
 
-/// The least-squares line through the newest points of (arrival, smoothed delay).
+/// Least-squares line through the newest points of (arrival, smoothed delay).
 #[derive(Clone, Debug, Default)]
 struct TrendLine {
     points: [(Time, f64); WINDOW],
-    /// Where the next point goes.
+    /// Place of the next point.
     next: usize,
     groups: u32,
     delay_ms: f64,
@@ -159,8 +164,8 @@ struct TrendLine {
 }
 
 impl TrendLine {
-    /// Takes by how much the delay grew; returns the slope, in ms a ms. It is 0 until there are
-    /// points enough.
+    /// Takes the growth of the delay and returns the slope in ms per ms. The slope is 0 until there
+    /// are enough points.
     fn add(&mut self, growth_ms: f64, arrival: Time) -> f64 {
         self.delay_ms += growth_ms;
         self.smoothed_ms = SMOOTHING * self.smoothed_ms + (1.0 - SMOOTHING) * self.delay_ms;
@@ -189,13 +194,13 @@ impl TrendLine {
     }
 }
 
-/// Holds the slope against a threshold that adapts.
+/// Compares the slope with an adaptive threshold.
 #[derive(Clone, Debug)]
 struct Detector {
     usage: Usage,
     threshold: f64,
     slope_before: f64,
-    /// How long the slope has been above the threshold.
+    /// Time that the slope has been above the threshold, in ms.
     over_ms: Option<f64>,
     times_over: u32,
     adapted_at: Option<Time>,
@@ -221,7 +226,8 @@ impl Detector {
         }
         let weighed = f64::from(groups.min(GROUPS_MAX)) * slope * GAIN;
         if weighed > self.threshold {
-            // The first time, growth may have begun anywhere in the step.
+            // For the first step above the threshold, growth may have begun anywhere within the
+            // step.
             let over_ms = self
                 .over_ms
                 .map_or(sent_apart_ms / 2.0, |over_ms| over_ms + sent_apart_ms);
@@ -254,7 +260,7 @@ impl Detector {
             THRESHOLD_UP
         };
         let elapsed = millis(now.since(before)).min(ADAPT_MS_MAX);
-        // The draft's bounds of a control loop, not of a figure.
+        // These bounds come from the draft. They keep the control loop stable.
         self.threshold = (self.threshold + gain * (weighed - self.threshold) * elapsed)
             .clamp(THRESHOLD_MIN, THRESHOLD_MAX);
     }
@@ -265,7 +271,8 @@ mod tests {
     use super::*;
     use crate::seeded::Seeded;
 
-    /// Packets every 10 ms by the sender's clock, each `delay(n)` us later at the receiver's.
+    /// Sends packets every 10 ms by the sender's clock. Each arrives `delay(n)` us later at the
+    /// receiver.
     fn run(
         trend: &mut DelayTrend,
         packets: std::ops::Range<u64>,
@@ -288,7 +295,7 @@ mod tests {
                 .iter()
                 .all(|usage| *usage == Usage::Normal)
         );
-        // Each 10 ms the queue grows by 1 ms.
+        // The queue grows by 1 ms every 10 ms.
         let growing = run(&mut trend, 100..140, |n| (n - 100) * 1_000);
         let noticed = growing
             .iter()
@@ -330,7 +337,7 @@ mod tests {
         for frame in 0..200 {
             for packet in 0..10 {
                 let sent = Time::from_millis(1_000 + 33 * frame);
-                // Queued behind each other at the bottleneck.
+                // The packets of a frame queue behind each other at the bottleneck.
                 trend.handle_packet(sent, sent + Duration::from_millis(5 + packet));
             }
             assert_eq!(trend.usage(), Usage::Normal, "frame {frame}");

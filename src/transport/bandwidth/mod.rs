@@ -1,19 +1,20 @@
-//! How much a path carries, from when packets were sent and when they came: Google Congestion
-//! Control (draft-ietf-rmcat-gcc-02) with the filter and the constants that libwebrtc has today.
+//! Estimates how much a path carries, from the send and arrival times of packets: Google Congestion
+//! Control (draft-ietf-rmcat-gcc-02) with the filter and the constants of today's libwebrtc.
 //!
-//! Both ends use the same three parts. [`delay`] watches the queue of the bottleneck: packets are
-//! put together in groups that were sent within 5 ms, a line is laid through how much later than
-//! the group before each one came, and a line that rises too long says that the queue grows.
-//! [`rate`] turns that into a bitrate: down to 0.85 of what arrives when the queue grows, up by 8 %
-//! a second, or slowly near the rate at which it grew last. Beyond that, [`remb::ReceiveEstimator`]
-//! is what a receiver tells of packets with abs-send-time, and [`send::SendEstimator`] is a
-//! sender's own, from transport-wide feedback, with loss and probes.
+//! Both ends use the same parts. [`delay`] watches the queue of the bottleneck. It puts packets
+//! that were sent within 5 ms into one group, and fits a line through the delay of each group
+//! against the one before. A line that rises for too long means that the queue grows. [`rate`]
+//! turns this into a bitrate: down to 0.85 of the received rate when the queue grows, otherwise up
+//! by 8 % a second, or slowly near the rate at which the queue grew last.
+//! [`remb::ReceiveEstimator`] is the receiver's estimate, from packets with abs-send-time.
+//! [`send::SendEstimator`] is the sender's estimate, from transport-wide feedback, with loss and
+//! probes.
 //!
-//! Own code, because the libraries that have it do not fit: str0m keeps its estimator to itself,
-//! and the one of webrtc-rs' `rtc-interceptor` has the Kalman filter of the first draft, which
-//! libwebrtc gave up, and allocates for each report; thousands of subscribers need one each.
+//! The code is our own, because the libraries that have an estimator do not fit. str0m's estimator
+//! is private. The one in webrtc-rs' `rtc-interceptor` uses the Kalman filter of the first draft,
+//! which libwebrtc gave up, and allocates for each report; thousands of subscribers need one each.
 //!
-//! Nothing here allocates after it was made, reads a clock or knows a socket.
+//! Nothing here allocates after construction, reads a clock or knows a socket.
 
 pub mod delay;
 pub mod rate;

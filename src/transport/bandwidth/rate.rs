@@ -1,5 +1,5 @@
-//! What arrives, and what might: the rate over a sliding window, and the rate control of
-//! draft-ietf-rmcat-gcc-02, section 5.5.
+//! Received rate over a sliding window, and the rate control of draft-ietf-rmcat-gcc-02, section
+//! 5.5.
 
 use std::time::Duration;
 
@@ -8,21 +8,21 @@ use crate::units::{Bitrate, Time};
 
 const BUCKETS: usize = 20;
 
-/// Bytes over the last [`BUCKETS`] times its bucket's width.
+/// Counts bytes in the last [`BUCKETS`] buckets of equal width.
 #[derive(Clone, Debug)]
 pub struct RateWindow {
     bytes: [u32; BUCKETS],
     width: Duration,
-    /// The newest bucket, counted from the clock's zero.
+    /// Number of the newest bucket, counted from the clock's zero.
     newest: u64,
     since: Option<Time>,
 }
 
-/// Shorter than this, a first impression is none.
+/// A rate is reported only once packets have come for this long.
 const SINCE_MIN: Duration = Duration::from_millis(150);
 
 impl RateWindow {
-    /// Over `length`, a multiple of 20 ms.
+    /// Creates a window of `length`, a multiple of 20 ms.
     pub fn new(length: Duration) -> RateWindow {
         RateWindow {
             bytes: [0; BUCKETS],
@@ -32,7 +32,7 @@ impl RateWindow {
         }
     }
 
-    /// After a window without anything, it begins anew.
+    /// Adds bytes. After a window without any packet the measurement begins anew.
     pub fn add(&mut self, bytes: usize, now: Time) {
         self.advance(now);
         if self.is_empty() {
@@ -42,14 +42,15 @@ impl RateWindow {
         *bucket = bucket.saturating_add(u32::try_from(bytes).unwrap_or(u32::MAX));
     }
 
-    /// In bits per second; `None` where nothing came within the window, or not for long enough.
+    /// Returns the rate in bits per second; `None` if nothing came within the window, or not for
+    /// long enough.
     pub fn rate(&mut self, now: Time) -> Option<f64> {
         self.advance(now);
         let known = now.since(self.since?);
         if self.is_empty() || known < SINCE_MIN {
             return None;
         }
-        // The newest bucket is not over yet.
+        // The newest bucket is only partly covered.
         let over = Duration::from_nanos(now.as_nanos() % self.width.as_nanos() as u64);
         let covered = known.min(self.width * (BUCKETS as u32 - 1) + over);
         let bytes: u64 = self.bytes.iter().map(|bytes| u64::from(*bytes)).sum();
@@ -69,21 +70,23 @@ impl RateWindow {
     }
 }
 
-/// The share of what arrives that is left after overuse.
+/// Share of the received rate that the estimate drops to after overuse.
 const BACKOFF: f64 = 0.85;
-/// Growth within a second, far from the limit.
+/// Growth factor per second, far from the limit.
 const GROWTH: f64 = 1.08;
 const GROWTH_MIN_BPS: f64 = 1_000.0;
-/// Near the limit: a packet in two response times, and at least this much a second.
+/// Minimum growth per second near the limit. The usual growth there is one packet in two response
+/// times.
 const NEAR_GROWTH_MIN_BPS: f64 = 4_000.0;
-/// Until a round trip is known.
+/// Round trip assumed until one is measured.
 const RTT_UNKNOWN: Duration = Duration::from_millis(200);
-/// An estimate stays below this multiple of what arrives: nobody has seen more.
+/// Limit of the estimate, as a multiple of the received rate, because a higher rate has not been
+/// observed.
 const HEADROOM: f64 = 1.5;
 const HEADROOM_BPS: f64 = 10_000.0;
-/// Below, libwebrtc does not go (`kCongestionControllerMinBitrate`).
+/// Lower limit of the estimate, as in libwebrtc (`kCongestionControllerMinBitrate`).
 const MIN_BPS: f64 = 5_000.0;
-/// The draft's bounds between two steps down.
+/// The draft's bounds of the time between two decreases.
 const REDUCE_MIN: Duration = Duration::from_millis(10);
 const REDUCE_MAX: Duration = Duration::from_millis(200);
 
@@ -94,10 +97,10 @@ enum RateState {
     Decrease,
 }
 
-/// Additive increase, multiplicative decrease.
+/// Rate control with additive increase and multiplicative decrease.
 #[derive(Clone, Debug)]
 pub struct AimdRateControl {
-    /// `None` until there is a reason for one.
+    /// Estimate in bits per second; `None` until there is a reason for one.
     estimate: Option<f64>,
     state: RateState,
     limit: LinkCapacity,
@@ -126,14 +129,14 @@ impl AimdRateControl {
         self.rtt = rtt;
     }
 
-    /// From elsewhere: a probe, or what arrived in the beginning.
+    /// Sets the estimate from another source: a probe, or the received rate at the beginning.
     pub fn set_estimate(&mut self, estimate: Bitrate, now: Time) {
         self.estimate = Some((estimate.bps() as f64).max(MIN_BPS));
         self.changed_at = Some(now);
     }
 
-    /// Whether a further step down may follow: after a round trip, or at once where half of the
-    /// estimate arrives.
+    /// Returns whether the estimate may be decreased again: after a round trip, or at once if less
+    /// than half of the estimate arrives.
     pub fn may_reduce(&self, throughput: f64, now: Time) -> bool {
         let waited = self
             .changed_at
@@ -144,7 +147,7 @@ impl AimdRateControl {
                 .is_some_and(|estimate| throughput < estimate / 2.0)
     }
 
-    /// Takes what the queue does and what arrives, in bits per second.
+    /// Takes the state of the queue and the received rate in bits per second.
     pub fn update(&mut self, usage: Usage, throughput: Option<f64>, now: Time) {
         self.throughput = throughput.unwrap_or(self.throughput);
         if self.estimate.is_none() && usage != Usage::Over {
@@ -192,7 +195,8 @@ impl AimdRateControl {
         self.changed_at = Some(now);
     }
 
-    /// In bits per second, each second: half a packet of a 30 fps stream each response time.
+    /// Growth near the limit, in bits per second each second: half a packet of a 30 fps stream per
+    /// response time.
     fn near_growth(&self) -> f64 {
         let frame_bits = self.estimate.unwrap_or_default() / 30.0;
         let packet_bits = frame_bits / (frame_bits / (1_200.0 * 8.0)).ceil().max(1.0);
@@ -206,7 +210,7 @@ impl AimdRateControl {
         if less > estimate {
             less = self.limit.mean.map_or(less, |mean| mean * BACKOFF);
         }
-        // Overuse raises nothing.
+        // Overuse never raises the estimate.
         self.estimate = Some(less.min(estimate).max(MIN_BPS));
         if self
             .limit
@@ -216,17 +220,17 @@ impl AimdRateControl {
             self.limit = LinkCapacity::default();
         }
         self.limit.add(self.throughput);
-        // Until the queue is empty.
+        // The rate holds until the queue is empty.
         self.state = RateState::Hold;
         self.changed_at = Some(now);
     }
 }
 
-/// The rate at which the queue began to grow: its mean, and how far it varies.
+/// Rate at which the queue began to grow: its mean and its variance.
 #[derive(Clone, Debug)]
 struct LinkCapacity {
     mean: Option<f64>,
-    /// In kbit/s, by the mean.
+    /// Variance in kbit/s, normalised by the mean.
     variance: f64,
 }
 
@@ -280,7 +284,7 @@ mod tests {
         }
         let rate = window.rate(Time::from_millis(9_995)).unwrap();
         assert!((rate - 1e6).abs() < 2e4, "{rate}");
-        // Twice as much for half a second more.
+        // Twice the rate for half a second more.
         for n in 0..50 {
             window.add(2_500, Time::from_millis(10_000 + n * 10));
         }
@@ -299,7 +303,7 @@ mod tests {
         );
     }
 
-    /// Updates each 100 ms with what a usage is at.
+    /// Calls `update` every 100 ms with a given usage and throughput.
     fn updates(
         control: &mut AimdRateControl,
         from_ms: u64,
@@ -333,7 +337,7 @@ mod tests {
             (40_000..400_000).contains(&near),
             "slower than 8 % a second: {near}"
         );
-        // More arrives than the limit allowed for: it is a new path.
+        // The received rate exceeds the known limit, so this is a new path.
         updates(&mut control, 20_100, 50, Usage::Normal, 4e6);
         assert!(control.estimate().unwrap().bps() > 1_150_000);
     }

@@ -1,9 +1,9 @@
-//! What a receiver tells a sender that wants REMB (draft-alvestrand-rmcat-remb): an estimate from
-//! the packets' abs-send-time and their arrivals.
+//! Receiver-side estimate for senders that use REMB (draft-alvestrand-rmcat-remb), made from the
+//! packets' abs-send-time and their arrivals.
 //!
-//! As libwebrtc's estimator for abs-send-time, with the line instead of the older filter, and
-//! without its reading of the first two seconds' packet distances as probes: so the first estimate
-//! is that of an overuse, or of what arrives after five seconds.
+//! This follows libwebrtc's estimator for abs-send-time, with the trend line instead of the older
+//! filter. It does not read the packet distances of the first two seconds as probes. So the first
+//! estimate comes from the first overuse, or from the received rate after five seconds.
 
 use std::time::Duration;
 
@@ -11,22 +11,23 @@ use super::delay::{DelayTrend, Usage};
 use super::rate::{AimdRateControl, RateWindow};
 use crate::units::{Bitrate, Time};
 
-/// The rate is that of the last second.
+/// Window of the received rate.
 const RATE_WINDOW: Duration = Duration::from_secs(1);
-/// Where nothing overuses the path, so long what arrives is watched before it is an estimate.
+/// Time that the received rate is observed before it becomes the first estimate, if nothing
+/// overuses the path.
 const FIRST_ESTIMATE: Duration = Duration::from_secs(5);
-/// 5 % of the estimate is for feedback: a message of this size ..
+/// Feedback may take 5 % of the estimate. This is the size of one message.
 const MESSAGE_BITS: f64 = 80.0 * 8.0;
 const MESSAGE_SHARE: f64 = 0.05;
-/// .. each so often.
+/// Bounds of the interval between two messages.
 const INTERVAL_MIN: Duration = Duration::from_millis(200);
 const INTERVAL_MAX: Duration = Duration::from_secs(1);
 
-/// abs-send-time has 24 bits, 18 of them behind the second's point.
+/// abs-send-time has 24 bits, 18 of them for the fraction of a second.
 const FRACTION_BITS: u32 = 18;
 const CYCLE: i64 = 1 << 24;
 
-/// The estimate of one connection.
+/// Receive estimate of one connection.
 #[derive(Debug)]
 pub struct ReceiveEstimator {
     clock: SendClock,
@@ -35,7 +36,7 @@ pub struct ReceiveEstimator {
     control: AimdRateControl,
     first_at: Option<Time>,
     updated_at: Option<Time>,
-    /// When [`ReceiveEstimator::poll`] is due.
+    /// Time when [`ReceiveEstimator::poll`] is due.
     next_at: Time,
 }
 
@@ -54,7 +55,7 @@ impl Default for ReceiveEstimator {
 }
 
 impl ReceiveEstimator {
-    /// Takes a packet of `bytes` with its 24 bits of abs-send-time.
+    /// Takes a packet of `bytes` bytes with its 24-bit abs-send-time.
     pub fn handle_packet(&mut self, abs_send_time: u32, arrival: Time, bytes: usize) {
         self.first_at.get_or_insert(arrival);
         self.received.add(bytes, arrival);
@@ -73,12 +74,12 @@ impl ReceiveEstimator {
         }
     }
 
-    /// When to poll; [`Time::MAX`] while nothing comes.
+    /// Returns when to poll; [`Time::MAX`] while nothing arrives.
     pub fn next_at(&self) -> Time {
         self.next_at
     }
 
-    /// What to tell the sender now, where it is time and there is something to tell.
+    /// Returns the estimate to send to the sender, if it is due and there is one.
     pub fn poll(&mut self, now: Time, rtt: Duration) -> Option<Bitrate> {
         if now < self.next_at {
             return None;
@@ -106,8 +107,8 @@ impl ReceiveEstimator {
     }
 }
 
-/// The sender's clock, without its wrap of 64 s. It begins high enough that what was overtaken does
-/// not fall below zero.
+/// The sender's clock without its wrap of 64 s. It starts some cycles above zero, so that a packet
+/// older than the first one does not fall below zero.
 #[derive(Debug, Default)]
 struct SendClock {
     newest: i64,
@@ -135,8 +136,8 @@ impl SendClock {
 mod tests {
     use super::*;
 
-    /// A sender of `kbps(t)` at time t, in ms, over a bottleneck of `capacity(t)` kbit/s with a
-    /// queue of half a second: what the receiver said, and when.
+    /// Simulates a sender of `kbps(t)` at time t, in ms, over a bottleneck of `capacity(t)` kbit/s
+    /// with a queue of half a second. Returns the receiver's estimates with their times.
     fn watch(
         seconds: u64,
         kbps: impl Fn(u64) -> u64,

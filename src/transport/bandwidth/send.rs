@@ -1,9 +1,9 @@
-//! A sender's estimate of what its path carries, from transport-wide feedback: the lower of what
-//! delay and what loss allow, and probes that look for more.
+//! Sender-side estimate of the path's capacity, from transport-wide feedback: the lower of the
+//! delay-based and the loss-based estimate, and probes for more.
 //!
-//! Where libwebrtc's sender is simplified, it says so here: loss counts by its first rule (below 2
-//! % grow, above 10 % halve by the share that was lost), and a sender that lacks a layer is taken
-//! for one that is limited by what it has to send, so that it probes regularly.
+//! It simplifies libwebrtc's sender in two places. Loss counts by libwebrtc's first rule: grow
+//! below 2 %, reduce by half of the lost share above 10 %. A sender that lacks a layer is treated
+//! as application-limited, so it probes regularly.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -12,67 +12,68 @@ use super::delay::{DelayTrend, Usage};
 use super::rate::{AimdRateControl, RateWindow};
 use crate::units::{Bitrate, Time};
 
-/// libwebrtc's first guess.
+/// First estimate, as in libwebrtc.
 pub const START: Bitrate = Bitrate::from_bps(300_000);
-/// What arrives, by the receiver's clock, is that of this time.
+/// Window of the received rate, by the receiver's clock.
 const RATE_WINDOW: Duration = Duration::from_millis(500);
 
-/// Feedback of fewer packets says nothing of loss.
+/// Number of packets below which loss is not judged.
 const LOSS_PACKETS_MIN: u32 = 20;
 const LOSS_LOW: f64 = 0.02;
 const LOSS_HIGH: f64 = 0.10;
-/// Between two steps down for loss, beside a round trip.
+/// Time between two reductions for loss, added to a round trip.
 const LOSS_PAUSE: Duration = Duration::from_millis(300);
-/// Growth within a second without loss.
+/// Growth factor per second without loss.
 const LOSS_GROWTH: f64 = 1.08;
-/// So long in the beginning, what delay allows holds at once.
+/// Time at the start in which the delay-based estimate takes effect at once.
 const START_PHASE: Duration = Duration::from_secs(2);
 
-/// The first probes, as multiples of the first guess.
+/// First probes, as multiples of the first estimate.
 const FIRST_PROBES: [u64; 2] = [3, 6];
-/// One that saw this share of its own rate is followed by one of twice what it saw.
+/// A probe that measured this share of its own rate is followed by one of twice the measured rate.
 const FOLLOW_SHARE: f64 = 0.7;
-/// Without one of those, a sender that has less than it wants probes this often ..
+/// A sender that has less than it wants probes this often if no other probe is planned.
 const PROBE_INTERVAL: Duration = Duration::from_secs(5);
-/// .. for this multiple of what it has.
+/// Rate of such a probe, as a multiple of the estimate.
 const PROBE_FACTOR: u64 = 2;
-/// A probe's length: at least so many packets, and so much time.
+/// Minimum length of a probe, in packets and in time.
 const PROBE_PACKETS_MIN: u32 = 5;
 const PROBE_TIME_MIN: Duration = Duration::from_millis(15);
-/// What a packet of a probe is taken for when they are counted.
+/// Packet size assumed when the packets of a probe are counted.
 const PROBE_PACKET_BYTES: u64 = 1_100;
-/// Packets of a probe that have to be reported.
+/// Share of a probe's packets that must be reported.
 const PROBE_SHARE_MIN: f64 = 0.8;
-/// Feedback about a probe that has not come by then never will.
+/// Time to wait for feedback about a probe. After this it is not expected any more.
 const PROBE_PATIENCE: Duration = Duration::from_secs(1);
-/// Above this multiple of what was sent, arrivals were held up and came at once.
+/// Limit of the received rate, as a multiple of the sent rate. Above it the packets were held up
+/// and arrived at once.
 const PROBE_RATIO_MAX: f64 = 2.0;
-/// A probe that arrived slower than this share of its rate has met the limit, which is a little
-/// below.
+/// A probe that arrived at less than this share of its sent rate has reached the limit. The
+/// estimate is then set a little below the received rate.
 const PROBE_SATURATED: f64 = 0.9;
 const PROBE_SATURATED_USE: f64 = 0.95;
 
-/// What a probe is to be: so many packets, at this rate.
+/// Plan of a probe: a number of packets at a rate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProbePlan {
-    /// Never 0: packets that belong to no probe have that.
+    /// Cluster number. It is never 0, because 0 marks packets that belong to no probe.
     pub cluster: u8,
     pub bitrate: Bitrate,
     pub packets: u32,
 }
 
-/// A packet that feedback is about.
+/// Packet that a feedback message acknowledges.
 #[derive(Clone, Copy, Debug)]
 pub struct Acknowledged {
     pub sent_at: Time,
-    /// By the receiver's clock.
+    /// Arrival time by the receiver's clock.
     pub arrival: Time,
     pub bytes: usize,
-    /// The probe that it was part of, or 0.
+    /// Cluster number of its probe, or 0.
     pub cluster: u8,
 }
 
-/// The estimate of one connection.
+/// Send estimate of one connection.
 #[derive(Debug)]
 pub struct SendEstimator {
     delay: DelayTrend,
@@ -81,7 +82,7 @@ pub struct SendEstimator {
     control: AimdRateControl,
     loss: RecentLoss,
     target: f64,
-    /// What the receiver allows.
+    /// Limit set by the receiver.
     remb: Option<Bitrate>,
     started_at: Option<Time>,
     prober: RateProber,
@@ -120,7 +121,7 @@ impl SendEstimator {
         self.target = self.target.min(bitrate.bps() as f64);
     }
 
-    /// One packet that a message of feedback says arrived, in the message's order.
+    /// Takes one packet that a feedback message reports as received, in the message's order.
     pub fn handle_acknowledged(&mut self, packet: &Acknowledged) {
         self.newest_arrival = self.newest_arrival.max(packet.arrival);
         self.acknowledged.add(packet.bytes, packet.arrival);
@@ -128,7 +129,7 @@ impl SendEstimator {
         self.prober.handle_acknowledged(packet);
     }
 
-    /// The end of a message of feedback about `packets`, of which `lost` did not arrive.
+    /// Ends a feedback message about `packets` packets, of which `lost` did not arrive.
     pub fn handle_feedback(&mut self, packets: u32, lost: u32, now: Time) {
         let started_at = *self.started_at.get_or_insert(now);
         let throughput = self.acknowledged.rate(self.newest_arrival);
@@ -161,14 +162,14 @@ impl SendEstimator {
         self.target = self.target.min(by_delay).min(allowed);
     }
 
-    /// A probe to send now, for one that `wants` so much.
+    /// Returns a probe to send now, for a sender that wants the rate `wants`.
     pub fn poll_probe(&mut self, wants: Bitrate, now: Time) -> Option<ProbePlan> {
         let usable = self.delay.usage() != Usage::Over && self.started_at.is_some();
         self.prober.poll(self.estimate(), wants, usable, now)
     }
 }
 
-/// The loss of late, and what follows from it.
+/// Recent loss, and the estimate that follows from it.
 #[derive(Debug, Default)]
 struct RecentLoss {
     packets: u32,
@@ -214,10 +215,10 @@ impl RecentLoss {
     }
 }
 
-/// When to probe, and what came of it.
+/// Decides when to probe, and evaluates probes.
 #[derive(Debug, Default)]
 struct RateProber {
-    /// Rates to try one after the other.
+    /// Rates to try, one after the other.
     planned: VecDeque<Bitrate>,
     begun: bool,
     cluster: u8,
@@ -226,7 +227,7 @@ struct RateProber {
     reduced_at: Option<Time>,
 }
 
-/// A probe that is under way.
+/// Probe in progress.
 #[derive(Clone, Copy, Debug)]
 struct Cluster {
     plan: ProbePlan,
@@ -251,7 +252,7 @@ impl RateProber {
             if now.since(cluster.begun_at) < PROBE_PATIENCE {
                 return None;
             }
-            // Too little of it was seen.
+            // Too few of the probe's packets were reported in time.
             self.current = None;
             self.planned.clear();
         }
@@ -270,7 +271,7 @@ impl RateProber {
         }
         let bitrate = self.planned.pop_front()?.min(wants);
         let bytes = bitrate.bps() as f64 / 8.0 * PROBE_TIME_MIN.as_secs_f64();
-        // A cluster of 0 is none.
+        // Cluster 0 means no probe, so the counter skips it.
         self.cluster = self.cluster % u8::MAX + 1;
         let plan = ProbePlan {
             cluster: self.cluster,
@@ -313,7 +314,8 @@ impl RateProber {
         cluster.last_arrival = cluster.last_arrival.max(packet.arrival);
     }
 
-    /// What the probe saw, in bits per second, when enough of it has been reported.
+    /// Returns the rate that the probe measured, in bits per second, once enough of it has been
+    /// reported.
     fn take_result(&mut self) -> Option<f64> {
         let cluster = self.current?;
         if f64::from(cluster.arrived) < f64::from(cluster.plan.packets) * PROBE_SHARE_MIN {
@@ -340,8 +342,8 @@ impl Cluster {
             let seconds = to.since(from).as_secs_f64();
             (seconds > 0.0).then(|| bytes as f64 * 8.0 / seconds)
         };
-        // The interval of what was sent leaves out the last packet's own time; that of what
-        // arrived, the first one's.
+        // The send interval does not include the last packet's own duration. The arrival interval
+        // does not include that of the first packet.
         let sent = rate(
             self.bytes - self.last_sent.1,
             self.first_sent.0,
@@ -368,8 +370,8 @@ impl Cluster {
 mod tests {
     use super::*;
 
-    /// A sender with an estimator over a bottleneck with a queue of 300 ms, feedback each 100 ms:
-    /// it sends `rate(estimate)` and its probes.
+    /// Sender with an estimator over a bottleneck with a queue of 300 ms and feedback every 100 ms.
+    /// It sends at `rate(estimate)`, plus its probes.
     struct BottleneckLink {
         estimator: SendEstimator,
         now_ms: u64,
@@ -503,7 +505,7 @@ mod tests {
     #[test]
     fn capacity_that_goes_is_noticed_within_two_seconds_and_one_that_comes_back_within_ten() {
         let mut link = BottleneckLink::new();
-        // Layers of 150, 500 and 1,700 kbit/s.
+        // The sender has layers of 150, 500 and 1,700 kbit/s.
         let layers = |estimate: u64| {
             if estimate >= 2_350 {
                 2_350

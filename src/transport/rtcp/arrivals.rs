@@ -1,16 +1,17 @@
-//! What a message of transport-wide feedback says
-//! (draft-holmer-rmcat-transport-wide-cc-extensions-01, section 3.1): which packets came, and when.
+//! Reader of a transport-wide feedback message (draft-holmer-rmcat-transport-wide-cc-extensions-01,
+//! section 3.1): which packets arrived, and when.
 
 use super::FEEDBACK_TICK;
 use crate::transport::rtp::{be16, be24};
 use crate::transport::sequence::Seq;
 
-/// No sender has more packets under way: a message about more is none.
+/// Maximum number of packets in a message. No sender has more in flight, so a message about more is
+/// invalid.
 const PACKETS_MAX: u16 = 8_192;
-/// A chunk's 14 symbols, at most, or one for its run.
+/// Bits of a run length in a chunk.
 const RUN_BITS: u16 = 0x1FFF;
 
-/// Walks the packets of one message in the order of their numbers.
+/// Iterates over the packets of one message in the order of their sequence numbers.
 #[derive(Clone, Debug)]
 pub struct Arrivals<'a> {
     chunks: &'a [u8],
@@ -24,7 +25,7 @@ pub struct Arrivals<'a> {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Chunk {
-    /// The symbols that are left, the next one in the lowest place; of a run always the same.
+    /// Symbols of the chunk. For a run only the first one is used.
     symbols: [u8; 14],
     is_run: bool,
     next: u16,
@@ -71,7 +72,8 @@ impl Chunk {
 }
 
 impl<'a> Arrivals<'a> {
-    /// `body` begins with the base sequence number. `None` where it contradicts itself.
+    /// Reads a message; `body` begins with the base sequence number. Returns `None` if it
+    /// contradicts itself.
     pub fn new(body: &'a [u8]) -> Option<Arrivals<'a>> {
         let (seq, count, reference) = (be16(body, 0)?, be16(body, 2)?, be24(body, 4)?);
         if count > PACKETS_MAX {
@@ -105,13 +107,13 @@ impl<'a> Arrivals<'a> {
         })
     }
 
-    /// What all times count from: 24 bits that wrap, in 64 ms.
+    /// Returns the reference of all times: 24 bits that wrap, in units of 64 ms.
     pub fn reference(&self) -> u32 {
         self.reference
     }
 }
 
-/// Length of a time step, in bytes.
+/// Returns the length of a time step, in bytes.
 fn step_len(symbol: u8) -> Option<usize> {
     match symbol {
         0 => Some(0),
@@ -121,8 +123,8 @@ fn step_len(symbol: u8) -> Option<usize> {
     }
 }
 
-/// A number, and when it came: in microseconds after the reference time, less than a day to either
-/// side. `None`: it did not.
+/// Yields a sequence number and its arrival time in microseconds after the reference time, less
+/// than a day to either side. `None` if the packet did not arrive.
 impl Iterator for Arrivals<'_> {
     type Item = (Seq, Option<i64>);
 

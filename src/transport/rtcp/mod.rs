@@ -1,5 +1,5 @@
-//! RTCP without allocation: a [`RtcpWriter`] of compound packets into a lent buffer, and
-//! [`packets`], a walk over what came in.
+//! RTCP without allocation: [`RtcpWriter`] writes compound packets into a lent buffer, and
+//! [`packets`] iterates over received ones.
 //!
 //! RFC 3550 (SR, RR, SDES, BYE), RFC 4585 (NACK, PLI), RFC 5104 (FIR), RFC 3611 (XR),
 //! draft-alvestrand-rmcat-remb, draft-holmer-rmcat-transport-wide-cc-extensions-01.
@@ -18,73 +18,73 @@ pub use read::{
 };
 pub use write::{RtcpWriter, WriteError};
 
-/// A sender report's own part (RFC 3550, section 6.4.1).
+/// Sender information of a sender report (RFC 3550, section 6.4.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SenderInfo {
     pub ssrc: Ssrc,
-    /// 32.32 fixed point seconds since 1900.
+    /// NTP timestamp: 32.32 fixed-point seconds since 1900.
     pub ntp: u64,
     /// The same moment in units of the media's clock rate.
     pub rtp_time: u32,
-    /// Packets sent since the start; wraps.
+    /// Number of packets sent since the start; wraps.
     pub packets: u32,
-    /// Payload bytes sent since the start, without headers and padding; wraps.
+    /// Number of payload bytes sent since the start, without headers and padding; wraps.
     pub octets: u32,
 }
 
-/// What a receiver says about one source (RFC 3550, section 6.4.1).
+/// Reception report about one source (RFC 3550, section 6.4.1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReportBlock {
     pub ssrc: Ssrc,
-    /// Since the previous report, in 1/256.
+    /// Share of packets lost since the previous report, in 1/256.
     pub fraction_lost: u8,
-    /// In packets, negative if duplicates outnumber losses. 24 bits on the wire: written values
-    /// stop at either end, as RFC 3550, appendix A.3 has it.
+    /// Number of packets lost, negative if duplicates outnumber losses. It has 24 bits on the wire.
+    /// Written values are clamped to that range (RFC 3550, appendix A.3).
     pub cumulative_lost: i32,
-    /// Rollover count above the highest sequence number.
+    /// Highest sequence number, with the rollover count in the upper half.
     pub extended_highest_seq: u32,
-    /// In units of the media's clock rate.
+    /// Jitter in units of the media's clock rate.
     pub jitter: u32,
-    /// The middle 32 bits of the last sender report's NTP stamp; zero if there was none.
+    /// Middle 32 bits of the last sender report's NTP timestamp; zero if there was none.
     pub lsr: u32,
-    /// From that report's arrival to this one's sending, in 1/65,536 s.
+    /// Delay from that report's arrival to this one's sending, in 1/65,536 s.
     pub dlsr: u32,
 }
 
-/// One sub-block of a DLRR report (RFC 3611, section 4.5): a receiver without media learns its RTT
-/// from it.
+/// Sub-block of a DLRR report (RFC 3611, section 4.5). A receiver that sends no media learns its
+/// RTT from it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DlrrBlock {
-    /// The receiver whose RRTR is answered.
+    /// SSRC of the receiver whose RRTR is answered.
     pub ssrc: Ssrc,
-    /// The middle 32 bits of the RRTR's NTP stamp; zero if there was none.
+    /// Middle 32 bits of the RRTR's NTP timestamp; zero if there was none.
     pub last_rr: u32,
-    /// From its arrival to this report's sending, in 1/65,536 s.
+    /// Delay from the RRTR's arrival to this report's sending, in 1/65,536 s.
     pub delay_since_last_rr: u32,
 }
 
-/// The round-trip time that a report block (or a DLRR sub-block) shows (RFC 3550, section 6.4.1).
+/// Returns the round-trip time that a report block (or a DLRR sub-block) shows (RFC 3550, section
+/// 6.4.1).
 ///
-/// `now_ntp_middle` is the middle of our NTP clock at the report's arrival
-/// ([`crate::units::ntp_middle`]). `None` if the peer had nothing to refer to (`lsr` = 0), or if
-/// its delay exceeds the time that has passed.
+/// `now_ntp_middle` is the middle of our NTP time at the report's arrival
+/// ([`crate::units::ntp_middle`]). Returns `None` if the peer had no report to refer to (`lsr` =
+/// 0), or if its delay exceeds the time that has passed.
 pub fn rtt_from_report(now_ntp_middle: u32, lsr: u32, dlsr: u32) -> Option<Duration> {
     if lsr == 0 {
         return None;
     }
-    // The stamps wrap every 18 hours. Their distance is below half of that, or the peer is making
-    // it up.
+    // The timestamps wrap every 18 hours. A distance of half of that or more is a lie of the peer.
     let since_sr = i64::from(now_ntp_middle.wrapping_sub(lsr) as i32);
     let rtt = u64::try_from(since_sr - i64::from(dlsr)).ok()?;
     Some(Duration::from_nanos((rtt * 1_000_000_000) >> 16))
 }
 
-/// A delay in the units of DLSR, 1/65,536 s; one of more than 18 hours saturates.
+/// Converts a delay to the units of DLSR, 1/65,536 s. A delay of more than 18 hours saturates.
 pub fn dlsr_units(delay: Duration) -> u32 {
     u32::try_from((delay.as_nanos() << 16) / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
-/// The unit of arrival times in transport-wide feedback.
+/// Unit of arrival times in transport-wide feedback.
 pub const FEEDBACK_TICK: Duration = Duration::from_micros(250);
 
 const VERSION: u8 = 2;

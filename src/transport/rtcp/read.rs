@@ -1,4 +1,4 @@
-//! The walk over a compound packet of unknown honesty.
+//! Iterator over an untrusted compound packet.
 
 use crate::transport::rtp::Ssrc;
 use std::slice;
@@ -13,7 +13,7 @@ use crate::transport::rtp::be32;
 use crate::transport::sequence::Seq;
 use crate::units::Bitrate;
 
-/// One packet of a compound, borrowing its lists from it.
+/// One packet of a compound. Its lists borrow from the compound.
 #[derive(Clone, Debug)]
 pub enum RtcpPacket<'a> {
     SenderReport {
@@ -34,11 +34,11 @@ pub enum RtcpPacket<'a> {
     Nack {
         sender_ssrc: Ssrc,
         media_ssrc: Ssrc,
-        /// Up to 17 for each four bytes; in the sender's order, repetitions included.
+        /// Up to 17 numbers for each four bytes, in the sender's order, with repetitions.
         seqs: NackSeqs<'a>,
     },
-    /// Transport-wide feedback (draft-holmer-rmcat-transport-wide-cc-extensions-01) from its base
-    /// sequence number on.
+    /// Transport-wide feedback (draft-holmer-rmcat-transport-wide-cc-extensions-01). The body
+    /// starts at its base sequence number.
     TransportCc {
         sender_ssrc: Ssrc,
         media_ssrc: Ssrc,
@@ -50,8 +50,8 @@ pub enum RtcpPacket<'a> {
     },
     Fir {
         sender_ssrc: Ssrc,
-        /// (media SSRC, command sequence number): a repeated number is a repeated request, not a
-        /// new one.
+        /// Pairs of (media SSRC, command sequence number). A repeated number is a repeated request,
+        /// not a new one.
         entries: FirEntries<'a>,
     },
     Remb {
@@ -61,11 +61,11 @@ pub enum RtcpPacket<'a> {
     },
     Xr {
         ssrc: Ssrc,
-        /// The receiver's NTP stamp.
+        /// NTP timestamp of the receiver.
         rrtr: Option<u64>,
         dlrr: DlrrBlocks<'a>,
     },
-    /// APP, and whatever else we have no use for.
+    /// APP, and every other packet that is not used.
     Unknown {
         payload_type: u8,
         /// Report count, subtype or feedback message type.
@@ -74,17 +74,18 @@ pub enum RtcpPacket<'a> {
     },
 }
 
-/// What was wrong with a packet. The caller counts it; nothing of that packet was used.
+/// Defect of a packet. The caller counts it; nothing of that packet was used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MalformedRtcp {
-    /// The version is not 2, or length or padding run past the end: where the next packet starts is
-    /// unknown, so the walk ends.
+    /// The version is not 2, or the length or padding runs past the end. The start of the next
+    /// packet is unknown, so the iteration ends.
     Framing,
-    /// The contents contradict the packet's own length. The walk goes on behind it.
+    /// The contents contradict the packet's own length. The iteration continues with the next
+    /// packet.
     Contents,
 }
 
-/// Walks the packets of a compound (or of a reduced-size one, RFC 5506).
+/// Iterates over the packets of a compound (or of a reduced-size one, RFC 5506).
 pub const fn packets(compound: &[u8]) -> Packets<'_> {
     Packets { rest: compound }
 }
@@ -113,7 +114,7 @@ impl<'a> Iterator for Packets<'a> {
 struct RtcpFrame<'a> {
     payload_type: u8,
     count: u8,
-    /// What follows the four-byte header, without padding.
+    /// Contents after the four-byte header, without padding.
     body: &'a [u8],
     rest: &'a [u8],
 }
@@ -178,7 +179,8 @@ impl<'a> RtcpFrame<'a> {
         })
     }
 
-    /// What lies behind the counted blocks is a profile's extension: ignored.
+    /// Returns the counted report blocks. What follows them is a profile's extension and is
+    /// ignored.
     fn reports(&self, blocks: &'a [u8]) -> Option<ReportBlocks<'a>> {
         let (blocks, _) = blocks.as_chunks();
         Some(ReportBlocks {
@@ -299,7 +301,7 @@ impl<'a> RtcpFrame<'a> {
         }
     }
 
-    /// Sender, media source and feedback control information (RFC 4585, section 6.1).
+    /// Returns sender SSRC, media SSRC and feedback control information (RFC 4585, section 6.1).
     fn feedback(&self) -> Option<(Ssrc, Ssrc, &'a [u8])> {
         Some((
             Ssrc(be32(self.body, 0)?),
@@ -309,8 +311,8 @@ impl<'a> RtcpFrame<'a> {
     }
 }
 
-/// RFC 3550 wants whole words of padding. The webrtc-rs family writes fewer bytes behind a BYE, so
-/// any count that fits is taken.
+/// Removes the padding. RFC 3550 requires whole words of it. The webrtc-rs family writes fewer
+/// bytes after a BYE, so any count that fits is accepted.
 fn without_padding(padded: &[u8]) -> Option<&[u8]> {
     let count = usize::from(*padded.last()?);
     if count == 0 {
@@ -337,7 +339,7 @@ impl Iterator for ReportBlocks<'_> {
         Some(ReportBlock {
             ssrc: Ssrc(be32(block, 0)?),
             fraction_lost: (lost >> 24) as u8,
-            // Shifted up and back down to carry the 24-bit sign.
+            // Shifting up and down extends the 24-bit sign.
             cumulative_lost: ((lost << 8) as i32) >> 8,
             extended_highest_seq: be32(block, 8)?,
             jitter: be32(block, 12)?,
@@ -380,12 +382,12 @@ impl Iterator for Ssrcs<'_> {
 
 impl ExactSizeIterator for Ssrcs<'_> {}
 
-/// The sequence numbers of PID/BLP pairs (RFC 4585, section 6.2.1).
+/// Sequence numbers of PID/BLP pairs (RFC 4585, section 6.2.1).
 #[derive(Clone, Debug)]
 pub struct NackSeqs<'a> {
     pairs: slice::Iter<'a, [u8; 4]>,
     pid: u16,
-    /// Bit n: PID + n is still to be told.
+    /// Bit n is set while PID + n is still to be returned.
     pending: u32,
 }
 
@@ -418,7 +420,7 @@ impl Iterator for FirEntries<'_> {
     }
 }
 
-/// What a source says about itself. Of the items only the CNAME is of use to us.
+/// Items of a source description. Only the CNAME is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SdesChunk<'a> {
     pub ssrc: Ssrc,
@@ -454,13 +456,14 @@ impl<'a> Iterator for SdesChunks<'a> {
             }
             at = text_at + text.len();
         }
-        // The end mark and zeros up to the next 32-bit boundary.
+        // Skips the end mark and the zeros up to the next 32-bit boundary.
         self.rest = items.get((at + 1).next_multiple_of(4)..)?;
         Some(chunk)
     }
 }
 
-/// Report blocks of an XR packet, (type, contents). Stops in front of one that runs past the end.
+/// Report blocks of an XR packet, as (type, contents). The iteration stops before one that runs
+/// past the end.
 #[derive(Clone, Debug)]
 struct XrBlocks<'a> {
     rest: &'a [u8],
@@ -478,7 +481,7 @@ impl<'a> Iterator for XrBlocks<'a> {
     }
 }
 
-/// The sub-blocks of all DLRR blocks of an XR packet.
+/// Sub-blocks of all DLRR blocks of an XR packet.
 #[derive(Clone, Debug)]
 pub struct DlrrBlocks<'a> {
     blocks: XrBlocks<'a>,

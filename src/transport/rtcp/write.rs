@@ -1,4 +1,4 @@
-//! Compound packets into a lent buffer.
+//! Writes compound packets into a lent buffer.
 
 use crate::transport::rtp::Ssrc;
 use std::fmt;
@@ -12,23 +12,23 @@ use super::{
 use crate::transport::sequence::Seq;
 use crate::units::{Bitrate, Time};
 
-/// Appends packets to a compound. What does not fit leaves no trace: send what is there, start
-/// anew, write it again.
+/// Appends packets to a compound. A packet that does not fit leaves no trace: send the compound,
+/// start a new one, and write the packet again.
 ///
-/// The order is the caller's: a compound starts with a report (RFC 3550, section 6.1) unless the
-/// peer takes reduced-size RTCP.
+/// The caller chooses the order. A compound starts with a report (RFC 3550, section 6.1), unless
+/// the peer accepts reduced-size RTCP.
 #[derive(Debug)]
 pub struct RtcpWriter<'a> {
     out: &'a mut [u8],
     len: usize,
 }
 
-/// Why a packet was not appended.
+/// Error returned when a packet was not appended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteError {
-    /// No room in the buffer.
+    /// The buffer has no room.
     Full,
-    /// A list or text longer than its length field can say.
+    /// A list or text is longer than its length field allows.
     TooLong,
 }
 
@@ -48,7 +48,7 @@ impl<'a> RtcpWriter<'a> {
         RtcpWriter { out, len: 0 }
     }
 
-    /// Bytes written.
+    /// Returns the number of bytes written.
     pub const fn len(&self) -> usize {
         self.len
     }
@@ -57,7 +57,8 @@ impl<'a> RtcpWriter<'a> {
         self.len == 0
     }
 
-    /// SR. Beyond 31 reports, receiver reports follow it (RFC 3550, section 6.1).
+    /// Appends an SR. If there are more than 31 reports, receiver reports follow it (RFC 3550,
+    /// section 6.1).
     pub fn sender_report(
         &mut self,
         sender: &SenderInfo,
@@ -80,8 +81,8 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    /// RR; an empty one if there is nothing to report. Beyond 31 reports, further packets follow
-    /// it.
+    /// Appends an RR, even without reports. If there are more than 31 reports, further packets
+    /// follow it.
     pub fn receiver_report(
         &mut self,
         ssrc: Ssrc,
@@ -97,21 +98,21 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    /// SDES with one chunk that holds the CNAME, at most 255 bytes.
+    /// Appends an SDES with one chunk that holds the CNAME, at most 255 bytes.
     pub fn sdes_cname(&mut self, ssrc: Ssrc, cname: &str) -> Result<(), WriteError> {
         let len = u8::try_from(cname.len()).map_err(|_| WriteError::TooLong)?;
         self.packet(SOURCE_DESCRIPTION, |packet| {
             packet.put(&ssrc.to_be_bytes())?;
             packet.put(&[SDES_CNAME, len])?;
             packet.put(cname.as_bytes())?;
-            // At least one zero ends the chunk, and more of them align it.
+            // At least one zero ends the chunk; more zeros align it.
             let behind_ssrc = 2 + cname.len();
             packet.put(&[0; 4][..4 - behind_ssrc % 4])?;
             Ok(1)
         })
     }
 
-    /// BYE for at most 31 sources.
+    /// Appends a BYE for at most 31 sources.
     pub fn bye(&mut self, sources: &[Ssrc]) -> Result<(), WriteError> {
         if sources.len() > MAX_COUNT {
             return Err(WriteError::TooLong);
@@ -122,8 +123,8 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    /// Generic NACK. `lost` in sending order packs best: up to 17 numbers in four bytes. Nothing is
-    /// written if it is empty.
+    /// Appends a generic NACK. Numbers in sending order pack best: up to 17 in four bytes. Nothing
+    /// is written if `lost` is empty.
     pub fn nack(
         &mut self,
         sender_ssrc: Ssrc,
@@ -152,11 +153,11 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    /// Transport-wide feedback: when each packet from `base` on came, if it did. `message` counts
-    /// messages, so that lost ones are noticed.
+    /// Appends transport-wide feedback: for each packet from `base` on, whether and when it
+    /// arrived. `message` counts messages, so that lost ones are noticed.
     ///
-    /// Times are rounded to [`FEEDBACK_TICK`]; two neighbours are less than 8 s apart, or the
-    /// message cannot say it.
+    /// Times are rounded to [`FEEDBACK_TICK`]. Neighbours must be less than 8 s apart, because the
+    /// message cannot express more.
     pub fn transport_cc(
         &mut self,
         sender_ssrc: Ssrc,
@@ -172,7 +173,7 @@ impl<'a> RtcpWriter<'a> {
             packet.put_all(&[sender_ssrc.0, media_ssrc.0])?;
             packet.put(&base.0.to_be_bytes())?;
             packet.put(&count.to_be_bytes())?;
-            // 24 bits that wrap.
+            // The reference time has 24 bits and wraps.
             packet.put_all(&[(reference as u32) << 8 | u32::from(message)])?;
             let start = reference * TICKS_PER_REFERENCE;
             packet.statuses(arrivals.clone(), start)?;
@@ -190,8 +191,8 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    /// FIR: (media SSRC, command sequence number); the number goes up by one for each new request
-    /// (RFC 5104, section 4.3.1).
+    /// Appends a FIR with pairs of (media SSRC, command sequence number). The number increases by
+    /// one with each new request (RFC 5104, section 4.3.1).
     pub fn fir(&mut self, sender_ssrc: Ssrc, entries: &[(Ssrc, u8)]) -> Result<(), WriteError> {
         self.packet(PAYLOAD_FEEDBACK, |packet| {
             packet.put_all(&[sender_ssrc.0, 0])?;
@@ -202,8 +203,8 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    /// REMB for at most 255 sources. The wire keeps 18 significant bits; the rest is cut, so the
-    /// peer never reads more than was said.
+    /// Appends a REMB for at most 255 sources. The wire format keeps 18 significant bits. The rest
+    /// is cut off, so the peer never reads more than `bitrate`.
     pub fn remb(
         &mut self,
         sender_ssrc: Ssrc,
@@ -224,8 +225,8 @@ impl<'a> RtcpWriter<'a> {
         })
     }
 
-    /// XR with our clock (RRTR, an NTP stamp) and our answers to the clocks of others (DLRR),
-    /// either of which may be absent. Nothing is written if both are.
+    /// Appends an XR with our clock (RRTR, an NTP timestamp) and our answers to the clocks of
+    /// others (DLRR). Either may be absent. Nothing is written if both are.
     pub fn xr(
         &mut self,
         ssrc: Ssrc,
@@ -272,7 +273,7 @@ impl<'a> RtcpWriter<'a> {
         result
     }
 
-    /// Appends one packet: `fill` writes whole words behind the header and returns the header's
+    /// Appends one packet. `fill` writes whole words after the header and returns the header's
     /// five-bit count.
     fn packet(
         &mut self,
@@ -294,14 +295,14 @@ impl<'a> RtcpWriter<'a> {
     }
 }
 
-/// The reference time counts in 64 ms.
+/// Number of ticks in a unit of the reference time, which is 64 ms.
 const TICKS_PER_REFERENCE: i64 = 256;
 
 fn ticks(time: Time) -> i64 {
     (time.as_nanos() / FEEDBACK_TICK.as_nanos() as u64) as i64
 }
 
-/// A packet's status (section 3.1.1 of the draft): how many bytes its time step takes.
+/// Status of a packet (section 3.1.1 of the draft): the number of bytes of its time step.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Status {
     Missing = 0,
@@ -309,7 +310,7 @@ enum Status {
     LargeStep = 2,
 }
 
-/// Walks arrivals as (status, step from the one before).
+/// Iterates over arrivals as (status, step from the one before).
 fn steps_of(
     arrivals: impl Iterator<Item = Option<Time>>,
     start: i64,
@@ -333,12 +334,12 @@ fn steps_of(
     })
 }
 
-/// Statuses of one vector chunk, two bits each.
+/// Number of statuses in a vector chunk, two bits each.
 const VECTOR_LEN: usize = 7;
-/// A run length has 13 bits.
+/// Maximum run length, which has 13 bits.
 const RUN_MAX: usize = (1 << 13) - 1;
 
-/// The largest count that a header can say.
+/// Largest count that a header can hold.
 const MAX_COUNT: usize = 31;
 
 fn words(len: usize) -> Result<[u8; 2], WriteError> {
@@ -347,7 +348,7 @@ fn words(len: usize) -> Result<[u8; 2], WriteError> {
         .map_err(|_| WriteError::TooLong)
 }
 
-/// What is behind a packet's header.
+/// Contents after a packet's header.
 struct Body<'a> {
     out: &'a mut [u8],
     len: usize,
@@ -377,7 +378,7 @@ impl Body<'_> {
             .try_for_each(|word| self.put(&word.to_be_bytes()))
     }
 
-    /// As many as one packet holds; returns their number.
+    /// Writes as many report blocks as one packet holds; returns their number.
     fn report_blocks(
         &mut self,
         reports: &mut impl Iterator<Item = ReportBlock>,
@@ -399,7 +400,7 @@ impl Body<'_> {
         Ok(count)
     }
 
-    /// Status chunks: a run of equal ones where that says more than a vector of seven.
+    /// Writes status chunks: a run of equal ones if that covers more than a vector of seven.
     fn statuses(
         &mut self,
         arrivals: impl Iterator<Item = Option<Time>>,

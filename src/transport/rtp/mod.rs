@@ -1,8 +1,9 @@
-//! RTP packets as they lie in a datagram: demultiplexing, header and extensions, payload, RTX (RFC
+//! RTP packets as they are in a datagram: demultiplexing, header and extensions, payload, RTX (RFC
 //! 3550, 8285, 7983, 4588).
 //!
-//! Views are offsets, not borrows: a [`Header`] is parsed from the sealed packet, survives opening
-//! it in place, and then finds extensions and payload in the plain bytes.
+//! Views hold offsets and do not borrow. A [`Header`] is parsed from the sealed packet and stays
+//! valid when the packet is opened in place. It then finds extensions and payload in the plain
+//! bytes.
 
 mod ssrc;
 mod template;
@@ -16,19 +17,19 @@ pub use ssrc::Ssrc;
 
 use super::sequence::Seq;
 
-/// What a datagram on a peer connection's socket holds (RFC 7983, section 7).
+/// Kind of a datagram on a peer connection's socket (RFC 7983, section 7).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Datagram {
     Stun,
     Dtls,
     Rtp,
     Rtcp,
-    /// Too short for what it claims to be, or nothing that we speak (ZRTP, TURN channels).
+    /// Too short for its kind, or a protocol that we do not use (ZRTP, TURN channels).
     Unknown,
 }
 
-/// Sorts a datagram by its first two bytes and its length. Nothing more is promised about the
-/// contents.
+/// Classifies a datagram by its first two bytes and its length. The rest of the contents is not
+/// checked.
 pub fn classify(datagram: &[u8]) -> Datagram {
     match (datagram.first(), datagram.len()) {
         (Some(0..=3), 20..) => Datagram::Stun,
@@ -39,24 +40,24 @@ pub fn classify(datagram: &[u8]) -> Datagram {
     }
 }
 
-/// Whether a packet known to be RTP or RTCP is RTCP: its second byte lies in 192..=223 (RFC 5761,
-/// section 4).
+/// Returns whether a packet known to be RTP or RTCP is RTCP: its second byte is in 192..=223 (RFC
+/// 5761, section 4).
 pub fn is_rtcp(packet: &[u8]) -> bool {
     matches!(packet.get(1), Some(192..=223))
 }
 
-/// The RTP header's fields, and where extensions and payload lie. SRTP leaves all of it in the
-/// clear.
+/// Fields of the RTP header, and the positions of extensions and payload. SRTP leaves the header in
+/// the clear.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     pub marker: bool,
-    /// 7 bits.
+    /// Payload type, 7 bits.
     pub payload_type: u8,
     pub seq: Seq,
-    /// In units of the payload's clock rate.
+    /// Timestamp in units of the payload's clock rate.
     pub rtp_time: u32,
     pub ssrc: Ssrc,
-    /// In bytes, CSRCs and extension included: where the payload starts.
+    /// Length in bytes with CSRCs and extension; the payload starts there.
     pub header_len: usize,
     padding: bool,
     extension_form: ExtensionForm,
@@ -71,8 +72,8 @@ enum ExtensionForm {
 }
 
 impl Header {
-    /// Parses a packet of at least a header's length; `None` if the version is not 2 or a length
-    /// runs past the end.
+    /// Parses the header; `None` if the packet is shorter than a header, the version is not 2 or a
+    /// length runs past the end.
     pub fn parse(packet: &[u8]) -> Option<Header> {
         let (fixed, _) = packet.split_first_chunk::<FIXED_LEN>()?;
         let [flags, marker_and_type, s0, s1, t0, t1, t2, t3, ssrc @ ..] = *fixed;
@@ -106,15 +107,15 @@ impl Header {
         })
     }
 
-    /// The first extension element of `packet` under `id`, as negotiated in SDP.
+    /// Returns the first extension element of `packet` under `id`, as negotiated in SDP.
     pub fn extension<'a>(&self, packet: &'a [u8], id: u8) -> Option<&'a [u8]> {
         self.extensions(packet)
             .find(|(found, _)| *found == id)
             .map(|(_, value)| value)
     }
 
-    /// All extension elements of `packet` in order, (id, value), up to the first that is malformed
-    /// (RFC 8285, section 4).
+    /// Returns all extension elements of `packet` in order, as (id, value), up to the first
+    /// malformed one (RFC 8285, section 4).
     pub fn extensions<'a>(&self, packet: &'a [u8]) -> Extensions<'a> {
         let rest = packet
             .get(self.extensions_at..self.header_len)
@@ -125,8 +126,8 @@ impl Header {
         }
     }
 
-    /// The payload of the plain `packet` without its padding; empty in a packet of padding alone,
-    /// `None` if the padding count is a lie.
+    /// Returns the payload of the plain `packet` without its padding. It is empty for a packet of
+    /// padding alone, and `None` if the padding count is wrong.
     pub fn payload<'a>(&self, packet: &'a [u8]) -> Option<&'a [u8]> {
         let padded = packet.get(self.header_len..)?;
         if !self.padding {
@@ -150,7 +151,7 @@ impl ExtensionForm {
     }
 }
 
-/// Walks extension elements; see [`Header::extensions`].
+/// Iterates over extension elements; see [`Header::extensions`].
 #[derive(Clone, Debug)]
 pub struct Extensions<'a> {
     rest: &'a [u8],
@@ -177,8 +178,8 @@ impl<'a> Extensions<'a> {
     fn one_byte_element(&mut self) -> Option<(u8, &'a [u8])> {
         let (&first, rest) = self.skip_padding()?;
         let (id, len) = (first >> 4, usize::from(first & 0x0F) + 1);
-        // An id of 0 with a length ends the walk, and so does the reserved 15 (RFC 8285, section
-        // 4.2).
+        // An id of 0 with a length ends the iteration, and so does the reserved id 15 (RFC 8285,
+        // section 4.2).
         if id == 0 || id == 15 {
             return None;
         }
@@ -191,7 +192,7 @@ impl<'a> Extensions<'a> {
         self.take(id, usize::from(len), rest)
     }
 
-    /// The next byte that is not padding, and what follows it.
+    /// Returns the next byte that is not padding, and the bytes after it.
     fn skip_padding(&self) -> Option<(&'a u8, &'a [u8])> {
         let start = self.rest.iter().position(|byte| *byte != 0)?;
         self.rest.get(start..)?.split_first()
@@ -213,15 +214,15 @@ pub fn split_rtx(payload: &[u8]) -> Option<(Seq, &[u8])> {
     Some((Seq(u16::from_be_bytes(*osn)), original))
 }
 
-/// Writes the original sequence number behind a retransmission's header and returns its length.
-/// The original payload follows it; payload type, SSRC and sequence number of the header are the
-/// RTX stream's own.
+/// Writes the original sequence number, which follows a retransmission's header, and returns its
+/// length. The original payload follows it. Payload type, SSRC and sequence number of the header
+/// are the RTX stream's own.
 pub fn write_rtx_osn(out: &mut [u8], original: Seq) -> Option<usize> {
     *out.first_chunk_mut()? = original.0.to_be_bytes();
     Some(2)
 }
 
-/// The fixed part of an RTP header.
+/// Length of the fixed part of an RTP header.
 pub(crate) const FIXED_LEN: usize = 12;
 
 const PADDING_FLAG: u8 = 0x20;

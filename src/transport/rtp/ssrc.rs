@@ -2,8 +2,8 @@ use std::fmt;
 use std::num::ParseIntError;
 use std::str::FromStr;
 
-/// A synchronization source (RFC 3550, section 3): which stream of a connection a packet belongs
-/// to.
+/// Synchronization source (RFC 3550, section 3): identifies the stream of a connection that a
+/// packet belongs to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(transparent)]
 pub struct Ssrc(pub u32);

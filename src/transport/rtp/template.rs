@@ -1,29 +1,30 @@
-//! Writing RTP headers: everything fixed for a stream is laid out once and copied, the rest is
+//! Writes RTP headers: the fixed part of a stream's header is laid out once and copied, the rest is
 //! patched in.
 
 use super::{EXTENSION_FLAG, FIXED_LEN, MARKER_FLAG, ONE_BYTE_PROFILE};
 use crate::transport::rtp::Ssrc;
 use crate::transport::sequence::Seq;
 
-/// Room for the fixed header and 80 bytes of extension: mid, rid and repaired rid of usual length,
+/// Room for the fixed header and 80 bytes of extensions: mid, rid and repaired rid of usual length,
 /// and the per-packet ones.
 const CAPACITY: usize = 96;
 
-/// A stream's RTP header with its extensions in the one-byte form of RFC 8285; see
+/// RTP header of a stream with its extensions in the one-byte form of RFC 8285; see
 /// [`HeaderTemplate::write`].
 ///
 /// A stream that drops mid and rid once the receiver knows it has a second template. `ROOM` is the
-/// longest header in bytes: whoever keeps thousands of them and needs less says so.
+/// longest header in bytes. Code that keeps thousands of templates and needs less room sets it
+/// lower.
 #[derive(Clone, Debug)]
 pub struct HeaderTemplate<const ROOM: usize = CAPACITY> {
     bytes: [u8; ROOM],
-    /// In bytes, a multiple of four.
+    /// Length in bytes, a multiple of four.
     len: u8,
-    /// Where the next extension element goes: `len` without the alignment.
+    /// Position of the next extension element: `len` without the alignment.
     end: u8,
 }
 
-/// Where an extension's value lies in every packet of a template: values that change are written
+/// Position of an extension's value in every packet of a template. Values that change are written
 /// there after the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExtensionSlot {
@@ -31,15 +32,15 @@ pub struct ExtensionSlot {
     len: u8,
 }
 
-/// Why a template was refused.
+/// Error returned when a template is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TemplateError {
-    /// Above 127, or in 64..=95, where the marker bit makes it look like RTCP (RFC 5761, section
-    /// 4).
+    /// The payload type is above 127, or in 64..=95, where the marker bit makes it look like RTCP
+    /// (RFC 5761, section 4).
     PayloadType,
-    /// Outside 1..=14.
+    /// The extension id is outside 1..=14.
     ExtensionId,
-    /// A value of no or more than 16 bytes, or no room left.
+    /// The value is empty or longer than 16 bytes, or there is no room left.
     ExtensionLength,
 }
 
@@ -57,7 +58,7 @@ impl std::fmt::Display for TemplateError {
 
 impl std::error::Error for TemplateError {}
 
-/// Gives it back where a header may have it.
+/// Returns the payload type if a header may have it.
 pub fn check_payload_type(payload_type: u8) -> Result<u8, TemplateError> {
     match payload_type {
         0..=63 | 96..=127 => Ok(payload_type),
@@ -65,7 +66,7 @@ pub fn check_payload_type(payload_type: u8) -> Result<u8, TemplateError> {
     }
 }
 
-/// Gives a packet that was written from a template another payload type, which has been checked.
+/// Sets the payload type of a packet that was written from a template. It must have been checked.
 pub fn set_payload_type(packet: &mut [u8], payload_type: u8) {
     if let Some(byte) = packet.get_mut(1) {
         *byte = *byte & MARKER_FLAG | payload_type;
@@ -92,8 +93,8 @@ impl<const ROOM: usize> HeaderTemplate<ROOM> {
         })
     }
 
-    /// Appends an extension element. What does not change (mid, rid) is done with; for the rest
-    /// `value` stands in and the slot is patched packet by packet.
+    /// Appends an extension element. A value that never changes (mid, rid) needs no further step.
+    /// For others `value` is a placeholder, and the slot is patched in each packet.
     pub fn push_extension(&mut self, id: u8, value: &[u8]) -> Result<ExtensionSlot, TemplateError> {
         if !(1..=14).contains(&id) {
             return Err(TemplateError::ExtensionId);
@@ -122,12 +123,12 @@ impl<const ROOM: usize> HeaderTemplate<ROOM> {
         })
     }
 
-    /// The header's length in bytes, the same for every packet.
+    /// Returns the header's length in bytes, which is the same for every packet.
     pub const fn len(&self) -> usize {
         self.len as usize
     }
 
-    /// Always false: a header has at least 12 bytes.
+    /// Always returns false, because a header has at least 12 bytes.
     pub const fn is_empty(&self) -> bool {
         false
     }
@@ -144,7 +145,7 @@ impl<const ROOM: usize> HeaderTemplate<ROOM> {
         Ssrc(u32::from_be_bytes([a, b, c, d]))
     }
 
-    /// Writes the header to the front of `out` and returns its length; `None` if it has no room.
+    /// Writes the header to the front of `out` and returns its length; `None` if `out` has no room.
     pub fn write(&self, out: &mut [u8], marker: bool, seq: Seq, rtp_time: u32) -> Option<usize> {
         let header = out.get_mut(..self.len())?;
         header.copy_from_slice(&self.bytes[..self.len()]);
@@ -160,22 +161,22 @@ impl ExtensionSlot {
     /// Writes the value into a packet that starts with the slot's template.
     ///
     /// # Panics
-    /// If `value` is not as long as the one that the slot was made with, or the packet is shorter
-    /// than the header: a slip of ours, not of the network's.
+    /// Panics if `value` does not have the length that the slot was made with, or if the packet is
+    /// shorter than the header. Both are mistakes in our code, not errors of the network.
     pub fn patch(self, packet: &mut [u8], value: &[u8]) {
         packet[usize::from(self.at)..][..usize::from(self.len)].copy_from_slice(value);
     }
 }
 
-/// The abs-send-time extension: the send time's NTP stamp in 6.18 fixed point seconds, modulo 64 s
-/// (<http://www.webrtc.org/experiments/rtp-hdrext/abs-send-time>).
+/// Encodes the abs-send-time extension: the send time's NTP timestamp in 6.18 fixed-point seconds,
+/// modulo 64 s (<http://www.webrtc.org/experiments/rtp-hdrext/abs-send-time>).
 pub const fn abs_send_time(ntp: u64) -> [u8; 3] {
     let [.., a, b, c] = ((ntp >> 14) as u32).to_be_bytes();
     [a, b, c]
 }
 
-/// The audio level extension (RFC 6464): the level in -dBov, 0 the loudest and 127 silence; `None`
-/// above 127.
+/// Encodes the audio level extension (RFC 6464): the level in -dBov, 0 the loudest and 127 silence;
+/// `None` above 127.
 pub const fn audio_level(voice: bool, level_dbov: u8) -> Option<[u8; 1]> {
     if level_dbov > 127 {
         return None;

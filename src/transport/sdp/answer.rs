@@ -1,33 +1,34 @@
-//! Answers to offers, incrementally: only sections that changed are read again.
+//! Answers offers incrementally: only sections that changed are read again.
 
 use super::scan::*;
 use super::sections::*;
 use super::write::*;
 use super::*;
 
-/// What came of one offer.
+/// Result of one offer.
 #[derive(Clone, Debug)]
 pub struct AnsweredOffer {
     pub sdp: String,
     pub remote: RemoteTransport,
     /// Our DTLS role.
     pub setup: DtlsSetup,
-    /// Tracks that became active with this offer. One that took a section over from another is
-    /// here, the other in `removed`.
+    /// Tracks that became active with this offer. If a track took over a section, it is here and
+    /// the previous one in `removed`.
     pub added: Vec<RemoteTrack>,
-    /// Tracks of the last offer that are inactive, gone or replaced now, as they were.
+    /// Tracks of the last offer that are now inactive, gone or replaced, as they were.
     pub removed: Vec<RemoteTrack>,
-    /// Tracks that go on with the same mid, SSRC and names, but other payload types, extension ids
-    /// or RTX: a server offers all that it has at first, and what we took of it from then on.
+    /// Tracks that continue with the same mid, SSRC and names, but with other payload types,
+    /// extension ids or RTX. This happens because a server first offers all it has, and after the
+    /// answer only what we accepted.
     pub updated: Vec<RemoteTrack>,
-    /// Sections that would send but have no codec in common with us, no `a=ssrc`, or no place in
-    /// the bundle. All but the second kind are rejected.
+    /// Number of sections that would send but have no codec in common with us, no `a=ssrc`, or no
+    /// place in the bundle. All but the second kind are rejected.
     pub unusable: usize,
-    /// Sections that were read, the others being unchanged.
+    /// Number of sections that were read; the others were unchanged.
     pub sections_read: usize,
 }
 
-/// Answers the offers of one peer connection, one after the other.
+/// Answers the offers of one peer connection in sequence.
 pub struct Answerer {
     capabilities: Capabilities,
     sections: RemoteSections,
@@ -43,7 +44,8 @@ impl Answerer {
         }
     }
 
-    /// Answers `offer` for our end `local`. After an error the state is that before the offer.
+    /// Answers `offer` for our end `local`. After an error the state is the same as before the
+    /// offer.
     pub fn answer(
         &mut self,
         offer: &str,
@@ -84,7 +86,7 @@ impl Answerer {
         })
     }
 
-    /// The tracks that are active after the last offer, in the order of its sections.
+    /// Returns the tracks that are active after the last offer, in the order of its sections.
     pub fn tracks(&self) -> impl Iterator<Item = &RemoteTrack> {
         self.sections
             .as_slice()
@@ -93,7 +95,7 @@ impl Answerer {
     }
 }
 
-/// Writes an answer from sections that were read.
+/// Writes an answer from sections that have been read.
 struct AnswerWriter<'a> {
     local: &'a LocalTransport,
     setup: DtlsSetup,

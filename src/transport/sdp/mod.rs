@@ -1,15 +1,15 @@
 //! Session descriptions (RFC 8866, RFC 9429), as far as an SFU's client needs them.
 //!
 //! [`Answerer`] answers an SFU's offers *incrementally*. In a large room every new track brings an
-//! offer that repeats all the others, 1.8 KB each: a section whose text is that of the last offer
-//! is recognised by its hash and not read again. A section that is new is scanned once, line by
-//! line, without building a tree; a general SDP library takes ten times as long for it, and its
-//! tree is dropped at once.
+//! offer that repeats all the others, 1.8 KB each. A section whose text did not change is
+//! recognised by its hash and not read again. A new section is scanned once, line by line, without
+//! building a tree. A general SDP library takes ten times as long, and its tree would be dropped at
+//! once.
 //!
-//! [`Offerer`] does the same from the other end: it writes our own offers, for tracks that we send
-//! and for sections that the server may send tracks in, and reads the answers to them. All input is
-//! hostile until read: sizes and counts are bounded, nothing panics, and no text reaches an answer
-//! that was not checked to be harmless there.
+//! [`Offerer`] does the same from the other end. It writes our own offers, for tracks that we send
+//! and for sections that the server may send tracks in, and reads the answers. All input is
+//! untrusted: sizes and counts are bounded, nothing panics, and no text reaches an answer unless it
+//! was checked to be harmless there.
 
 mod answer;
 mod offer;
@@ -32,22 +32,24 @@ pub use answer::{AnsweredOffer, Answerer};
 pub use offer::{LocalTrack, Negotiated, NegotiatedMedia, Offerer};
 pub use scan::ice_ufrag;
 
-/// An offer of 3,000 tracks takes 5.5 MB.
+/// Maximum size of a description. An offer of 3,000 tracks takes 5.5 MB.
 pub const SDP_BYTES_MAX: usize = 16 << 20;
 pub const SECTIONS_MAX: usize = 10_000;
-/// A section takes 1-2 KB, one with every codec of a browser 10 KB.
+/// Maximum size of a section. One usually takes 1-2 KB, and one with every codec of a browser 10
+/// KB.
 pub const SECTION_BYTES_MAX: usize = 64 << 10;
-/// A section names at most as many as there are payload types.
+/// Maximum number of payload types in a section: there are no more of them.
 const PAYLOAD_TYPES_MAX: usize = 128;
-/// Candidates beyond these are not read: a server has a few per interface.
+/// Maximum number of candidates that are read. A server has a few per interface.
 const CANDIDATES_MAX: usize = 64;
-/// A `mid` must fit a one-byte header extension (RFC 8843, section 15); ours and all known ones are
-/// far shorter.
+/// Maximum length of a `mid`. It must fit a one-byte header extension (RFC 8843, section 15). Ours
+/// and all known ones are far shorter.
 const MID_BYTES_MAX: usize = 32;
-/// Identifiers (msid, ufrag, pwd) and format parameters that are longer are not kept.
+/// Maximum length of identifiers (msid, ufrag, pwd) and format parameters. Longer ones are not
+/// kept.
 const TEXT_BYTES_MAX: usize = 256;
 
-/// Why a description is refused as a whole.
+/// Error returned when a description is refused as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SdpError {
     #[error("the description has {bytes} bytes, more than the {SDP_BYTES_MAX} that are read")]
@@ -68,7 +70,7 @@ pub enum SdpError {
     Missing { what: &'static str },
 }
 
-/// Which side opens the DTLS handshake (RFC 8842): `a=setup`.
+/// Side that opens the DTLS handshake (RFC 8842): `a=setup`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DtlsSetup {
     Active,
@@ -92,7 +94,7 @@ impl DtlsSetup {
         }
     }
 
-    /// Our role in an answer: what the offer leaves open goes by our own preference.
+    /// Returns our role in an answer. If the offer leaves it open, our own preference decides.
     pub fn answer(offered: DtlsSetup, preferred: DtlsSetup) -> DtlsSetup {
         match (offered, preferred) {
             (DtlsSetup::Active, _) | (DtlsSetup::ActPass, DtlsSetup::Passive) => DtlsSetup::Passive,
@@ -101,7 +103,7 @@ impl DtlsSetup {
     }
 }
 
-/// SHA-256 of a DTLS certificate. Other hashes are not spoken by anything that we meet.
+/// SHA-256 fingerprint of a DTLS certificate. No server or client that we meet uses other hashes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fingerprint(pub [u8; 32]);
 
@@ -140,20 +142,20 @@ impl fmt::Display for Fingerprint {
     }
 }
 
-/// A candidate's transport: `udp`, or `tcp` with its type (RFC 6544, section 4.5).
+/// Transport of a candidate: `udp`, or `tcp` with its type (RFC 6544, section 4.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CandidateTransport {
     Udp,
-    /// It opens connections.
+    /// The candidate opens connections.
     TcpActive,
-    /// It waits for connections.
+    /// The candidate waits for connections.
     TcpPassive,
     /// Both sides open one connection at the same time.
     TcpSimultaneous,
 }
 
 impl CandidateTransport {
-    /// As `tcptype` says it; `None` for `udp`.
+    /// Returns the value of `tcptype`; `None` for `udp`.
     fn tcp_type(self) -> Option<&'static str> {
         match self {
             CandidateTransport::Udp => None,
@@ -163,7 +165,7 @@ impl CandidateTransport {
         }
     }
 
-    /// What follows a candidate's type are pairs of a name and a value.
+    /// Reads the pairs of name and value that follow a candidate's type.
     fn of_tcp<'a>(mut words: impl Iterator<Item = &'a str>) -> Option<CandidateTransport> {
         while let (Some(name), Some(value)) = (words.next(), words.next()) {
             if name == "tcptype" {
@@ -207,11 +209,11 @@ impl CandidateKind {
     }
 }
 
-/// The port of a candidate that listens nowhere: that of "discard".
+/// Port of a candidate that does not listen: that of "discard".
 const TCP_ACTIVE_PORT: u16 = 9;
 
-/// One ICE candidate of component 1 (RFC 8839, section 5.1), without what nobody reads (related
-/// address, extensions).
+/// ICE candidate of component 1 (RFC 8839, section 5.1), without the parts that are not used
+/// (related address, extensions).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
     pub foundation: String,
@@ -222,8 +224,8 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// A UDP host candidate with the priority that RFC 8445, section 5.1.2.1 recommends for an only
-    /// address.
+    /// Creates a UDP host candidate with the priority that RFC 8445, section 5.1.2.1 recommends for
+    /// a single address.
     pub fn host(address: SocketAddr) -> Candidate {
         Candidate {
             foundation: "1".into(),
@@ -234,8 +236,8 @@ impl Candidate {
         }
     }
 
-    /// A host candidate that opens TCP connections: its port says nothing, and is always 9 (RFC
-    /// 6544, section 4.5). The type preference of such ones is that of libwebrtc.
+    /// Creates a host candidate that opens TCP connections. Its port has no meaning and is always 9
+    /// (RFC 6544, section 4.5). The type preference is libwebrtc's.
     pub fn tcp_active(ip: IpAddr) -> Candidate {
         Candidate {
             foundation: "2".into(),
@@ -246,7 +248,8 @@ impl Candidate {
         }
     }
 
-    /// Our address at a relay. Its related address is nobody's business, and some want one.
+    /// Creates a candidate for our address at a relay. The real related address is not disclosed,
+    /// but some peers require the attribute.
     pub fn relayed(address: SocketAddr) -> Candidate {
         Candidate {
             foundation: "3".into(),
@@ -257,10 +260,10 @@ impl Candidate {
         }
     }
 
-    /// As `RTCIceCandidateInit` JSON, for a trickle message.
+    /// Returns the candidate as `RTCIceCandidateInit` JSON, for a trickle message.
     pub fn to_init(&self) -> String {
-        // A candidate's text holds no character that JSON escapes: the foundation was checked when
-        // it was read.
+        // A candidate's text has no character that JSON escapes, because the foundation was checked
+        // when it was read.
         format!(r#"{{"candidate":"{self}","sdpMid":"0","sdpMLineIndex":0}}"#)
     }
 }
@@ -268,8 +271,8 @@ impl Candidate {
 impl FromStr for Candidate {
     type Err = &'static str;
 
-    /// Reads `candidate:..`, with or without `a=` before it. Names instead of addresses (mDNS) and
-    /// other components are refused.
+    /// Reads `candidate:..`, with or without `a=` before it. Host names instead of addresses (mDNS)
+    /// and other components are refused.
     fn from_str(text: &str) -> Result<Candidate, &'static str> {
         let text = text.strip_prefix("a=").unwrap_or(text);
         let mut words = text
@@ -342,16 +345,16 @@ impl fmt::Display for Candidate {
     }
 }
 
-/// A trickled candidate: `RTCIceCandidateInit` as JSON.
+/// Trickled candidate: `RTCIceCandidateInit` as JSON.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trickled {
-    /// `None`: no more candidates follow.
+    /// Candidate; `None` if no more candidates follow.
     pub candidate: Option<Candidate>,
-    /// The generation that it belongs to, where the peer says so.
+    /// ICE generation that it belongs to, if the peer names it.
     pub ufrag: Option<String>,
 }
 
-/// Why a text is no trickled candidate.
+/// Error returned when a text is no trickled candidate.
 #[derive(Debug, thiserror::Error)]
 pub enum MalformedTrickle {
     #[error("a candidate of {0} bytes")]
@@ -387,7 +390,7 @@ impl FromStr for Trickled {
     }
 }
 
-/// RTP header extensions that somebody in this crate can read or write.
+/// RTP header extensions that this crate can read or write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extension {
     Mid,
@@ -434,8 +437,8 @@ impl Extension {
         }
     }
 
-    /// Its id in our own offers: the same in every section, as BUNDLE demands, and small enough for
-    /// one-byte headers.
+    /// Returns the id in our own offers. It is the same in every section, as BUNDLE requires, and
+    /// small enough for one-byte headers.
     pub fn offered_id(self) -> u8 {
         self as u8 + 1
     }
@@ -447,7 +450,7 @@ impl Extension {
     }
 }
 
-/// The ids that one media section gives to header extensions (RFC 8285): 1-14, or up to 255 with
+/// Ids that one media section gives to header extensions (RFC 8285): 1-14, or up to 255 with
 /// two-byte headers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExtensionIds([u8; Extension::ALL.len()]);
@@ -476,7 +479,7 @@ impl FromIterator<(Extension, u8)> for ExtensionIds {
     }
 }
 
-/// Bit `1 << feedback as u8` for each message.
+/// Set of feedback messages: bit `1 << feedback as u8` for each.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FeedbackSet(u8);
 
@@ -485,7 +488,7 @@ impl FeedbackSet {
         self.0 & (1 << feedback as u8) != 0
     }
 
-    /// What either holds.
+    /// Returns the messages in either set.
     pub fn union(self, other: FeedbackSet) -> FeedbackSet {
         FeedbackSet(self.0 | other.0)
     }
@@ -498,19 +501,19 @@ impl FromIterator<RtcpFeedback> for FeedbackSet {
     }
 }
 
-/// What a description may promise, because we do it.
+/// Codecs, extensions and feedback that a description may offer or accept.
 #[derive(Clone, Copy, Debug)]
 pub struct Capabilities {
-    /// Those that we like best first.
+    /// Codecs, the preferred ones first.
     pub codecs: &'static [Codec],
-    /// Which codec of a section is taken.
+    /// Which codec of a section is chosen.
     pub preference: Preference,
     pub extensions: &'static [Extension],
     pub feedback: &'static [RtcpFeedback],
 }
 
 impl Capabilities {
-    /// Receiving from an SFU.
+    /// Capabilities for receiving from an SFU.
     pub const SUBSCRIBER: Capabilities = Capabilities {
         codecs: &[Codec::Red, Codec::Opus, Codec::Vp8],
         preference: Preference::Ours,
@@ -528,7 +531,7 @@ impl Capabilities {
             RtcpFeedback::TransportCc,
         ],
     };
-    /// Sending to an SFU. The rid extensions are offered with simulcast only.
+    /// Capabilities for sending to an SFU. The rid extensions are offered with simulcast only.
     pub const PUBLISHER: Capabilities = Capabilities {
         extensions: &[
             Extension::Mid,
@@ -537,34 +540,34 @@ impl Capabilities {
             Extension::AudioLevel,
             Extension::TransportCc,
         ],
-        // The answerer's first codec is the one to send.
+        // The first codec of the answer is the one to send.
         preference: Preference::Theirs,
         ..Capabilities::SUBSCRIBER
     };
 }
 
-/// Whose order of codecs decides, where a section names several that we know.
+/// Whose order of codecs decides if a section has several that we know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Preference {
     Ours,
     Theirs,
 }
 
-/// Our end of one peer connection.
+/// Local end of one peer connection.
 #[derive(Clone, Debug)]
 pub struct LocalTransport {
     pub ufrag: String,
     pub pwd: String,
     pub fingerprint: Fingerprint,
-    /// In offers as it is; in answers our choice where the offer says `actpass`.
+    /// DTLS role. Offers contain it unchanged; answers use it if the offer says `actpass`.
     pub setup: DtlsSetup,
     pub candidates: Vec<Candidate>,
-    /// `o=`'s session id: any number below 2^63 (RFC 9429, section 5.2.1), the same for all
+    /// Session id in `o=`: any number below 2^63 (RFC 9429, section 5.2.1), the same in all
     /// descriptions of the connection.
     pub session_id: u64,
 }
 
-/// The other end, as its description gives it.
+/// Remote end of a connection, as its description gives it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RemoteTransport {
     pub ufrag: String,
@@ -575,11 +578,11 @@ pub struct RemoteTransport {
     /// UDP candidates, in the order of the description.
     pub candidates: Vec<Candidate>,
     pub tcp_candidates: Vec<Candidate>,
-    /// No more candidates will be trickled.
+    /// Whether no more candidates will be trickled.
     pub end_of_candidates: bool,
 }
 
-/// A track that the other side sends, or sent before its section went inactive.
+/// Track that the other side sends, or sent before its section became inactive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RemoteTrack {
     pub mid: Box<str>,
@@ -587,18 +590,18 @@ pub struct RemoteTrack {
     pub rtx_ssrc: Option<Ssrc>,
     pub payloads: PayloadTypes,
     pub rtx_payload_type: Option<u8>,
-    /// The first part of `a=msid`; LiveKit writes `PARTICIPANT_SID|TRACK_SID` or the publisher's
+    /// First part of `a=msid`. LiveKit writes `PARTICIPANT_SID|TRACK_SID` or the publisher's
     /// stream.
     pub stream_id: Box<str>,
-    /// The second part of `a=msid`: LiveKit's track sid.
+    /// Second part of `a=msid`: LiveKit's track sid.
     pub track_id: Box<str>,
-    /// Whether it can send: our answer takes the section, and the direction is `sendonly` or
+    /// Whether it can send: our answer accepts the section, and the direction is `sendonly` or
     /// `sendrecv`.
     pub active: bool,
-    /// Only those that the answer accepts.
+    /// Extensions that the answer accepts.
     pub extensions: ExtensionIds,
-    /// What we may send about it: what its codec was offered with, as far as the answer accepts
-    /// it.
+    /// Feedback that we may send about the track: what was offered for its codec, as far as the
+    /// answer accepts it.
     pub feedback: FeedbackSet,
 }
 

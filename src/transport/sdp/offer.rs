@@ -1,4 +1,4 @@
-//! Our own offers, and the answers to them.
+//! Writes our own offers and reads the answers to them.
 
 use super::scan::*;
 use super::sections::*;
@@ -6,26 +6,25 @@ use super::write::*;
 use super::*;
 use crate::transport::rtp::Ssrc;
 
-/// A track of ours, for [`Offerer::send`].
+/// Local track, for [`Offerer::send`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalTrack {
     pub codec: Codec,
-    /// The `cid` of its AddTrack: LiveKit finds the track by it.
+    /// The `cid` of its AddTrack, by which LiveKit finds the track.
     pub cid: String,
     pub stream_id: String,
     pub ssrc: Ssrc,
-    /// Retransmissions go out on this SSRC (RFC 4588); without it they repeat the original
-    /// packets.
+    /// SSRC of retransmissions (RFC 4588). Without it retransmissions repeat the original packets.
     pub rtx_ssrc: Option<Ssrc>,
-    /// Simulcast layers from low to high, `q h f`. With any, the section names no SSRC and packets
-    /// carry mid and rid instead.
+    /// Simulcast layers from low to high, `q h f`. If there are any, the section names no SSRC and
+    /// packets carry mid and rid instead.
     pub rids: Vec<String>,
 }
 
-/// Makes the offers of one peer connection, one after the other, and reads the answers to them.
+/// Makes the offers of one peer connection in sequence, and reads the answers to them.
 ///
-/// Sections are numbered in the order in which they are asked for, which is their `mid`; none is
-/// ever taken back.
+/// Sections are numbered in the order in which they are requested, and the number is their `mid`.
+/// Sections are never removed.
 #[derive(Default)]
 pub struct Offerer {
     ours: Vec<Offered>,
@@ -33,39 +32,39 @@ pub struct Offerer {
     version: u64,
 }
 
-/// What a section of our offer is for.
+/// Purpose of a section in our offer.
 enum Offered {
     /// Data channels.
     Application,
-    /// A track that the server may send.
+    /// Track that the server may send.
     Receive(Kind),
     Send(LocalTrack),
 }
 
-/// What came of one answer.
+/// Result of one answer.
 #[derive(Clone, Debug)]
 pub struct Negotiated {
     pub remote: RemoteTransport,
-    /// One for each track of ours, in their order.
+    /// Results for our tracks, in their order.
     pub media: Vec<NegotiatedMedia>,
-    /// The server's tracks that became active with this answer. One that took a section over from
-    /// another is here, the other in `removed`.
+    /// Tracks of the server that became active with this answer. If a track took over a section, it
+    /// is here and the previous one in `removed`.
     pub added: Vec<RemoteTrack>,
-    /// Tracks of the last answer that are inactive or replaced now, as they were.
+    /// Tracks of the last answer that are now inactive or replaced, as they were.
     pub removed: Vec<RemoteTrack>,
-    /// Tracks that go on with the same mid, SSRC and names, but other details.
+    /// Tracks that continue with the same mid, SSRC and names, but other details.
     pub updated: Vec<RemoteTrack>,
-    /// Sections that were read, the others being unchanged.
+    /// Number of sections that were read; the others were unchanged.
     pub sections_read: usize,
 }
 
 impl Offerer {
-    /// A section for data channels. LiveKit needs none where no data is to flow.
+    /// Adds a section for data channels. LiveKit does not require one if no data is to flow.
     pub fn open_data(&mut self) {
         self.ours.push(Offered::Application);
     }
 
-    /// `count` sections more in which the server may send a track of this kind.
+    /// Adds `count` sections in which the server may send a track of this kind.
     pub fn receive(&mut self, kind: Kind, count: usize) -> Result<(), SdpError> {
         if self.ours.len().saturating_add(count) > SECTIONS_MAX {
             return Err(SdpError::TooManySections);
@@ -74,17 +73,17 @@ impl Offerer {
         Ok(())
     }
 
-    /// A section for a track of ours.
+    /// Adds a section for a local track.
     pub fn send(&mut self, track: LocalTrack) {
         self.ours.push(Offered::Send(track));
     }
 
-    /// Whether there is no section yet, and so nothing to offer.
+    /// Returns whether there is no section yet, and so nothing to offer.
     pub fn is_empty(&self) -> bool {
         self.ours.is_empty()
     }
 
-    /// The next offer: all sections so far.
+    /// Returns the next offer, with all sections so far.
     pub fn offer(&mut self, local: &LocalTransport) -> String {
         self.version += 1;
         let mids: Vec<String> = (0..self.ours.len()).map(|mid| mid.to_string()).collect();
@@ -113,7 +112,7 @@ impl Offerer {
         sdp
     }
 
-    /// Reads the answer to the last offer. After an error the state is that before it.
+    /// Reads the answer to the last offer. After an error the state is the same as before.
     pub fn handle_answer(&mut self, answer: &str) -> Result<Negotiated, SdpError> {
         let split = SplitDescription::new(answer)?;
         if split.sections.len() != self.ours.len() {
@@ -152,7 +151,7 @@ impl Offerer {
 
 #[cfg(test)]
 impl Offerer {
-    /// The server's tracks that are active after the last answer.
+    /// Returns the server's tracks that are active after the last answer.
     pub(super) fn tracks(&self) -> impl Iterator<Item = &RemoteTrack> {
         self.theirs
             .as_slice()
@@ -161,8 +160,8 @@ impl Offerer {
     }
 }
 
-/// Receiving sections of one kind differ in nothing but their mid: a large room's offer has
-/// hundreds of them.
+/// Text of a receiving section without its mid. Such sections of one kind differ only in the mid,
+/// and a large room's offer has hundreds of them.
 struct Receiver {
     kind: Kind,
     before_mid: String,
@@ -239,7 +238,7 @@ fn push_local_track(
     }
 }
 
-/// `rtx`: retransmissions have an SSRC of their own.
+/// Returns a codec as it is offered. With `rtx`, retransmissions have an SSRC of their own.
 fn offered_codec(codec: Codec, rtx: bool, capabilities: &Capabilities) -> SectionCodec {
     let offered = SectionCodec::offered(codec, capabilities.feedback);
     SectionCodec {
@@ -248,7 +247,7 @@ fn offered_codec(codec: Codec, rtx: bool, capabilities: &Capabilities) -> Sectio
     }
 }
 
-/// What we like best of a kind.
+/// Returns the preferred codec of a kind.
 fn liked_codec(kind: Kind, capabilities: &Capabilities) -> Codec {
     let mut liked = capabilities.codecs.iter().copied();
     liked
@@ -297,14 +296,14 @@ fn push_rids(sdp: &mut String, rids: &[String]) {
     push(sdp, format_args!("a=simulcast:send {}\r\n", rids.join(";")));
 }
 
-/// What the server took of one of our tracks.
+/// Result of the negotiation for one of our tracks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NegotiatedMedia {
     pub mid: Box<str>,
     pub kind: Kind,
-    /// `false`: the server rejected it, or does not receive it now. Nothing may be sent.
+    /// `false` if the server rejected it, or does not receive it now. Nothing may be sent then.
     pub accepted: bool,
-    /// `None` only where it was rejected.
+    /// Payload types; `None` only if the track was rejected.
     pub payloads: Option<PayloadTypes>,
     pub rtx_payload_type: Option<u8>,
     pub extensions: ExtensionIds,

@@ -1,4 +1,4 @@
-//! Reading: a description cut into sections, and what one section says.
+//! Reads descriptions: splits them into sections, and parses one section.
 
 use crate::transport::rtp::Ssrc;
 use std::hash::{DefaultHasher, Hasher};
@@ -7,12 +7,13 @@ use memchr::memmem;
 
 use super::*;
 
-/// What stands for a section's text until the next description: its length and 64 bits twice. A
-/// server that makes them collide only hides its own track.
+/// Stamp of a section's text, kept until the next description: its length and two hashes of 64
+/// bits. A server that makes them collide only hides its own track.
 ///
-/// In `any_order` the order of header extensions and of candidates does not count: LiveKit writes
-/// both in another order each time. `exact` costs a twentieth of it, and is all that is looked at
-/// where a section has not changed at all, as is so for nearly every section of a large room.
+/// `any_order` ignores the order of header extensions and of candidates, because LiveKit writes
+/// both in another order each time. `exact` costs a twentieth of it. It is compared first, and
+/// suffices if a section has not changed at all, which is the case for nearly every section of a
+/// large room.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Stamp {
     pub(super) any_order: u64,
@@ -29,7 +30,7 @@ impl Stamp {
         }
     }
 
-    /// Whether `text` says what this is the stamp of.
+    /// Returns whether the stamp is that of `text`.
     pub(super) fn is_of(&self, text: &str) -> bool {
         self.len == stamped_len(text)
             && (self.exact == hash_exactly(text) || self.any_order == hash_in_any_order(text))
@@ -59,7 +60,7 @@ fn hash_in_any_order(text: &str) -> u64 {
     in_order.finish()
 }
 
-/// Eight bytes at a time: a product of 128 bits, folded.
+/// Hashes eight bytes at a time: a product of 128 bits, folded.
 fn hash_exactly(text: &str) -> u64 {
     const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
     let mixed = |hash: u64, word: u64| {
@@ -69,12 +70,13 @@ fn hash_exactly(text: &str) -> u64 {
     let (words, rest) = text.as_bytes().as_chunks::<8>();
     let mut last = [0; 8];
     last.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
-    // Between two words that cancel each other out the sum moves on, so that a zero does not stick.
+    // `ODD` is added after each word, so that the hash does not stay at zero after two words that
+    // cancel each other out.
     let add = |hash: u64, word: &[u8; 8]| mixed(hash, u64::from_le_bytes(*word)).wrapping_add(ODD);
     add(words.iter().fold(0, add), &last)
 }
 
-/// A description, cut at its m-lines.
+/// Description, split at its m-lines.
 pub(super) struct SplitDescription<'a> {
     pub(super) session: &'a str,
     pub(super) sections: Vec<&'a str>,
@@ -107,8 +109,8 @@ impl<'a> SplitDescription<'a> {
         Ok(SplitDescription { session, sections })
     }
 
-    /// ICE and DTLS parameters: those of the section that carries the bundle, the session's where
-    /// it has none.
+    /// Returns the ICE and DTLS parameters: those of the section that carries the bundle, or the
+    /// session's where the section has none.
     pub(super) fn remote_transport(&self, tagged: usize) -> Result<RemoteTransport, SdpError> {
         let mut scan = TransportScan::default();
         for text in [Some(&self.session), self.sections.get(tagged)]
@@ -121,8 +123,8 @@ impl<'a> SplitDescription<'a> {
     }
 }
 
-/// Where m-lines begin. They are looked for in every byte of every description, most of which says
-/// what the last one said.
+/// Returns the positions of the m-lines. The search covers every byte of every description, though
+/// most of it repeats the last one.
 fn media_starts(text: &str) -> impl Iterator<Item = usize> {
     let first = text.starts_with("m=").then_some(0);
     first
@@ -135,20 +137,20 @@ pub(super) fn lines(text: &str) -> impl Iterator<Item = &str> {
         .map(|line| line.strip_suffix('\r').unwrap_or(line))
 }
 
-/// The `a=` lines as name and value; the value is empty for a flag.
+/// Returns the `a=` lines as name and value; the value is empty for a flag.
 pub(super) fn attributes(text: &str) -> impl Iterator<Item = (&str, &str)> {
     lines(text)
         .filter_map(|line| line.strip_prefix("a="))
         .map(|attribute| attribute.split_once(':').unwrap_or((attribute, "")))
 }
 
-/// The user name fragment of a description. One that differs from the last description's restarts
-/// ICE (RFC 8839, section 4.4.1.1.1).
+/// Returns the user name fragment of a description. If it differs from the last description's, ICE
+/// restarts (RFC 8839, section 4.4.1.1.1).
 pub fn ice_ufrag(description: &str) -> Option<&str> {
     attributes(description).find_map(|(name, value)| (name == "ice-ufrag").then_some(value))
 }
 
-/// Collects ICE and DTLS attributes; later ones win, so the media section is scanned after the
+/// Collects ICE and DTLS attributes. Later ones win, so the media section is scanned after the
 /// session.
 #[derive(Default)]
 pub(super) struct TransportScan {
@@ -208,7 +210,7 @@ impl TransportScan {
     }
 }
 
-/// `ice-char`s only (RFC 8839, section 5.4), at most 256.
+/// Returns the text if it has only `ice-char`s (RFC 8839, section 5.4), at most 256.
 pub(super) fn ice_text(value: &str) -> Option<String> {
     let fine = !value.is_empty()
         && value.len() <= TEXT_BYTES_MAX
@@ -218,9 +220,9 @@ pub(super) fn ice_text(value: &str) -> Option<String> {
     fine.then(|| value.to_owned())
 }
 
-/// The part of an offer before its first m-line, as far as an answer depends on it.
+/// Part of an offer before its first m-line, as far as an answer depends on it.
 pub(super) struct SessionPart<'a> {
-    /// The mids of the BUNDLE group, sorted.
+    /// Mids of the BUNDLE group, sorted.
     pub(super) bundle: Vec<&'a str>,
 }
 
@@ -234,7 +236,7 @@ impl<'a> SessionPart<'a> {
     }
 }
 
-/// Rejected sections may go without a mid, all others have different ones.
+/// Refuses sections with the same mid. Only rejected sections may have no mid.
 pub(super) fn refuse_duplicates(mut mids: Vec<&str>) -> Result<(), SdpError> {
     mids.sort_unstable();
     match mids
@@ -256,33 +258,33 @@ pub(super) enum Direction {
     Inactive,
 }
 
-/// What a media section carries.
+/// Content of a media section.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum SectionContent {
     Rtp(Kind),
-    /// Data channels, on this SCTP port.
+    /// Data channels, with the SCTP port.
     Application(u16),
-    /// Anything else is rejected under its own name.
+    /// Any other content. It is rejected under its own name.
     Other(Box<str>),
 }
 
-/// The codec that the answer takes from a section.
+/// Codec that the answer takes from a section.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SectionCodec {
     pub(super) codec: Codec,
     pub(super) payload_type: u8,
     pub(super) rtx_payload_type: Option<u8>,
-    /// What `a=rtpmap` says of it, `opus/48000/2`.
+    /// Value of its `a=rtpmap`, for example `opus/48000/2`.
     pub(super) map: Box<str>,
-    /// Its `a=fmtp` parameters, empty if there are none.
+    /// Value of its `a=fmtp`, empty if there is none.
     pub(super) parameters: Box<str>,
     pub(super) feedback: FeedbackSet,
-    /// The codec that it wraps, which the section names beside it.
+    /// Codec inside this one; the section names both.
     pub(super) wrapped: Option<Box<SectionCodec>>,
 }
 
 impl SectionCodec {
-    /// As our own offers have it. `feedback` is what we do.
+    /// Returns the codec as our own offers have it. `feedback` is the feedback that we support.
     pub(super) fn offered(codec: Codec, feedback: &[RtcpFeedback]) -> SectionCodec {
         SectionCodec {
             codec,
@@ -309,24 +311,24 @@ impl SectionCodec {
         }
     }
 
-    /// What the section allows about its packets, whichever of the two codecs they are of.
+    /// Returns the feedback that the section allows, for both codecs together.
     pub(super) fn all_feedback(&self) -> FeedbackSet {
         self.formats().fold(FeedbackSet::default(), |all, format| {
             all.union(format.feedback)
         })
     }
 
-    /// The codec without what wraps it.
+    /// Returns the inner codec, or this one if it wraps none.
     pub(super) fn plain(&self) -> &SectionCodec {
         self.wrapped.as_deref().unwrap_or(self)
     }
 
-    /// The codec, and the one that it wraps.
+    /// Iterates over this codec and the one that it wraps.
     pub(super) fn formats(&self) -> impl Iterator<Item = &SectionCodec> {
         std::iter::once(self).chain(self.wrapped.as_deref())
     }
 
-    /// What goes into the m-line.
+    /// Returns the payload types for the m-line.
     pub(super) fn payload_types(&self) -> impl Iterator<Item = u8> {
         self.formats().flat_map(|format| {
             [Some(format.payload_type), format.rtx_payload_type]
@@ -336,20 +338,20 @@ impl SectionCodec {
     }
 }
 
-/// A media section, read: about 300 bytes with its texts, where the text itself takes 1.8 KB.
+/// Parsed media section: about 300 bytes with its strings, while the text takes 1.8 KB.
 #[derive(Clone, Debug)]
 pub(super) struct MediaSection {
     pub(super) stamp: Stamp,
     pub(super) content: SectionContent,
     pub(super) mid: Box<str>,
-    /// The port is 0.
+    /// Whether the port is 0.
     pub(super) rejected: bool,
-    /// Whether our answer takes it.
+    /// Whether our answer accepts it.
     pub(super) accepted: bool,
     pub(super) direction: Direction,
     pub(super) reduced_size: bool,
     pub(super) codec: Option<SectionCodec>,
-    /// A payload type to name when the section is rejected.
+    /// Payload type to name if the section is rejected.
     pub(super) first_format: Box<str>,
     pub(super) extensions: ExtensionIds,
     pub(super) track: Option<Box<RemoteTrack>>,
@@ -425,7 +427,7 @@ impl MediaSection {
             && matches!(self.direction, Direction::SendOnly | Direction::SendRecv)
     }
 
-    /// Whether our answer takes the section, provided that it is bundled.
+    /// Returns whether our answer accepts the section, provided that it is bundled.
     pub(super) fn acceptable(&self) -> bool {
         let understood = match &self.content {
             SectionContent::Rtp(_) => self.codec.is_some(),
@@ -453,7 +455,7 @@ impl MediaSection {
     }
 }
 
-/// `m=KIND PORT PROTOCOL FORMAT..`
+/// Parsed m-line: `m=KIND PORT PROTOCOL FORMAT..`
 pub(super) struct MediaLine<'a> {
     pub(super) kind: &'a str,
     pub(super) port: u16,
@@ -480,7 +482,7 @@ impl<'a> MediaLine<'a> {
             .take(PAYLOAD_TYPES_MAX)
     }
 
-    /// What a rejected section of an answer names.
+    /// Returns the format that an answer names if it rejects the section.
     pub(super) fn first_format(&self) -> &'a str {
         self.formats()
             .next()
@@ -498,7 +500,7 @@ impl<'a> MediaLine<'a> {
     }
 }
 
-/// What one pass over a section's attributes collects, by reference.
+/// Attributes collected in one pass over a section, by reference.
 #[derive(Default)]
 pub(super) struct SectionScan<'a> {
     pub(super) mid: Option<&'a str>,
@@ -508,7 +510,7 @@ pub(super) struct SectionScan<'a> {
     /// Payload type and `NAME/CLOCK[/CHANNELS]`.
     pub(super) maps: Vec<(u8, &'a str)>,
     pub(super) parameters: Vec<(u8, &'a str)>,
-    /// `None` stands for `*`.
+    /// Payload type and feedback message; `None` stands for `*`.
     pub(super) feedback: Vec<(Option<u8>, RtcpFeedback)>,
     pub(super) extensions: ExtensionIds,
     pub(super) ssrc: Option<Ssrc>,
@@ -518,7 +520,7 @@ pub(super) struct SectionScan<'a> {
 }
 
 impl<'a> SectionScan<'a> {
-    /// Empty for a rejected section that names none.
+    /// Returns the mid. It is empty for a rejected section without one.
     pub(super) fn usable_mid(&self, media: &MediaLine<'_>) -> Result<&'a str, &'static str> {
         match self.mid {
             Some(mid) if is_token(mid) && mid.len() <= MID_BYTES_MAX => Ok(mid),
@@ -553,7 +555,7 @@ impl<'a> SectionScan<'a> {
         }
     }
 
-    /// `ID[/DIRECTION] URI [..]`
+    /// Reads `ID[/DIRECTION] URI [..]`.
     pub(super) fn extension(&mut self, value: &str) {
         let mut words = value.split_ascii_whitespace();
         let (Some(id), Some(extension)) =
@@ -562,20 +564,20 @@ impl<'a> SectionScan<'a> {
             return;
         };
         let id = id.split('/').next().and_then(|id| id.parse::<u8>().ok());
-        // 15 means "stop reading" in a one-byte header (RFC 8285, section 4.2).
+        // Id 15 means "stop reading" in a one-byte header (RFC 8285, section 4.2).
         if let Some(id) = id.filter(|id| !matches!(id, 0 | 15)) {
             self.extensions.set(extension, id);
         }
     }
 
-    /// `SSRC ATTRIBUTE[:VALUE]`
+    /// Reads `SSRC ATTRIBUTE[:VALUE]`.
     pub(super) fn source(&mut self, value: &'a str) {
         let (ssrc, attribute) = value.split_once(' ').unwrap_or((value, ""));
         self.ssrc = self.ssrc.or_else(|| ssrc.parse().ok());
         self.ssrc_msid = self.ssrc_msid.or_else(|| attribute.strip_prefix("msid:"));
     }
 
-    /// The codec of this kind that we know and that is liked best.
+    /// Returns the preferred codec of this kind among those that we know.
     pub(super) fn choose_codec(
         &self,
         media: &MediaLine<'_>,
@@ -611,7 +613,8 @@ impl<'a> SectionScan<'a> {
         Codec::from_rtpmap(map.next()?.trim(), map.next()?.parse().ok()?)
     }
 
-    /// `None` for a codec that wraps another one which is not in the section.
+    /// Returns the codec with its attributes; `None` if it wraps a codec that is not in the
+    /// section.
     fn section_codec(
         &self,
         payload_type: u8,
@@ -651,7 +654,8 @@ impl<'a> SectionScan<'a> {
         })
     }
 
-    /// The codec inside, by the first payload type of `a=fmtp:63 111/111` (RFC 2198, section 5).
+    /// Returns the codec inside, by the first payload type of `a=fmtp:63 111/111` (RFC 2198,
+    /// section 5).
     fn wrapped_codec(
         &self,
         parameters: &str,
@@ -685,7 +689,7 @@ pub(super) fn text_of<'a>(entries: &[(u8, &'a str)], payload_type: u8) -> Option
         .map(|(_, text)| *text)
 }
 
-/// `PT TEXT`; payload types have 7 bits.
+/// Reads `PT TEXT`; payload types have 7 bits.
 pub(super) fn payload_type_and_text(value: &str) -> Option<(u8, &str)> {
     let (payload_type, text) = value.split_once(' ')?;
     Some((
@@ -711,7 +715,7 @@ pub(super) fn codec_name(map: &str) -> &str {
     map.split('/').next().unwrap_or_default()
 }
 
-/// The payload type that an RTX payload type repairs (RFC 4588, section 8.6).
+/// Returns the payload type that an RTX payload type repairs (RFC 4588, section 8.6).
 pub(super) fn apt(parameters: &str) -> Option<u8> {
     parameters
         .split(';')
@@ -719,7 +723,7 @@ pub(super) fn apt(parameters: &str) -> Option<u8> {
         .and_then(|apt| apt.parse().ok())
 }
 
-/// `FID MEDIA RTX` (RFC 5576, section 4.2).
+/// Reads `FID MEDIA RTX` (RFC 5576, section 4.2).
 pub(super) fn fid(value: &str) -> Option<(Ssrc, Ssrc)> {
     let mut words = value.strip_prefix("FID ")?.split_ascii_whitespace();
     Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?))
@@ -735,7 +739,7 @@ pub(super) fn split_msid(msid: &str) -> (&str, &str) {
     }
 }
 
-/// RFC 8866's `token`.
+/// Returns whether the text is a `token` of RFC 8866.
 pub(super) fn is_token(text: &str) -> bool {
     !text.is_empty()
         && text
@@ -743,7 +747,7 @@ pub(super) fn is_token(text: &str) -> bool {
             .all(|b| b.is_ascii_graphic() && !br#""(),/:;<=>?@[\]"#.contains(&b))
 }
 
-/// May be repeated in an answer: printable, on one line, short.
+/// Returns whether the text may be repeated in an answer: printable, on one line, short.
 pub(super) fn is_harmless(text: &str) -> bool {
     text.len() <= TEXT_BYTES_MAX && text.bytes().all(|b| b == b' ' || b.is_ascii_graphic())
 }

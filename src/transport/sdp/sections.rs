@@ -1,20 +1,20 @@
-//! The other side's media sections from one description to the next: only those whose text changed
-//! are read again.
+//! Tracks the other side's media sections from one description to the next. Only sections whose
+//! text changed are read again.
 
 use super::scan::*;
 use super::*;
 
-/// The sections of the last description that was taken, in its order.
+/// Sections of the last accepted description, in its order.
 #[derive(Default)]
 pub(super) struct RemoteSections(Vec<MediaSection>);
 
-/// What a new description says, beside what is known. Nothing is taken over until
+/// Changes of a new description against the known sections. They take effect with
 /// [`RemoteSections::apply`].
 pub(super) struct SectionsChange {
-    /// The sections that were read, with their index, in order.
+    /// Sections that were read, with their index, in order.
     fresh: Vec<(usize, MediaSection)>,
     accepted: Vec<bool>,
-    /// The first accepted section: it carries the bundle's transport.
+    /// Index of the first accepted section, which carries the bundle's transport.
     pub(super) tagged: usize,
 }
 
@@ -24,7 +24,7 @@ impl SectionsChange {
     }
 }
 
-/// What one description did to the active tracks.
+/// Changes of the active tracks by one description.
 #[derive(Default)]
 pub(super) struct Diff {
     pub(super) added: Vec<RemoteTrack>,
@@ -37,8 +37,8 @@ impl RemoteSections {
         &self.0
     }
 
-    /// Reads what differs from the last description; `capabilities` are ours in the section of an
-    /// index.
+    /// Reads the sections that differ from the last description. `capabilities` returns our
+    /// capabilities in the section of an index.
     pub(super) fn compare<'a>(
         &self,
         split: &SplitDescription<'_>,
@@ -70,7 +70,8 @@ impl RemoteSections {
         })
     }
 
-    /// Which sections are accepted, and the first of them: decided before any state changes.
+    /// Returns which sections are accepted, and the first of them. This is decided before any state
+    /// changes.
     fn choose(
         &self,
         fresh: &[(usize, MediaSection)],
@@ -96,14 +97,14 @@ impl RemoteSections {
         Ok((accepted, tagged))
     }
 
-    /// Takes the changed sections over and says which tracks came and went.
+    /// Applies the changed sections and returns which tracks were added, removed and updated.
     pub(super) fn apply(&mut self, change: SectionsChange) -> Diff {
         let SectionsChange {
             fresh, accepted, ..
         } = change;
         let mut diff = Diff::default();
-        // Descriptions never lose sections (RFC 9429, section 5.2.2); if one does, their tracks are
-        // gone.
+        // Descriptions never lose sections (RFC 9429, section 5.2.2). If one does, the tracks of
+        // the lost sections are gone.
         let lost = self.0.split_off(accepted.len().min(self.0.len()));
         lost.into_iter()
             .for_each(|section| diff.note(section.into_active_track(), None));
@@ -133,7 +134,7 @@ impl RemoteSections {
 }
 
 impl Diff {
-    /// A section's track before and after the description.
+    /// Records a section's track before and after the description.
     fn note(&mut self, old: Option<RemoteTrack>, new: Option<RemoteTrack>) {
         match (old, new) {
             (old, new) if old == new => {}

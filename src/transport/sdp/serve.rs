@@ -1,41 +1,42 @@
 //! Descriptions as a server writes them, for many clients.
 //!
-//! [`SubscriberOffer`] keeps the sections of a subscriber connection as text: an offer to a large
-//! room joins ready-made texts, and only what changed is written anew. [`ClientDescriptions`] reads
-//! a client's descriptions the same way: a section whose text is that of the last one is not read
-//! again. [`write_answer`] answers a client's offer, be it a publisher's or that of a single
-//! connection, which asks for our tracks as well.
+//! [`SubscriberOffer`] keeps the sections of a subscriber connection as text. An offer to a large
+//! room joins these texts, and only changed sections are written anew. [`ClientDescriptions`] reads
+//! a client's descriptions the same way: a section with an unchanged text is not read again.
+//! [`write_answer`] answers a client's offer, either a publisher's or that of a single connection,
+//! which asks for our tracks as well.
 //!
-//! The server is `ice-lite` and has one UDP candidate. Of all that browsers offer it takes Opus and
-//! VP8 with its retransmissions.
+//! The server is `ice-lite` and has one UDP candidate. From the offers of browsers it accepts Opus
+//! and VP8 with its retransmissions.
 
 use super::scan::*;
 use super::write::*;
 use super::*;
 use crate::transport::rtp::Ssrc;
 
-/// The SCTP port of the section for data channels: the usual one.
+/// SCTP port of the section for data channels: the usual one.
 const SCTP_PORT: u16 = 5000;
-/// Simulcast layers of a track: LiveKit's q, h and f.
+/// Maximum number of simulcast layers of a track: LiveKit's q, h and f.
 pub const LAYERS_MAX: usize = 3;
-/// A rid must fit a one-byte header extension (RFC 8852, section 3.1 has the letters).
+/// Maximum length of a rid. It must fit a one-byte header extension (RFC 8852, section 3.1 lists
+/// the allowed characters).
 const RID_BYTES_MAX: usize = 16;
-/// What the server writes into packets to subscribers.
+/// Extensions that the server writes into packets to subscribers.
 const SENT_EXTENSIONS: [Extension; 1] = [Extension::AudioLevel];
-/// What it agrees to in sections on which a single connection's client only receives. libwebrtc
-/// never offers again what an answer left out, not even in other sections, and a simulcast section
-/// must have mid and rid.
+/// Extensions that the server accepts in sections in which a single connection's client only
+/// receives. libwebrtc never again offers an extension that an answer left out, not even in other
+/// sections, and a simulcast section must have mid and rid.
 const AGREED_EXTENSIONS: [Extension; 4] = [
     Extension::AudioLevel,
     Extension::Mid,
     Extension::Rid,
     Extension::RepairedRid,
 ];
-/// What clients call their layers, from low to high.
+/// Clients' names for their layers, from low to high.
 const KNOWN_RIDS: [&str; LAYERS_MAX] = ["q", "h", "f"];
 
 impl Capabilities {
-    /// What the server takes from publishers.
+    /// What the server receives from publishers.
     pub const SERVER_RECEIVES: Capabilities = Capabilities {
         codecs: &[Codec::Red, Codec::Opus, Codec::Vp8],
         preference: Preference::Ours,
@@ -53,7 +54,7 @@ impl Capabilities {
             RtcpFeedback::TransportCc,
         ],
     };
-    /// What the server sends to subscribers, and what it does with their feedback.
+    /// What the server sends to subscribers, and the feedback from them that it handles.
     pub const SERVER_SENDS: Capabilities = Capabilities {
         extensions: &SENT_EXTENSIONS,
         feedback: &[
@@ -64,8 +65,8 @@ impl Capabilities {
         ..Capabilities::SERVER_RECEIVES
     };
 
-    /// What we receive decides where the client `sends`; in a section that it only receives on,
-    /// what we send.
+    /// Returns the capabilities for a section. If the client `sends`, they are those for receiving;
+    /// in a section that it only receives in, those for sending.
     fn for_client(sends: bool) -> Capabilities {
         if sends {
             Capabilities::SERVER_RECEIVES
@@ -79,7 +80,7 @@ impl Capabilities {
 }
 
 impl<'a> SectionScan<'a> {
-    /// SSRC of the media, and of its retransmissions.
+    /// Returns the SSRC of the media and that of its retransmissions.
     fn ssrcs(&self) -> (Option<Ssrc>, Option<Ssrc>) {
         self.fid
             .map_or((self.ssrc, None), |(ssrc, rtx)| (Some(ssrc), Some(rtx)))
@@ -93,23 +94,23 @@ impl<'a> SectionScan<'a> {
     }
 }
 
-/// One media section of a client's description, as far as a server acts on it.
+/// Media section of a client's description, as far as a server uses it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientSection {
     pub mid: Box<str>,
-    /// `None`: data channels, or a kind that we do not know.
+    /// Kind; `None` for data channels, or a kind that we do not know.
     pub kind: Option<Kind>,
-    /// The client sends on it.
+    /// Whether the client sends in it.
     pub sends: bool,
-    /// The client takes our packets on it.
+    /// Whether the client receives our packets in it.
     pub receives: bool,
-    /// `None`: no codec in common.
+    /// Payload types; `None` if there is no codec in common.
     pub payloads: Option<PayloadTypes>,
     pub rtx_payload_type: Option<u8>,
-    /// What both sides know, whichever of them sends.
+    /// Extensions that both sides know, whichever of them sends.
     pub extensions: ExtensionIds,
     pub feedback: FeedbackSet,
-    /// `a=msid`: stream and track. LiveKit's track is the `cid` of its AddTrack.
+    /// Stream and track of `a=msid`. LiveKit's track is the `cid` of its AddTrack.
     pub stream_id: Box<str>,
     pub track_id: Box<str>,
     pub ssrc: Option<Ssrc>,
@@ -123,7 +124,8 @@ pub struct ClientSection {
 }
 
 impl ClientSection {
-    /// A section that both sides can use: in the bundle, not rejected, with a codec in common.
+    /// Returns whether both sides can use the section: it is in the bundle, not rejected, and has a
+    /// codec in common.
     pub fn is_usable(&self) -> bool {
         self.usable
     }
@@ -188,9 +190,10 @@ impl ClientSection {
     }
 }
 
-/// Transport-wide feedback is on packets that carry their number, and as in LiveKit on video alone:
-/// libwebrtc's estimate stays at the bottom where audio is in it by its description and not by its
-/// packets, which is what SDKs offer.
+/// Returns whether a feedback message makes sense for a section. Transport-wide feedback needs
+/// packets that carry their transport-wide number. As in LiveKit it is for video only: SDKs offer
+/// it for audio, but their audio packets carry no number, and libwebrtc's estimate then stays at
+/// its minimum.
 fn fits(feedback: RtcpFeedback, kind: Option<Kind>, extensions: &ExtensionIds) -> bool {
     match feedback {
         RtcpFeedback::Nack => true,
@@ -203,8 +206,8 @@ fn fits(feedback: RtcpFeedback, kind: Option<Kind>, extensions: &ExtensionIds) -
     }
 }
 
-/// Loudness is of audio, layers and the rate of video: a client that offers more is not taken at
-/// its word.
+/// Keeps the extensions that fit the kind: loudness is for audio, layers and transport-wide
+/// feedback for video. A client that offers more does not get it.
 fn fitting_extensions(offered: ExtensionIds, kind: Option<Kind>) -> ExtensionIds {
     let mut fitting = ExtensionIds::default();
     for extension in Extension::ALL {
@@ -222,7 +225,7 @@ fn fitting_extensions(offered: ExtensionIds, kind: Option<Kind>) -> ExtensionIds
     fitting
 }
 
-/// `a=simulcast:send q;h;f` (RFC 8853).
+/// Scans `a=simulcast:send q;h;f` (RFC 8853).
 #[derive(Default)]
 struct LayerScan<'a> {
     send: Option<&'a str>,
@@ -239,7 +242,8 @@ impl<'a> LayerScan<'a> {
         }
     }
 
-    /// Known names in their order, others as they come: senders list low layers first.
+    /// Returns the rids. If all names are known, they are sorted from low to high. Otherwise their
+    /// order is kept, because senders list low layers first.
     fn finish(&self) -> Vec<Box<str>> {
         let names = self.send.unwrap_or_default().split(';');
         let first_alternative = |stream: &'a str| {
@@ -270,23 +274,23 @@ impl<'a> LayerScan<'a> {
     }
 }
 
-/// The descriptions of one client for one connection: its offers, or its answers to ours.
+/// Descriptions of one client for one connection: its offers, or its answers to ours.
 #[derive(Default)]
 pub struct ClientDescriptions {
     sections: Vec<KnownSection>,
-    /// Our user name fragment and role in `answered`.
+    /// Our user name fragment and role in the `answered` texts.
     answered_as: Option<(String, DtlsSetup)>,
 }
 
 struct KnownSection {
     stamp: Stamp,
     section: ClientSection,
-    /// As our last answer had it: in a large room nearly all of the next one is the same.
+    /// The section in our last answer. In a large room nearly all of the next answer is the same.
     answered: Option<AnsweredSection>,
 }
 
-/// One section of our answer, and all that it depends on besides the client's own section and our
-/// end of the connection.
+/// Section of our answer, with everything that it depends on besides the client's own section and
+/// our end of the connection.
 struct AnsweredSection {
     purpose: Purpose,
     text: Box<str>,
@@ -294,28 +298,28 @@ struct AnsweredSection {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Purpose {
-    /// Receiving: with pauses or without, with redundancy or without.
+    /// Receives: with DTX or without, with RED or without.
     received: Option<(bool, bool)>,
-    /// Sending the track of this SSRC: no two have the same.
+    /// SSRC of the track that is sent. It is unique.
     ssrc: Option<Ssrc>,
     tagged: bool,
 }
 
-/// What one description brought.
+/// Result of reading one description.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientUpdate {
     pub remote: RemoteTransport,
-    /// The sections that differ from the last description's, in order.
+    /// Indices of the sections that differ from the last description's, in order.
     pub changed: Vec<usize>,
 }
 
 impl ClientDescriptions {
-    /// Reads the next description. After an error the state is that before it.
+    /// Reads the next description. After an error the state is the same as before.
     pub fn read(&mut self, text: &str) -> Result<ClientUpdate, SdpError> {
         let split = SplitDescription::new(text)?;
         let session = SessionPart::parse(split.session);
         if split.sections.len() < self.sections.len() {
-            // RFC 9429, section 5.2.2: sections stay, used or not.
+            // Sections stay, used or not (RFC 9429, section 5.2.2).
             return Err(SdpError::Missing {
                 what: "sections that the last one had",
             });
@@ -367,7 +371,7 @@ impl ClientDescriptions {
         self.sections.get(index).map(|known| &known.section)
     }
 
-    /// The section whose transport holds for all (RFC 9143): the first that we can use.
+    /// Returns the section whose transport applies to all (RFC 9143): the first usable one.
     fn first_usable(&self, fresh: &[(usize, Stamp, ClientSection)], count: usize) -> Option<usize> {
         let mut fresh = fresh.iter().peekable();
         (0..count).find(|index| match fresh.next_if(|(at, ..)| at == index) {
@@ -398,34 +402,34 @@ impl ClientDescriptions {
     }
 }
 
-/// A track on its way to one client, as our descriptions name it.
+/// Track on its way to one client, as our descriptions name it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SentTrack {
-    /// LiveKit: `PARTICIPANT_SID|TRACK_SID`.
+    /// Stream id. LiveKit's is `PARTICIPANT_SID|TRACK_SID`.
     pub stream_id: String,
-    /// LiveKit: the track's sid.
+    /// Track id. LiveKit's is the track's sid.
     pub track_id: String,
     pub ssrc: Ssrc,
-    /// For video.
+    /// SSRC of retransmissions, for video.
     pub rtx_ssrc: Option<Ssrc>,
     pub codec: Codec,
 }
 
-/// What our answer makes of one section of the client's offer.
+/// Purpose of a section of the client's offer in our answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SectionUse<'a> {
-    /// We receive the client's track. `dtx`: it may go silent between words. `red`: it is to
-    /// send audio with redundancy, where it can.
+    /// We receive the client's track. `dtx`: it may go silent between words. `red`: it is to send
+    /// audio with RED, if it can.
     Receive { dtx: bool, red: bool },
     /// We send this track.
     Send(&'a SentTrack),
-    /// Nothing flows for now.
+    /// Nothing flows now.
     Idle,
 }
 
-/// Our answer to the client's last offer. `section_use` is asked for each section that can be used,
-/// by its index; data channels are always taken. Sections that stay as they were in the last answer
-/// are copied from there.
+/// Writes our answer to the client's last offer. `section_use` is called for each usable media
+/// section, with its index; data channels are always accepted. Sections that did not change since
+/// the last answer are copied from it.
 ///
 /// `local.setup` is our role, `Active` or `Passive`.
 pub fn write_answer<'a>(
@@ -457,7 +461,7 @@ pub fn write_answer<'a>(
 }
 
 impl ClientDescriptions {
-    /// Forgets answers that were given as somebody else.
+    /// Forgets the answers that were written with another user name fragment or role.
     fn answer_as(&mut self, local: &LocalTransport) {
         let known = self.answered_as.as_ref();
         if known.is_none_or(|(ufrag, setup)| *ufrag != local.ufrag || *setup != local.setup) {
@@ -559,8 +563,8 @@ fn push_answered(
     }
 }
 
-/// Opus senders go silent only where the answer asks for it (RFC 7587, section 6.1), as LiveKit's
-/// does.
+/// Returns the parameters with DTX. Opus senders go silent only if the answer asks for it (RFC
+/// 7587, section 6.1), as LiveKit's answer does.
 fn with_dtx(codec: &SectionCodec) -> String {
     let parameters = &codec.parameters;
     match codec.codec {
@@ -634,41 +638,41 @@ fn write_lite_session<'a>(
     sdp.push_str("a=ice-lite\r\n");
 }
 
-/// The offers of one subscriber connection (dual mode): first the section for data channels, then
-/// one section a track.
+/// Offers of one subscriber connection (dual mode): first the section for data channels, then one
+/// section per track.
 ///
-/// A section's `mid` is its index. Sections are never taken away; one whose track has gone is
-/// inactive and, once the client has answered that, takes another track of its kind.
+/// A section's `mid` is its index. Sections are never removed. A section whose track is gone
+/// becomes inactive. Once the client has answered that, it takes another track of its kind.
 #[derive(Default)]
 pub struct SubscriberOffer {
     tracks: Vec<OfferedSection>,
     answers: ClientDescriptions,
     version: u64,
-    /// An offer is on its way, with so many sections besides the first.
+    /// Number of track sections in the offer that waits for its answer; `None` if none does.
     offered: Option<usize>,
 }
 
 struct OfferedSection {
     codec: Codec,
     track: Option<SentTrack>,
-    /// The section as the offer has it; empty: to be written.
+    /// The section in the offer; empty if it must be written.
     text: String,
-    /// The client has answered an offer that had it inactive.
+    /// Whether the client has answered an offer in which it was inactive.
     free: bool,
-    /// This track is in the client's last answer.
+    /// Whether the track is in the client's last answer.
     agreed: bool,
 }
 
 /// What a client agreed to receive in one section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AgreedSection {
-    /// The index that [`SubscriberOffer::add`] gave.
+    /// Index that [`SubscriberOffer::add`] returned.
     pub section: usize,
-    /// `None`: the client rejected it.
+    /// What was agreed; `None` if the client rejected it.
     pub media: Option<AgreedMedia>,
 }
 
-/// How packets of a section are to look.
+/// Format of the packets of a section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AgreedMedia {
     pub payloads: PayloadTypes,
@@ -677,7 +681,7 @@ pub struct AgreedMedia {
 }
 
 impl AgreedMedia {
-    /// What a section of a client's description allows us to send there.
+    /// Returns what a section of a client's description allows us to send in it.
     pub fn of(section: &ClientSection) -> Option<AgreedMedia> {
         let payloads = section
             .payloads
@@ -694,7 +698,7 @@ impl AgreedMedia {
 }
 
 impl SubscriberOffer {
-    /// Puts a track into the next offer; returns its section.
+    /// Adds a track to the next offer; returns its section.
     pub fn add(&mut self, track: SentTrack) -> usize {
         let codec = track.codec;
         let fresh = OfferedSection {
@@ -722,7 +726,7 @@ impl SubscriberOffer {
         }
     }
 
-    /// Takes the track of a section out of the next offer.
+    /// Removes the track of a section from the next offer.
     pub fn remove(&mut self, section: usize) {
         if let Some(section) = section
             .checked_sub(1)
@@ -734,13 +738,13 @@ impl SubscriberOffer {
         }
     }
 
-    /// The mid of each section that carries a track, with the track, in order.
+    /// Returns the sections that carry a track, as their index (the mid) and the track, in order.
     pub fn tracks(&self) -> impl Iterator<Item = (usize, &SentTrack)> {
         let sections = self.tracks.iter().enumerate();
         sections.filter_map(|(index, section)| Some((index + 1, section.track.as_ref()?)))
     }
 
-    /// New credentials: every section names them.
+    /// Marks all sections to be written anew, because each contains the credentials that changed.
     pub fn rewrite(&mut self) {
         self.tracks
             .iter_mut()
@@ -751,7 +755,7 @@ impl SubscriberOffer {
         self.offered.is_some()
     }
 
-    /// The next offer. Until it is answered there must be no other.
+    /// Returns the next offer. There must be no other until it is answered.
     pub fn offer(&mut self, local: &LocalTransport) -> String {
         self.version += 1;
         self.offered = Some(self.tracks.len());
@@ -783,8 +787,8 @@ impl SubscriberOffer {
         sdp
     }
 
-    /// Takes the client's answer to the last offer: the other end, and what was agreed for sections
-    /// that were not agreed before.
+    /// Takes the client's answer to the last offer. Returns the remote end, and what was agreed for
+    /// sections that were not agreed before.
     pub fn answered(
         &mut self,
         answer: &str,
@@ -804,7 +808,7 @@ impl SubscriberOffer {
         let mut agreed = Vec::new();
         let answered = self.answers.sections().skip(1).enumerate();
         for ((index, answer), section) in answered.zip(&mut self.tracks) {
-            // A section that changed since the offer was made waits for the next one.
+            // A section that changed after the offer was made waits for the next one.
             let current = !section.text.is_empty();
             section.free |= current && section.track.is_none();
             if current && section.track.is_some() && !section.agreed {
@@ -963,11 +967,11 @@ mod tests {
         let answer = answerer.answer(&first, &local()).unwrap().sdp;
         let shorter = answer.split("m=audio").next().unwrap();
         assert!(offers.answered(shorter).is_err() && offers.is_waiting_for_answer());
-        // A track that went meanwhile is not agreed on by an answer from before.
+        // An answer from before does not agree on a track that was removed meanwhile.
         offers.remove(1);
         assert_eq!(offers.answered(&answer).unwrap().1, []);
         assert!(offers.answered(&answer).is_err(), "nothing to answer");
-        // A codec that the client does not have is rejected by it.
+        // The client rejects a codec that it does not have.
         offers.add(track(2));
         let offer = offers.offer(&local());
         let answer = answerer.answer(&offer, &local()).unwrap().sdp;
@@ -997,7 +1001,8 @@ mod tests {
                 .count(),
             4
         );
-        // All of the first; of the later ones what their addresses and tracks changed.
+        // All sections of the first offer are read. Of the later ones only those are read whose
+        // addresses or tracks changed.
         assert_eq!(read, [7, 7, 5]);
         let publishes = |section: &ClientSection| section.sends && section.kind.is_some();
         let (sent, unused) = (track(1), track(2));
@@ -1038,7 +1043,7 @@ mod tests {
                 codecs,
                 match section.kind {
                     None => 0,
-                    // Redundancy is not wanted of this track, nor has the one that is sent any.
+                    // RED is not wanted for the published track, and the sent track has none.
                     Some(Kind::Audio) if publishes(section) || index == 0 => 1,
                     Some(_) => 2,
                 }
@@ -1082,7 +1087,7 @@ mod tests {
         restarted.ufrag = "thenextone".into();
         let ends = [local(), local(), local(), restarted];
         for (round, end) in ends.iter().enumerate() {
-            // Tracks come, change places and go; a pause is allowed, and no longer.
+            // Tracks come, change sections and go. DTX is allowed in some rounds and not in others.
             let section_use = |index: usize, section: &ClientSection| match (
                 publishes(section),
                 (index + round) % 3,

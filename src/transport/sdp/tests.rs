@@ -4,9 +4,9 @@ use super::*;
 use crate::transport::rtp::Ssrc;
 use std::time::Instant;
 
-/// One subscriber connection's offers, recorded from LiveKit 1.13.5: data channels only; the first
-/// audio and video; three talkers; the second of them gone; his audio section taken over by a
-/// fourth.
+/// Offers of one subscriber connection, recorded from LiveKit 1.13.5: data channels only; the first
+/// audio and video; three talkers; the second of them gone; the audio section of the second taken
+/// over by a fourth.
 const OFFERS: [&str; 5] = [
     include_str!("../../../fixtures/sdp/offer-1-application.sdp"),
     include_str!("../../../fixtures/sdp/offer-2-first-video.sdp"),
@@ -37,7 +37,8 @@ fn answerer() -> Answerer {
     Answerer::new(Capabilities::SUBSCRIBER)
 }
 
-/// One that offers an audio and a video track, or expects them, after data channels or without.
+/// Makes a client that offers an audio and a video track, or expects them, after data channels or
+/// without.
 fn publisher(data: bool, receives: bool) -> Offerer {
     let mut offerer = Offerer::default();
     if data {
@@ -85,7 +86,8 @@ fn recorded_offers_get_the_recorded_answers() {
 #[test]
 fn a_room_fills_and_empties_and_only_what_changed_is_read() {
     let mut answerer = answerer();
-    // The order of candidates and of header extensions changes often, which is no change.
+    // The order of candidates and of header extensions changes often. This does not count as a
+    // change.
     for (offer, read, added, removed, updated) in [
         (OFFERS[0], 1, vec![], vec![], vec![]),
         (OFFERS[1], 3, vec!["1", "2"], vec![], vec![]),
@@ -177,7 +179,7 @@ fn a_recorded_offer_names_transport_and_tracks() {
     );
 }
 
-/// What the library that is the oracle reads: `m=` and attributes of each section.
+/// Reads a description with the library that is the oracle: `m=` and attributes of each section.
 fn oracle(sdp: &str) -> rtc_sdp::description::session::SessionDescription {
     rtc_sdp::description::session::SessionDescription::unmarshal(&mut std::io::Cursor::new(sdp))
         .unwrap_or_else(|error| panic!("{error}: {sdp}"))
@@ -373,7 +375,7 @@ fn recorded_answers_to_our_offers_are_read() {
     }
 }
 
-/// A session part and sections for a made-up offer; `{}` in a section stands for its mid.
+/// Writes a session part and sections for a made-up offer; `{}` in a section stands for its mid.
 fn offer_of(sections: &[&str]) -> String {
     let mids: Vec<String> = (0..sections.len()).map(|mid| mid.to_string()).collect();
     let fingerprint = Fingerprint([1; 32]);
@@ -541,7 +543,7 @@ fn broken_offers_are_refused_and_leave_the_state_as_it_was() {
     );
 }
 
-/// A small generator for tests (xorshift64*): the seed is the run.
+/// Small generator for tests (xorshift64*). Its seed determines the run.
 struct SessionRandom(u64);
 
 impl SessionRandom {
@@ -608,7 +610,7 @@ fn mutated_offers_and_answers_never_panic_and_answers_keep_their_form() {
     );
 }
 
-/// A few bytes changed, a line dropped or doubled, or the end cut off.
+/// Returns the text with a few bytes changed, a line dropped or doubled, or the end cut off.
 fn mutated(text: &str, random: &mut SessionRandom) -> String {
     let mut lines: Vec<Vec<u8>> = text
         .split_inclusive('\n')
@@ -629,7 +631,7 @@ fn mutated(text: &str, random: &mut SessionRandom) -> String {
     String::from_utf8_lossy(&lines.concat()).into_owned()
 }
 
-/// Sections of a room as a server would offer them, cut from recorded ones.
+/// Room whose sections are offered as a server would, made from recorded ones.
 struct OfferedRoom {
     session: String,
     application: String,
@@ -679,7 +681,7 @@ impl OfferedRoom {
         )
     }
 
-    /// A track comes, goes, is replaced, or the whole connection restarts.
+    /// Adds, removes or replaces a track, or restarts the whole connection.
     fn change(&mut self, random: &mut SessionRandom) {
         let ssrc = 1_000 + random.below(1_000_000);
         let at = random.below(self.sections.len().max(1));
@@ -765,8 +767,9 @@ fn a_hundred_tracks_cost_little_and_the_next_one_less() {
     eprintln!("a general library parses it in {:?}", started.elapsed());
 }
 
-/// One connection's answers, recorded from LiveKit 1.13.5: a free audio section; the first audio
-/// and video; two more talkers; the second of them gone; his audio section taken over by a fourth.
+/// Answers of one connection, recorded from LiveKit 1.13.5: a free audio section; the first audio
+/// and video; two more talkers; the second of them gone; the audio section of the second taken over
+/// by a fourth.
 const SINGLE_ANSWERS: [&str; 6] = [
     include_str!("../../../fixtures/sdp/single-answer-1.sdp"),
     include_str!("../../../fixtures/sdp/single-answer-2.sdp"),
@@ -781,7 +784,7 @@ fn over_one_connection_a_room_fills_and_empties_and_only_what_changed_is_read() 
     let mut offerer = Offerer::default();
     for (answer, (audio, video), read, added, removed, tracks) in [
         (SINGLE_ANSWERS[0], (1, 0), 1, vec![], vec![], 0),
-        // The track found the free section, and lacked one for its picture.
+        // The audio track found the free section; the video track lacked one.
         (SINGLE_ANSWERS[1], (0, 1), 2, vec!["0", "1"], vec![], 2),
         (SINGLE_ANSWERS[2], (1, 1), 2, vec!["2", "3"], vec![], 4),
         (SINGLE_ANSWERS[3], (1, 1), 2, vec!["4", "5"], vec![], 6),
@@ -815,7 +818,7 @@ fn over_one_connection_a_room_fills_and_empties_and_only_what_changed_is_read() 
                 .iter()
                 .all(|track| (track.kind() == Kind::Video) == track.rtx_ssrc.is_some())
         );
-        // The same again changes nothing.
+        // The same answer again changes nothing.
         let again = offerer.handle_answer(answer).unwrap();
         assert_eq!(
             (again.sections_read, again.added.len(), again.removed.len()),
@@ -852,7 +855,8 @@ fn an_answer_to_another_offer_is_refused_and_changes_nothing() {
     );
 }
 
-/// An offerer with as many sections as `room` offers: a room's offer reads like an answer.
+/// Makes an offerer with as many sections as `room` offers, because a room's offer reads like an
+/// answer.
 fn offerer_for(room: &OfferedRoom) -> Offerer {
     let mut offerer = Offerer::default();
     offerer.open_data();

@@ -1,4 +1,4 @@
-//! Writing: the lines that offers and answers share.
+//! Writes the lines that offers and answers share.
 
 use std::fmt::Write as _;
 
@@ -12,7 +12,7 @@ pub(super) fn kind_name(kind: Kind) -> &'static str {
     }
 }
 
-/// Writing to a `String` cannot fail.
+/// Appends text. Writing to a `String` cannot fail.
 pub(super) fn push(sdp: &mut String, text: fmt::Arguments<'_>) {
     let _ = sdp.write_fmt(text);
 }
@@ -100,7 +100,7 @@ pub(super) fn push_extensions(sdp: &mut String, extensions: &ExtensionIds) {
     }
 }
 
-/// What a section says of its codec, and of the one that it wraps.
+/// Appends the lines about a section's codec, and about the one that it wraps.
 pub(super) fn push_codec(sdp: &mut String, codec: &SectionCodec) {
     codec
         .formats()

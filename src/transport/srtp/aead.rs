@@ -9,8 +9,8 @@ use super::{E_FLAG, INDEX_WORD_LEN, Profile, RTCP_HEADER_LEN, Rejected};
 pub(super) const TAG_LEN: usize = 16;
 pub(super) const SALT_LEN: usize = 12;
 
-/// What media needs lies together, to be fetched as a whole; reports come once a second, and their
-/// half lies elsewhere.
+/// Keys for media and reports. What media needs is stored together, so that it is fetched as a
+/// whole. Reports come once a second, and their half is stored elsewhere.
 pub(super) struct Gcm {
     profile: Profile,
     rtp: AeadHalf,
@@ -81,7 +81,7 @@ impl Gcm {
         self.rtp.open(header, payload, tag, ssrc, index)
     }
 
-    /// `trailer` becomes the tag and behind it the index word.
+    /// Seals a compound packet. `trailer` receives the tag, then the index word.
     pub(super) fn seal_rtcp(
         &self,
         header: &[u8],
@@ -166,8 +166,8 @@ impl AeadHalf {
         }
     }
 
-    /// Two zero bytes, SSRC and 48-bit index, XOR salt (RFC 7714, sections 8.1 and 9.1; the SRTCP
-    /// index fills the 48 bits with zeros).
+    /// Returns the nonce: two zero bytes, SSRC and 48-bit index, XOR salt (RFC 7714, sections 8.1
+    /// and 9.1; the SRTCP index is padded with zeros to 48 bits).
     fn nonce(&self, ssrc: Ssrc, index: u64) -> Nonce {
         let counter = u128::from(ssrc.0) << 48 | u128::from(index);
         let mut nonce = self.salt;
@@ -178,7 +178,7 @@ impl AeadHalf {
     }
 }
 
-/// The clear header and the index word (RFC 7714, section 9.2).
+/// Returns the associated data: the clear header and the index word (RFC 7714, section 9.2).
 fn rtcp_associated_data(header: &[u8], word: &[u8]) -> [u8; RTCP_HEADER_LEN + INDEX_WORD_LEN] {
     let mut associated = [0; RTCP_HEADER_LEN + INDEX_WORD_LEN];
     associated[..RTCP_HEADER_LEN].copy_from_slice(header);
@@ -195,7 +195,7 @@ mod tests {
     const RTCP: &str = "81c8000d4d6172734e5450314e545032525450200000042a0000e9304c756e61deadbeefdeadbeefdeadbeefdeadbeefdeadbeef";
     const INDEX: u32 = 0x5d4;
 
-    /// RFC 7714 gives session keys, not master keys.
+    /// Uses session keys, because RFC 7714 gives no master keys.
     fn with_session_key(profile: Profile) -> Gcm {
         let key: Vec<u8> = (0..32).collect();
         let salt = *b"Quid pro quo";

@@ -1,4 +1,5 @@
-//! AES128_CM_HMAC_SHA1_80 (RFC 3711, sections 4.1.1 and 4.2.1): what Chromium negotiates.
+//! AES128_CM_HMAC_SHA1_80 (RFC 3711, sections 4.1.1 and 4.2.1), the profile that Chromium
+//! negotiates.
 
 use crate::transport::rtp::Ssrc;
 use aes::Aes128Enc;
@@ -20,8 +21,8 @@ pub(super) struct CounterMode {
 
 struct CounterHalf {
     cipher: Aes128Enc,
-    /// Keyed once; cloned for a packet, which copies two SHA-1 states instead of hashing the key
-    /// again.
+    /// MAC, keyed once. It is cloned for each packet, which copies two SHA-1 states instead of
+    /// hashing the key again.
     mac: Hmac<Sha1>,
     salt: [u8; SALT_LEN],
 }
@@ -70,7 +71,7 @@ impl CounterMode {
         Ok(())
     }
 
-    /// `trailer` becomes the index word and behind it the tag.
+    /// Seals a compound packet. `trailer` receives the index word, then the tag.
     pub(super) fn seal_rtcp(
         &self,
         header: &[u8],

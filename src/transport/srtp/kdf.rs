@@ -1,15 +1,15 @@
-//! Session keys from master keys (RFC 3711, section 4.3; RFC 6188 for 256-bit keys). The key
-//! derivation rate is zero, as DTLS-SRTP has it.
+//! Derives session keys from master keys (RFC 3711, section 4.3; RFC 6188 for 256-bit keys). The
+//! key derivation rate is zero, as in DTLS-SRTP.
 
 use aes::cipher::{KeyIvInit, StreamCipher};
 use aes::{Aes128, Aes256};
 use ctr::Ctr128BE;
 
-/// One direction's share of the exported keying material.
+/// One direction's part of the exported keying material.
 pub(super) struct MasterKey<'a> {
-    /// 16 or 32 bytes.
+    /// Key of 16 or 32 bytes.
     pub(super) key: &'a [u8],
-    /// 12 or 14 bytes.
+    /// Salt of 12 or 14 bytes.
     pub(super) salt: &'a [u8],
 }
 
@@ -25,8 +25,8 @@ pub(super) enum Label {
 
 impl MasterKey<'_> {
     pub(super) fn derive<const N: usize>(&self, label: Label) -> [u8; N] {
-        // A 96-bit salt is extended with zeros to 112 bits (RFC 7714, section 11); the last two
-        // bytes count blocks.
+        // A 96-bit salt is extended with zeros to 112 bits (RFC 7714, section 11). The last two
+        // bytes of the block count blocks.
         let mut block = [0; 16];
         block[..self.salt.len()].copy_from_slice(self.salt);
         block[7] ^= label as u8;

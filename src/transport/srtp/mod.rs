@@ -1,8 +1,9 @@
-//! SRTP and SRTCP in place: one [`Sealer`] for what we send, one [`Opener`] for what we receive,
-//! keyed by DTLS (RFC 5764).
+//! SRTP and SRTCP in place: a [`Sealer`] for sending and an [`Opener`] for receiving, keyed by DTLS
+//! (RFC 5764).
 //!
 //! Nothing here allocates for a packet. The rollover counter and the RTP replay window belong to a
-//! stream and live there (see [`super::sequence`]); the SRTCP index and its replay state live here.
+//! stream and are kept with it (see [`super::sequence`]). The SRTCP index and its replay state are
+//! kept here.
 
 mod aead;
 mod counter_mode;
@@ -18,8 +19,7 @@ use rtcp_replay::RtcpReplay;
 
 use super::rtp::{Ssrc, be16, be32};
 
-/// The protection profiles that we offer and take (RFC 5764, section 4.1.2; RFC 7714, section
-/// 14.2).
+/// Protection profiles that we offer and accept (RFC 5764, section 4.1.2; RFC 7714, section 14.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Profile {
     AeadAes128Gcm,
@@ -28,7 +28,7 @@ pub enum Profile {
 }
 
 impl Profile {
-    /// Bytes that protection adds to an RTP packet.
+    /// Returns the number of bytes that protection adds to an RTP packet.
     pub const fn rtp_overhead(self) -> usize {
         match self {
             Profile::AeadAes128Gcm | Profile::AeadAes256Gcm => aead::TAG_LEN,
@@ -36,12 +36,12 @@ impl Profile {
         }
     }
 
-    /// Bytes that protection adds to a compound RTCP packet.
+    /// Returns the number of bytes that protection adds to a compound RTCP packet.
     pub const fn rtcp_overhead(self) -> usize {
         self.rtp_overhead() + INDEX_WORD_LEN
     }
 
-    /// Bytes to export from DTLS: two keys and two salts.
+    /// Returns the number of bytes to export from DTLS: two keys and two salts.
     pub const fn keying_material_len(self) -> usize {
         2 * (self.key_len() + self.salt_len())
     }
@@ -61,14 +61,14 @@ impl Profile {
     }
 }
 
-/// The part that we played in the DTLS handshake. It decides which of the exported keys is ours.
+/// Our role in the DTLS handshake. It decides which of the exported keys is ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DtlsRole {
     Client,
     Server,
 }
 
-/// The exported keying material does not fit the profile.
+/// Error returned when the exported keying material does not fit the profile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeyingMaterialLength {
     pub expected: usize,
@@ -87,15 +87,15 @@ impl fmt::Display for KeyingMaterialLength {
 
 impl std::error::Error for KeyingMaterialLength {}
 
-/// Why a packet of ours was not sealed. Each one is a mistake of the caller's, except
-/// `KeyExhausted`.
+/// Error returned when an outgoing packet was not sealed. Each one is a mistake of the caller,
+/// except `KeyExhausted`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SealError {
     /// The lengths contradict each other, or the buffer has no room for the overhead.
     Length,
     /// The index does not end in the packet's sequence number, or exceeds 48 bits.
     Index,
-    /// 2^31 SRTCP packets have been sent under one key (RFC 3711, section 9.2): the connection must
+    /// 2^31 SRTCP packets have been sent under one key (RFC 3711, section 9.2). The connection must
     /// end.
     KeyExhausted,
 }
@@ -112,17 +112,17 @@ impl fmt::Display for SealError {
 
 impl std::error::Error for SealError {}
 
-/// Why a received packet was not opened. After a rejection the buffer's contents are worthless:
-/// drop the packet.
+/// Reason why a received packet was not opened. The buffer's contents are invalid then; drop the
+/// packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rejected {
-    /// Too short to hold header, tag and index.
+    /// The packet is too short for header, tag and index.
     TooShort,
-    /// SRTCP with the E flag clear. WebRTC encrypts always, so this is no peer of ours.
+    /// SRTCP with the E flag clear. WebRTC always encrypts, so this is not from our peer.
     NotEncrypted,
     /// The tag is wrong: forged, damaged, or sealed with another key or rollover counter.
     Authentication,
-    /// An SRTCP index seen before, or too old to tell.
+    /// The SRTCP index was seen before, or is too old to tell.
     Replay,
 }
 
@@ -139,8 +139,9 @@ impl fmt::Display for Rejected {
 
 impl std::error::Error for Rejected {}
 
-/// Derives both directions from the keying material that DTLS exported under `EXTRACTOR-dtls_srtp`:
-/// client key, server key, client salt, server salt (RFC 5764, section 4.2). `role` is ours.
+/// Derives the keys of both directions from the keying material that DTLS exported under
+/// `EXTRACTOR-dtls_srtp`: client key, server key, client salt, server salt (RFC 5764, section 4.2).
+/// `role` is our role.
 pub fn session(
     profile: Profile,
     keying_material: &[u8],
@@ -186,7 +187,7 @@ pub fn session(
     ))
 }
 
-/// Protects what we send.
+/// Protects outgoing packets.
 pub struct Sealer {
     suite: Suite,
     next_rtcp_index: u32,
@@ -199,8 +200,8 @@ impl Sealer {
 
     /// Seals `buf[..len]`, header and payload, in place and returns the protected length.
     ///
-    /// `index` is ROC << 16 | SEQ and must never repeat for an SSRC: with GCM a repetition gives
-    /// the key away.
+    /// `index` is ROC << 16 | SEQ and must never repeat for an SSRC, because with GCM a repetition
+    /// reveals the key.
     pub fn seal_rtp(
         &self,
         buf: &mut [u8],
@@ -235,8 +236,8 @@ impl Sealer {
     /// Seals the compound packet `buf[..len]` in place under the next SRTCP index and returns the
     /// protected length.
     ///
-    /// One index serves all our SSRCs: it only has to be unique for each, and receivers accept
-    /// gaps.
+    /// One index serves all our SSRCs. It only has to be unique for each of them, and receivers
+    /// accept gaps.
     pub fn seal_rtcp(&mut self, buf: &mut [u8], len: usize) -> Result<usize, SealError> {
         let sealed_len = len
             .checked_add(self.profile().rtcp_overhead())
@@ -260,7 +261,7 @@ impl Sealer {
     }
 }
 
-/// Unprotects what we receive.
+/// Unprotects incoming packets.
 pub struct Opener {
     suite: Suite,
     rtcp_replay: RtcpReplay,
@@ -271,10 +272,10 @@ impl Opener {
         self.suite.profile()
     }
 
-    /// Opens the packet `buf` in place and returns the plain length, header included.
+    /// Opens the packet `buf` in place and returns the plain length with the header.
     ///
-    /// The caller guesses `index` ([`super::sequence::SeqExtender`]), checks it against the
-    /// stream's replay window before and commits it to both after.
+    /// The caller guesses `index` ([`super::sequence::SeqExtender`]) and checks it against the
+    /// stream's replay window before the call. After success it commits the index to both.
     pub fn open_rtp(
         &self,
         buf: &mut [u8],
@@ -334,14 +335,17 @@ impl Opener {
 }
 
 const RTP_HEADER_LEN: usize = 12;
-/// What SRTCP leaves in the clear: the first packet's header and the sender's SSRC.
+/// Length of the part that SRTCP leaves in the clear: the first packet's header and the sender's
+/// SSRC.
 const RTCP_HEADER_LEN: usize = 8;
-/// The E flag and the 31-bit SRTCP index behind every compound packet (RFC 3711, section 3.4).
+/// Length of the E flag and the 31-bit SRTCP index after every compound packet (RFC 3711, section
+/// 3.4).
 const INDEX_WORD_LEN: usize = 4;
 const E_FLAG: u32 = 1 << 31;
 const MAX_RTCP_INDEX: u32 = E_FLAG - 1;
 
-/// Counter mode is boxed: only browsers use it, and it must not enlarge every connection.
+/// Cipher suite. Counter mode is boxed, because only browsers use it and it must not enlarge every
+/// connection.
 #[expect(
     clippy::large_enum_variant,
     reason = "the large variant is the usual one"

@@ -1,18 +1,18 @@
-//! SRTCP replay state. An index is counted per sender SSRC (RFC 3711, section 3.2.3), and an SFU
-//! reports from one SSRC for each track: one window for a whole connection would refuse most of
-//! what it says.
+//! SRTCP replay state. The index is counted per sender SSRC (RFC 3711, section 3.2.3), and an SFU
+//! reports from one SSRC for each track. A single window for a connection would refuse most of its
+//! reports.
 
 use crate::transport::rtp::Ssrc;
 
-/// How many senders are remembered: more than any room shows one subscriber. Beyond it, the one
-/// that was silent longest is forgotten. Memory grows only as authentic senders appear, 24 bytes
-/// each.
+/// Maximum number of senders remembered, more than any room shows one subscriber. Beyond it, the
+/// sender that was silent longest is forgotten. Memory grows only as authentic senders appear, 24
+/// bytes each.
 const MAX_SOURCES: usize = 1024;
 const WIDTH: u32 = 64;
 
 #[derive(Default)]
 pub(super) struct RtcpReplay {
-    /// Sorted by SSRC.
+    /// Senders, sorted by SSRC.
     sources: Vec<ReplaySource>,
     accepted: u32,
 }
@@ -20,7 +20,7 @@ pub(super) struct RtcpReplay {
 struct ReplaySource {
     ssrc: Ssrc,
     highest: u32,
-    /// Bit n: `highest - n` was received.
+    /// Bit n is set if `highest - n` was received.
     seen: u64,
     last_accepted: u32,
 }
