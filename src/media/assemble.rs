@@ -1,14 +1,14 @@
-//! Frames from packets: which video frames are whole, which of them a decoder could decode, and
-//! where the picture would freeze.
+//! Assembles frames from packets: which video frames are complete, which of them a decoder could
+//! decode, and where the picture would freeze.
 //!
-//! Works on unwrapped sequence numbers and the few facts that a VP8 packet shows (RFC 7741: start,
-//! end, key). Nothing here allocates; frames under way are bounded, and the oldest is given up for
-//! the newest.
+//! It works on unwrapped sequence numbers and the few facts that a VP8 packet shows (RFC 7741:
+//! start, end, key). Nothing here allocates. The number of frames in progress is bounded, and the
+//! oldest is given up for the newest.
 //!
-//! The decoding rule is that of a stream without temporal layers: a key frame stands alone, an
-//! inter frame needs the frame right before it. Where frames say who they are, that is the
-//! publisher's frame before it, of the same layer: an SFU that leaves frames out closes the gap in
-//! the sequence numbers.
+//! The decoding rule is that of a stream without temporal layers: a key frame can be decoded alone,
+//! and an inter frame needs the frame right before it. If frames carry an identity, that is the
+//! publisher's previous frame of the same layer, because an SFU that leaves out frames closes the
+//! gap in the sequence numbers.
 
 use std::time::Duration;
 
@@ -16,46 +16,47 @@ use crate::media::identity::{FrameIdentity, Origin};
 use crate::net;
 use crate::units::Time;
 
-/// Frames under way, or whole and waiting for one before them: half a second at 30 frames a second.
+/// Maximum number of frames in progress, or complete and waiting for an earlier one: half a second
+/// at 30 frames a second.
 const SLOTS: usize = 16;
 const ALL_USED: u16 = u16::MAX;
 
-/// Packets that the assembler looks back; a larger frame cannot become whole.
+/// Number of packets that the assembler looks back. A larger frame cannot be completed.
 const WINDOW: u64 = 1024;
 
-/// libwebrtc asks for a key frame again after this, and holds back this long while one is coming
-/// in.
+/// Interval between key frame requests, as in libwebrtc. No request is sent for the same time after
+/// a packet of a key frame arrived.
 pub const PLI_RETRY: Duration = Duration::from_millis(200);
 
-/// libwebrtc gives up on a frame's repair after this long without a picture.
+/// Time without a picture after which libwebrtc gives up repairing a frame.
 const STALL_MAX: Duration = Duration::from_secs(3);
 
-/// What one packet with video payload says.
+/// Facts about one packet with video payload.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PacketInfo {
     /// Unwrapped sequence number, above zero.
     pub ext_seq: u64,
     pub rtp_time: u32,
-    /// S bit set and partition index 0.
+    /// Whether the S bit is set and the partition index is 0.
     pub start: bool,
-    /// Marker bit.
+    /// Whether the marker bit is set.
     pub end: bool,
-    /// Starts a key frame; means something on the first packet only.
+    /// Whether the packet starts a key frame; meaningful on the first packet only.
     pub key: bool,
-    /// From the last packet's trailer.
+    /// Identity in the last packet's trailer.
     pub identity: Option<FrameIdentity>,
 }
 
-/// What a packet brought about. One packet makes at most one frame complete, and may let a row of
-/// waiting frames be decoded.
+/// Event caused by a packet. One packet completes at most one frame, and may let several waiting
+/// frames be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrameEvent {
     Complete(CompleteFrame),
     Decoded(DecodedFrame),
 }
 
-/// A frame all of whose packets are here now. [`FrameEvent::Decoded`] follows at once if it is
-/// `decodable`, later or never if not.
+/// Frame whose packets have all arrived. [`FrameEvent::Decoded`] follows at once if it is
+/// `decodable`, and later or never if not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CompleteFrame {
     pub identity: Option<FrameIdentity>,
@@ -69,51 +70,51 @@ pub struct CompleteFrame {
     pub decodable: bool,
 }
 
-/// A frame that a decoder gets now, in decoding order.
+/// Frame that a decoder gets now, in decoding order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DecodedFrame {
     pub rtp_time: u32,
     pub key: bool,
-    /// Where its identity says it.
+    /// Layer, if the frame carries an identity.
     pub layer: Option<u8>,
-    /// As its identity says it.
+    /// Intended send time, if the frame carries an identity.
     pub intended_unix_us: Option<u64>,
     pub decoded_at: Time,
-    /// Since the frame decoded before; `None` for the first, and after a pause.
+    /// Time since the frame decoded before; `None` for the first, and after a pause.
     pub interval: Option<Duration>,
-    /// The same interval, if it was a freeze.
+    /// The same interval, if it is a freeze.
     pub freeze: Option<Duration>,
 }
 
-/// Cumulative counts in frames, but for `packets_late`.
+/// Cumulative counts in frames, except `packets_late`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AssemblyCounts {
     pub complete: u64,
     pub decoded: u64,
-    /// Complete, but a frame before them never was.
+    /// Number of complete frames that could not be decoded because an earlier frame is missing.
     pub undecodable: u64,
-    /// Given up with packets missing.
+    /// Number of frames given up with packets missing.
     pub abandoned: u64,
-    /// Packets of frames that were decoded or given up before.
+    /// Number of packets of frames that had already been decoded or given up.
     pub packets_late: u64,
 }
 
-/// A frame under way.
+/// Frame in progress.
 #[derive(Clone, Copy, Default)]
 struct FrameSlot {
     rtp_time: u32,
-    /// The low half of the unwrapped number of the first packet seen.
+    /// Low half of the unwrapped number of the first packet so far.
     low: u32,
-    /// Microseconds of the run, modulo 2^32.
+    /// Arrival of the first packet, in microseconds of the run modulo 2^32.
     first_arrival: u32,
-    /// From the first packet seen to the last.
+    /// Distance from the first packet so far to the last.
     span: u16,
     flags: u8,
 }
 
-/// The packet at `low` starts the frame.
+/// Whether the packet at `low` starts the frame.
 const START: u8 = 1;
-/// The packet at `low + span` ends it.
+/// Whether the packet at `low + span` ends it.
 const END: u8 = 2;
 const KEY: u8 = 4;
 const COMPLETE: u8 = 8;
@@ -133,8 +134,8 @@ impl FrameSlot {
     }
 }
 
-/// A frame's place in the publisher's chain of frames. Its origin is taken apart, because what is
-/// packed compares slowly.
+/// Place of a frame in the publisher's chain of frames. The fields of its origin are stored
+/// separately, because the packed type compares slowly.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct ChainLink {
     publisher: u32,
@@ -152,29 +153,29 @@ impl ChainLink {
     }
 }
 
-/// The video frames of one received stream. What every packet needs comes first.
+/// Video frames of one received stream. The fields that every packet needs come first.
 #[repr(C)]
 pub struct Assembler {
     newest: u64,
-    /// The last packet of the frame decoded last.
+    /// Sequence number of the last packet of the frame decoded last.
     tail: u64,
-    /// Packets up to here are of no use any more.
+    /// Sequence number up to which packets are of no use any more.
     floor: u64,
     first_packet_at: Option<Time>,
-    /// Inter frames after `tail` can be decoded.
+    /// Whether inter frames after `tail` can be decoded.
     intact: bool,
-    /// Repair has given up on something; only a key frame makes sure.
+    /// Whether repair has given up on a packet, so that only a key frame is safe.
     key_wanted: bool,
-    /// An inter frame has begun that nothing can decode.
+    /// Whether an inter frame has begun that cannot be decoded.
     inter_seen: bool,
-    /// The slot used last.
+    /// Slot used last.
     current: u8,
-    /// One bit for each slot that holds a frame.
+    /// Set of slots that hold a frame, one bit each.
     used: u16,
     slots: [FrameSlot; SLOTS],
     received: [u64; WINDOW as usize / 64],
 
-    /// Who the frame at `tail` was, where it said so.
+    /// Chain link of the frame at `tail`, if it carried an identity.
     tail_link: Option<ChainLink>,
     complete: u32,
     decoded: u32,
@@ -220,9 +221,9 @@ impl Assembler {
         }
     }
 
-    /// Fetches what every packet needs.
+    /// Prefetches what every packet needs.
     pub fn prefetch(&self) {
-        // A frame under way has one of the first slots, where not many are.
+        // With few frames in progress, they are in the first slots.
         net::prefetch(
             self,
             std::mem::offset_of!(Assembler, slots) + 3 * size_of::<FrameSlot>(),
@@ -234,8 +235,8 @@ impl Assembler {
         net::prefetch(&self.key_packet_at, usize::MAX);
     }
 
-    /// Takes a packet with payload, in any order; duplicates do no harm. `on_event` hears what
-    /// became of it, in order.
+    /// Takes a packet with payload, in any order; duplicates do no harm. `on_event` receives the
+    /// resulting events in order.
     pub fn handle_packet(
         &mut self,
         packet: &PacketInfo,
@@ -255,7 +256,7 @@ impl Assembler {
         }
     }
 
-    /// Takes a packet without payload: it holds a sequence number between frames.
+    /// Takes a packet without payload. It occupies a sequence number between frames.
     pub fn handle_padding(
         &mut self,
         ext_seq: u64,
@@ -267,25 +268,25 @@ impl Assembler {
         }
     }
 
-    /// Takes the news that repair has given up on a packet: asks for a key frame, as libwebrtc
-    /// does.
+    /// Takes note that repair has given up on a packet. A key frame is requested then, as in
+    /// libwebrtc.
     pub fn handle_gave_up(&mut self) {
         self.key_wanted = true;
     }
 
-    /// The stream is paused on purpose (muted, unsubscribed): the gap to the next frame is no
-    /// freeze.
+    /// Takes note that the stream is paused on purpose (muted, unsubscribed). The gap to the next
+    /// frame is no freeze.
     pub fn handle_pause(&mut self) {
         self.freezes.handle_pause();
     }
 
-    /// Nothing that comes can be decoded before a key frame, or might not be.
+    /// Returns whether nothing can be decoded before a key frame, or possibly nothing.
     pub fn needs_key_frame(&self) -> bool {
         self.newest > 0 && (!self.intact || self.key_wanted)
     }
 
-    /// Should a PLI be sent now? True counts as sent: the next comes [`PLI_RETRY`] later at the
-    /// earliest, and none while a key frame is coming in.
+    /// Returns whether a PLI should be sent now. True counts as sent: the next one comes at least
+    /// [`PLI_RETRY`] later, and none while a key frame is arriving.
     pub fn poll_pli(&mut self, now: Time) -> bool {
         let waited = |since: Option<Time>| since.is_none_or(|since| now.since(since) >= PLI_RETRY);
         let never_decoded = self.decoded == 0;
@@ -299,12 +300,12 @@ impl Assembler {
         due
     }
 
-    /// When the last frame was decoded; `None` before the first and during a pause.
+    /// Returns when the last frame was decoded; `None` before the first and during a pause.
     pub fn decoded_at(&self) -> Option<Time> {
         self.freezes.last
     }
 
-    /// The freeze that is going on now, if the next frame came at `now`; for the end of a run.
+    /// Returns the freeze in progress, as if the next frame came at `now`; for the end of a run.
     pub fn open_freeze(&self, now: Time) -> Option<Duration> {
         self.freezes.clone().handle_frame(now).1
     }
@@ -319,7 +320,7 @@ impl Assembler {
         }
     }
 
-    /// Notes a packet; false if it was here before or comes too late to matter.
+    /// Records a packet. Returns false if it was received before or comes too late to matter.
     fn receive(&mut self, ext: u64) -> bool {
         if ext > self.newest {
             self.advance(ext);
@@ -349,7 +350,7 @@ impl Assembler {
             }
         }
         self.newest = ext;
-        // What lies between the last decoded frame and the window's edge can no longer be told.
+        // It is not known any more what was between the last decoded frame and the window's edge.
         if ext - self.tail >= WINDOW {
             self.intact = false;
         }
@@ -363,7 +364,7 @@ impl Assembler {
         self.low(at) + u64::from(self.slots[at].span)
     }
 
-    /// From the first to the last. What is freed meanwhile still comes.
+    /// Iterates over the used slots in order. A slot that is freed meanwhile is still returned.
     fn used(&self) -> impl Iterator<Item = usize> + use<> {
         let mut left = self.used;
         std::iter::from_fn(move || {
@@ -377,7 +378,8 @@ impl Assembler {
         self.used >> at & 1 != 0
     }
 
-    /// The packet's frame, or a slot for it; `None` if it is older than all that there is room for.
+    /// Returns the slot of the packet's frame, or a new one; `None` if the packet is older than all
+    /// frames and there is no room.
     fn slot_for(&mut self, packet: &PacketInfo, now: Time) -> Option<usize> {
         let belongs = |at: &usize| self.slots[*at].rtp_time == packet.rtp_time;
         let current = usize::from(self.current);
@@ -415,7 +417,7 @@ impl Assembler {
         Some(at)
     }
 
-    /// Frees the oldest slot for a newer packet; a packet older than all of them loses its own
+    /// Frees the oldest slot for a newer packet. A packet older than all of them loses its own
     /// frame.
     fn crowd_out(&mut self, ext: u64) -> Option<usize> {
         let oldest = self.used().min_by_key(|&at| self.low(at))?;
@@ -431,8 +433,8 @@ impl Assembler {
     fn add_to_slot(&mut self, at: usize, packet: &PacketInfo, now: Time) {
         let (low, high) = (self.low(at), self.high(at));
         let slot = &mut self.slots[at];
-        // A whole frame takes no more, and no frame is wider than the window: such packets are of a
-        // broken sender.
+        // A complete frame takes no more packets, and no frame is wider than the window. Such
+        // packets come from a broken sender.
         if slot.has(COMPLETE) || packet.ext_seq.abs_diff(low) >= WINDOW {
             return;
         }
@@ -457,7 +459,7 @@ impl Assembler {
         }
     }
 
-    /// Are all packets from the slot's first to its last here?
+    /// Returns whether all packets from the slot's first to its last have arrived.
     fn is_whole(&self, at: usize) -> bool {
         let (low, high) = (self.low(at), self.high(at));
         self.newest - low < WINDOW && (low..=high).all(|ext| self.is_received(ext))
@@ -485,8 +487,8 @@ impl Assembler {
             self.decode(at, now, on_event);
             self.decode_waiting(now, on_event);
         } else if self.intact && self.follows_tail(self.low(at)) {
-            // Next in the sequence, but coded against something that never came: nothing will fill
-            // that gap.
+            // The frame is next in the sequence, but was coded against a frame that never came.
+            // Nothing will fill that gap.
             self.intact = false;
             self.inter_seen = true;
         }
@@ -497,7 +499,8 @@ impl Assembler {
             || (self.intact && self.follows_tail(self.low(at)) && self.continues_tail(at))
     }
 
-    /// Was it coded against the frame decoded last? What neither says is taken for granted.
+    /// Returns whether the frame was coded against the frame decoded last. If either carries no
+    /// identity, this is assumed.
     fn continues_tail(&self, at: usize) -> bool {
         match (self.tail_link, self.link(at)) {
             (Some(tail), Some(this)) => tail.next() == this,
@@ -521,8 +524,8 @@ impl Assembler {
         self.slots[at].has(IDENTIFIED).then_some(link)
     }
 
-    /// Does nothing but padding lie between the frame decoded last and `low`? What was received and
-    /// belongs to no frame is padding.
+    /// Returns whether only padding is between the frame decoded last and `low`. A received packet
+    /// that belongs to no frame is padding.
     fn follows_tail(&self, low: u64) -> bool {
         let next = self.tail + 1;
         if low <= next {
@@ -580,7 +583,7 @@ impl Assembler {
         }
     }
 
-    /// Gives a frame up: whatever follows it needs a key frame.
+    /// Gives up a frame. Every frame after it needs a key frame.
     fn give_up(&mut self, at: usize) {
         let high = self.high(at);
         self.release(at);
@@ -601,7 +604,7 @@ impl Assembler {
         self.used &= !(1 << at);
     }
 
-    /// A frame has been under way for so long that its repair is hopeless.
+    /// Returns whether a frame has been in progress for so long that its repair is hopeless.
     fn is_stalled(&self, now: Time) -> bool {
         let age = |at: usize| {
             Duration::from_micros(u64::from(
@@ -620,15 +623,16 @@ fn micros(now: Time) -> u32 {
     now.as_micros() as u32
 }
 
-/// Intervals that the running average is over (libwebrtc; "W3C Identifiers for WebRTC's
-/// Statistics", freezeCount).
+/// Number of intervals in the running average (libwebrtc; "Identifiers for WebRTC's Statistics API"
+/// of the W3C, freezeCount).
 const FREEZE_INTERVALS: usize = 30;
-/// libwebrtc judges no interval before it has seen this many.
+/// Minimum number of intervals before one is judged, as in libwebrtc.
 const FREEZE_INTERVALS_MIN: usize = 5;
 const FREEZE_EXCESS_MILLIS: u32 = 150;
 
-/// libwebrtc's rule: an interval between frames is a freeze from max(3 x average, average + 150 ms)
-/// on, itself counted in the average, all in whole milliseconds.
+/// Detects freezes by libwebrtc's rule. An interval between frames is a freeze from max(3 x
+/// average, average + 150 ms) on. The interval itself counts in the average, and all values are
+/// whole milliseconds.
 #[derive(Clone)]
 pub struct FreezeDetector {
     last: Option<Time>,
@@ -651,8 +655,8 @@ impl Default for FreezeDetector {
 }
 
 impl FreezeDetector {
-    /// Takes a decoded frame; gives the interval to the one before, and the same as a freeze if it
-    /// was one.
+    /// Takes a decoded frame. Returns the interval since the previous one, and the same interval as
+    /// a freeze if it was one.
     pub fn handle_frame(&mut self, now: Time) -> (Option<Duration>, Option<Duration>) {
         let Some(last) = self.last.replace(now) else {
             return (None, None);
@@ -680,22 +684,23 @@ impl FreezeDetector {
     }
 }
 
-/// Frame numbers that [`DeliveredWindow`] looks back.
+/// Number of frame numbers that [`DeliveredWindow`] looks back.
 pub const DELIVERED_WINDOW: u32 = 512;
 
-/// What [`DeliveredWindow::deliver`] found.
+/// Result of [`DeliveredWindow::deliver`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivery {
     First,
     Duplicate,
-    /// More than [`DELIVERED_WINDOW`] behind the newest: cannot be told.
+    /// The frame is more than [`DELIVERED_WINDOW`] behind the newest, so it is not known whether it
+    /// was delivered.
     TooOld,
 }
 
-/// Tells a frame's first delivery from another, by the publisher's frame number.
+/// Distinguishes a frame's first delivery from repeated ones, by the publisher's frame number.
 ///
-/// Frame numbers only grow within one publication, so a new publication takes a new window. Feed it
-/// identities that were checked: a wild number moves it.
+/// Frame numbers only increase within one publication, so a new publication needs a new window.
+/// Only pass identities that were checked, because a wrong number moves the window.
 #[derive(Clone, Default)]
 pub struct DeliveredWindow {
     seen: [u64; DELIVERED_WINDOW as usize / 64],
@@ -727,7 +732,7 @@ impl DeliveredWindow {
         Delivery::First
     }
 
-    /// Whether a frame between two that were delivered was not.
+    /// Returns whether a frame between delivered ones was not delivered.
     pub fn is_missing(&self, frame: u32) -> bool {
         let (word, bit) = (
             (frame % DELIVERED_WINDOW / 64) as usize,
@@ -740,7 +745,7 @@ impl DeliveredWindow {
         })
     }
 
-    /// Frames delivered, each counted once.
+    /// Returns the number of delivered frames, each counted once.
     pub fn delivered(&self) -> u64 {
         self.first.into()
     }
@@ -753,7 +758,7 @@ impl DeliveredWindow {
         self.too_old.into()
     }
 
-    /// The lowest and the highest frame number that was delivered.
+    /// Returns the lowest and the highest frame number that was delivered.
     pub fn range(&self) -> Option<(u32, u32)> {
         self.range
     }
@@ -776,10 +781,10 @@ mod tests {
     use super::*;
     use crate::seeded::Seeded;
 
-    /// A packet on its way; `None` is padding.
+    /// Packet on its way; `None` is padding.
     type Sent = (u64, Option<PacketInfo>);
 
-    /// Frames of 1 to 12 packets, some of them key frames, padding here and there.
+    /// Makes frames of 1 to 12 packets, with some key frames and padding among them.
     fn stream(random: &mut Seeded, frames: u32, key_percent: u64) -> Vec<Sent> {
         let mut ext_seq = 70_000;
         let mut sent = Vec::new();
@@ -818,7 +823,7 @@ mod tests {
         sent
     }
 
-    /// Loses, doubles and shuffles; no packet comes more than `depth` late.
+    /// Loses, duplicates and reorders packets. No packet comes more than `depth` late.
     fn link(random: &mut Seeded, sent: Vec<Sent>, loss_percent: u64, depth: u64) -> Vec<Sent> {
         let mut arriving = Vec::new();
         for (at, packet) in sent.into_iter().enumerate() {
@@ -835,7 +840,7 @@ mod tests {
         arriving.into_iter().map(|(_, packet)| packet).collect()
     }
 
-    /// The same rules written plainly, forgetting nothing that may still matter.
+    /// The same rules in a simple form, which forgets nothing that may still matter.
     #[derive(Default)]
     struct ReferenceAssembler {
         packets: BTreeMap<u64, Option<PacketInfo>>,
@@ -870,7 +875,8 @@ mod tests {
             }
         }
 
-        /// First and last packet, and whether it is a key frame, if all is here.
+        /// Returns the first and last packet and whether it is a key frame, if all packets are
+        /// here.
         fn whole(&self, rtp_time: u32) -> Option<(u64, u64, bool)> {
             let frame: Vec<_> = self
                 .packets
@@ -1054,8 +1060,8 @@ mod tests {
             frame,
             ..FrameIdentity::default()
         };
-        // Sequence numbers never show it: layer 0, then layer 2 without a key frame; one frame left
-        // out; then from no one knows where.
+        // The sequence numbers show none of these cases: the next frame of the same layer; layer 2
+        // after layer 0 without a key frame; a frame left out; a frame without an identity.
         for (before, after, intact) in [
             (Some(identity(0, 4)), Some(identity(0, 5)), true),
             (Some(identity(0, 4)), Some(identity(2, 5)), false),

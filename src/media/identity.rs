@@ -1,42 +1,42 @@
-//! Frame identity: who made a frame, which one it is, and when it was meant to leave.
+//! Frame identity: who made a frame, which one it is, and when it was meant to be sent.
 //!
-//! It travels at the END of a frame's payload, because an SFU rewrites headers and the VP8
-//! descriptor but no byte after them. Video carries it in LiveKit's own frame-metadata envelope
-//! (`LKTS`), so that LiveKit's SDKs and throng measure each other; Opus carries it in the padding
-//! of RFC 6716, section 3.2.5.
+//! It is at the END of a frame's payload, because an SFU rewrites headers and the VP8 descriptor
+//! but no byte after them. Video carries it in LiveKit's own frame-metadata envelope (`LKTS`), so
+//! that LiveKit's SDKs and throng can measure each other. Opus carries it in the padding of RFC
+//! 6716, section 3.2.5.
 //!
-//! `LKTS`: TLVs, the trailer's length (1 byte), then the four letters. Tag, length and value bytes,
-//! big endian, and the length byte are XORed with 0xFF. Tag 1 is a user timestamp (8 bytes,
-//! microseconds), 2 a frame id (4 bytes), 3 user data. Source: livekit/rust-sdks, `webrtc-sys`
-//! packet trailer.
+//! `LKTS` consists of TLVs, the trailer's length (1 byte), then the four letters. Tag, length and
+//! value bytes, big endian, and the length byte are XORed with 0xFF. Tag 1 is a user timestamp (8
+//! bytes, microseconds), 2 a frame id (4 bytes), 3 user data. Source: livekit/rust-sdks,
+//! `webrtc-sys` packet trailer.
 
-/// Whose track a frame belongs to.
+/// Track that a frame belongs to.
 ///
-/// Packed: a [`FrameIdentity`] is 24 bytes with it and would be 32 otherwise, and each received
-/// video stream holds 16 of them.
+/// The type is packed, because a [`FrameIdentity`] then has 24 bytes instead of 32, and each
+/// received video stream holds 16 of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(Rust, packed)]
 pub struct Origin {
-    /// The publishing participant's index over the whole run.
+    /// Index of the publishing participant over the whole run.
     pub publisher: u32,
-    /// The number of its track.
+    /// Number of its track.
     pub track: u8,
 }
 
-/// Names one frame of one run.
+/// Identifies one frame of one run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FrameIdentity {
-    /// When the plan meant the frame to leave, in microseconds since 1970 by the sender's clock.
+    /// Planned send time of the frame, in microseconds since 1970 by the sender's clock.
     pub intended_unix_us: u64,
-    /// The run's tag: tells other runs apart.
+    /// Tag of the run; distinguishes it from other runs.
     pub run: u32,
     pub origin: Origin,
     pub frame: u32,
-    /// The simulcast layer, 0 the smallest.
+    /// Simulcast layer, 0 the smallest.
     pub layer: u8,
 }
 
-/// The facts in a trailer that any LiveKit SDK understands; both are optional there.
+/// Values in a trailer that any LiveKit SDK understands. Both are optional there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ForeignTrailer {
     /// Microseconds since 1970 by convention; an application may put anything here.
@@ -44,14 +44,14 @@ pub struct ForeignTrailer {
     pub frame_id: Option<u32>,
 }
 
-/// Bytes that a video frame's last packet grows by.
+/// Number of bytes added to a video frame's last packet.
 pub const VIDEO_TRAILER_LEN: usize = 10 + 6 + (2 + USER_DATA_LEN) + ENVELOPE_LEN;
 
-/// Bytes of identity at the end of an Opus packet.
+/// Number of bytes of identity at the end of an Opus packet.
 pub const AUDIO_IDENTITY_LEN: usize = 24;
 
-/// The padding extension that holds the audio identity (draft-ietf-mlcodec-opus-extension): id 120,
-/// its length runs to the end of the padding.
+/// Header of the padding extension that holds the audio identity
+/// (draft-ietf-mlcodec-opus-extension): id 120, with a length up to the end of the padding.
 pub const AUDIO_EXTENSION: u8 = 120 << 1;
 
 const MAGIC: &[u8; 4] = b"LKTS";
@@ -61,12 +61,12 @@ const TAG_USER_TIMESTAMP: u8 = 1;
 const TAG_FRAME_ID: u8 = 2;
 const TAG_USER_DATA: u8 = 3;
 
-/// Marks user data as throng's.
+/// Marks user data as throng's own.
 const USER_DATA_MAGIC: [u8; 2] = *b"th";
 const USER_DATA_LEN: usize = 2 + 4 + 4 + 1 + 1 + 2;
 
 impl FrameIdentity {
-    /// Writes the whole trailer, ready to follow the last payload byte.
+    /// Writes the whole trailer, which follows the last payload byte.
     pub fn write_video(&self, out: &mut [u8; VIDEO_TRAILER_LEN]) {
         let mut writer = TrailerWriter { out, at: 0 };
         writer.put(&[TAG_USER_TIMESTAMP, 8]);
@@ -112,7 +112,7 @@ impl FrameIdentity {
             .then_some(identity)
     }
 
-    /// Writes the identity into the last bytes of an Opus packet that was shaped for it.
+    /// Writes the identity into the last bytes of an Opus packet that was prepared for it.
     pub fn write_audio(&self, out: &mut [u8; AUDIO_IDENTITY_LEN]) {
         out[0..4].copy_from_slice(&self.run.to_be_bytes());
         out[4..8].copy_from_slice(&self.origin.publisher.to_be_bytes());
@@ -167,7 +167,7 @@ impl FrameIdentity {
         (u16::from_be_bytes([c0, c1]) == identity.checksum()).then_some(identity)
     }
 
-    /// Tells damage and chance from ours; no protection against intent.
+    /// Checksum against damage and chance matches. It does not protect against intent.
     fn checksum(&self) -> u16 {
         const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
         let places =
@@ -194,16 +194,16 @@ pub fn parse_foreign(payload: &[u8]) -> Option<ForeignTrailer> {
     Some(facts)
 }
 
-/// The length of the trailer at the end of a video frame's last packet, for whoever must strip it;
-/// `None` if there is none.
+/// Returns the length of the trailer at the end of a video frame's last packet, so that it can be
+/// stripped; `None` if there is none.
 pub fn video_trailer_len(payload: &[u8]) -> Option<usize> {
     let (before, magic) = payload.split_last_chunk()?;
     let len = usize::from(before.last()? ^ XOR);
     (magic == MAGIC && (ENVELOPE_LEN..=payload.len()).contains(&len)).then_some(len)
 }
 
-/// Is this an Opus packet of code 3 whose padding ends in the identity extension (RFC 6716, section
-/// 3.2.5)?
+/// Returns whether this is an Opus packet of code 3 whose padding ends in the identity extension
+/// (RFC 6716, section 3.2.5).
 fn has_identity_padding(packet: &[u8]) -> bool {
     const PADDING_FLAG: u8 = 0x40;
     let &[toc, frame_count, ref rest @ ..] = packet else {
@@ -236,19 +236,20 @@ impl ForeignTrailer {
     }
 }
 
-/// The bytes between a frame's own payload and the envelope.
+/// Returns the bytes between a frame's own payload and the envelope.
 fn tlv_region(payload: &[u8]) -> Option<&[u8]> {
     let start = payload.len() - video_trailer_len(payload)?;
     payload.get(start..payload.len() - ENVELOPE_LEN)
 }
 
-/// A value in the clear, if it has the length that its tag wants.
+/// Decodes a value; `None` if it does not have the length of its tag.
 fn plain<const N: usize>(value: &[u8]) -> Option<[u8; N]> {
     let bytes: [u8; N] = value.try_into().ok()?;
     Some(bytes.map(|byte| byte ^ XOR))
 }
 
-/// Tag (in the clear) and value (not yet); ends at the first that does not fit.
+/// Iterates over tags (decoded) and values (not yet decoded). It ends at the first one that does
+/// not fit.
 struct Tlvs<'a> {
     rest: &'a [u8],
 }

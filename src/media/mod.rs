@@ -1,4 +1,5 @@
-//! What is sent and how it is recognised again: generated Opus and VP8, frame identity, reassembly.
+//! Media that is sent, and how it is recognised when it arrives: generated Opus and VP8, frame
+//! identity, reassembly.
 
 pub mod assemble;
 pub mod identity;

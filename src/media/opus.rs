@@ -1,11 +1,11 @@
 //! Generated Opus (RFC 6716), made once at start by libopus and shared by all publishers.
 //!
 //! A clip is a loop of about ten seconds. Each packet is shaped so that its last
-//! [`AUDIO_IDENTITY_LEN`] bytes are free for the frame's identity: a packet of code 3 whose padding
-//! ends in one extension. A decoder gives the same sound with and without it.
+//! [`AUDIO_IDENTITY_LEN`] bytes are free for the frame's identity: it is a packet of code 3 whose
+//! padding ends in one extension. A decoder gives the same sound with and without it.
 //!
-//! libopus meets a bitrate only roughly over ten seconds, so it is asked for a little less and idle
-//! padding fills up the rest, as in constant bitrate.
+//! Over ten seconds libopus meets a bitrate only roughly. So it is asked for a little less, and
+//! idle padding fills up the rest, as in constant bitrate.
 
 use std::error::Error;
 use std::f64::consts::TAU;
@@ -17,17 +17,17 @@ use opus::{Application, Channels, Encoder, packet};
 use crate::media::identity::{AUDIO_EXTENSION, AUDIO_IDENTITY_LEN};
 use crate::units::Bitrate;
 
-/// The RTP clock of Opus is 48 kHz whatever the bandwidth (RFC 7587, section 4.1).
+/// The RTP clock of Opus is 48 kHz for any bandwidth (RFC 7587, section 4.1).
 pub const CLOCK_RATE: u32 = 48_000;
 
-/// About how long a loop lasts.
+/// Approximate length of a loop.
 const LOOP: Duration = Duration::from_secs(10);
 
-/// Sound from the loop's end is coded first, so that the encoder starts the loop in the state in
-/// which it ends it.
+/// Length of the loop's end that is coded first, so that the encoder starts the loop in the state
+/// in which it ends it.
 const WARM_UP: Duration = Duration::from_secs(2);
 
-/// What libopus codes, in microseconds a packet.
+/// Packet lengths that libopus can code, in microseconds.
 const FRAMES_MICROS: [u64; 9] = [
     2_500, 5_000, 10_000, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000,
 ];
@@ -36,53 +36,53 @@ const FRAMES_MICROS: [u64; 9] = [
 /// itself.
 const OVERHEAD_BYTES: u64 = 3 + AUDIO_IDENTITY_LEN as u64;
 
-/// Opus's limits in bits a second (RFC 6716, section 2.1.1), and the least that a short frame can
-/// be coded in.
+/// Opus's limits in bits a second (RFC 6716, section 2.1.1), and the minimum size that a short
+/// frame can be coded in.
 const CODEC_BPS_MIN: u64 = 6_000;
 const BPS_MAX: u64 = 510_000;
 const CODEC_BYTES_MIN: u64 = 10;
 
-/// An RTP payload that fits the path everywhere.
+/// Maximum RTP payload, which fits any path.
 const PACKET_BYTES_MAX: usize = 1_200;
 
-/// A packet this short holds no sound (libopus's DTX).
+/// Maximum size of a packet without sound (libopus's DTX).
 const DTX_BYTES_MAX: usize = 2;
 
-/// As libwebrtc has it on small devices: half of the default's time.
+/// Complexity, as in libwebrtc on small devices. It takes half of the default's time.
 const COMPLEXITY: i32 = 5;
 
-/// Padding at most, and excess at most, as shares of the whole; calibration ends between them.
+/// Maximum shares of padding and of excess. Calibration ends between them.
 const FILLER_SHARE_GOOD: f64 = 0.03;
 const EXCESS_SHARE_MAX: f64 = 0.005;
 const CALIBRATION_ROUNDS: usize = 4;
 
-/// What is heard.
+/// Sound of a clip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AudioContent {
-    /// Speech-like: formants, syllables, a moving pitch, pauses between phrases.
+    /// Speech-like sound: formants, syllables, a moving pitch, pauses between phrases.
     Speech,
     /// A pure tone near 440 Hz. It has no pauses, so DTX makes no difference (a voice detector may
-    /// take a tone for noise, and drop it).
+    /// take a tone for noise and drop it).
     Tone,
     /// Digital silence. Its packets are short and not filled up, so they do not reach the bitrate.
     Silence,
 }
 
-/// What to generate.
+/// Specification of a clip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpusSpec {
     /// Bitrate of the RTP payload over the whole loop: codec, packet header and the identity's 27
-    /// bytes a packet. With DTX, the rate without it.
+    /// bytes per packet. With DTX, it is the rate without DTX.
     pub bitrate: Bitrate,
     /// Length of one packet: 2.5, 5, 10, 20, 40, 60, 80, 100 or 120 ms.
     pub frame: Duration,
     pub content: AudioContent,
-    /// Discontinuous transmission: pauses are not sent, but for a refresh every 400 ms.
+    /// Discontinuous transmission: pauses are not sent, except for a refresh every 400 ms.
     pub dtx: bool,
     pub seed: u64,
 }
 
-/// Why a spec cannot be had, and what could.
+/// Error returned when a specification cannot be met, with the nearest values that can.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum OpusSpecError {
     Frame(Duration),
@@ -148,7 +148,7 @@ impl From<opus::Error> for OpusSpecError {
     }
 }
 
-/// A loop of packets.
+/// Loop of packets.
 pub struct AudioClip {
     bytes: Box<[u8]>,
     packets: Box<[PacketPlace]>,
@@ -158,14 +158,15 @@ pub struct AudioClip {
 #[derive(Clone, Copy)]
 struct PacketPlace {
     start: u32,
-    /// Zero where nothing is sent.
+    /// Length in bytes; zero if nothing is sent.
     len: u16,
     level_dbov: u8,
     identity: bool,
 }
 
 impl AudioClip {
-    /// Takes about half a second of CPU. The same spec gives the same clip on the same host.
+    /// Generates a clip, which takes about half a second of CPU. The same specification gives the
+    /// same clip on the same host.
     pub fn generate(spec: &OpusSpec) -> Result<AudioClip, OpusSpecError> {
         check(spec)?;
         let samples_per_packet = samples(spec.frame);
@@ -191,31 +192,32 @@ impl AudioClip {
         AudioClip::pack(&coded, &levels, filler, samples_per_packet as u32)
     }
 
-    /// Packets in the loop, those that DTX leaves out included.
+    /// Returns the number of packets in the loop, including those that DTX leaves out.
     #[expect(clippy::len_without_is_empty, reason = "a loop is never empty")]
     pub fn len(&self) -> usize {
         self.packets.len()
     }
 
-    /// The payload of packet `index`; `None` where DTX sends nothing. If
-    /// [`AudioClip::has_identity`], its last [`AUDIO_IDENTITY_LEN`] bytes are free.
+    /// Returns the payload of packet `index`; `None` if DTX sends nothing. If
+    /// [`AudioClip::has_identity`] is true, its last [`AUDIO_IDENTITY_LEN`] bytes are free.
     pub fn packet(&self, index: usize) -> Option<&[u8]> {
         let place = self.packets[index];
         let start = place.start as usize;
         (place.len > 0).then(|| &self.bytes[start..start + usize::from(place.len)])
     }
 
-    /// False for DTX packets, which are left as they are.
+    /// Returns whether the packet has room for an identity. It is false for DTX packets, which are
+    /// left unchanged.
     pub fn has_identity(&self, index: usize) -> bool {
         self.packets[index].identity
     }
 
-    /// The sound's level as RFC 6464 wants it: 0 (loudest) to 127 (silence), in -dBov.
+    /// Returns the sound level as defined in RFC 6464: 0 (loudest) to 127 (silence), in -dBov.
     pub fn level_dbov(&self, index: usize) -> u8 {
         self.packets[index].level_dbov
     }
 
-    /// The RTP time from one packet to the next, at [`CLOCK_RATE`].
+    /// Returns the RTP time from one packet to the next, at [`CLOCK_RATE`].
     pub fn rtp_ticks(&self) -> u32 {
         self.rtp_ticks
     }
@@ -224,16 +226,16 @@ impl AudioClip {
         Duration::from_nanos(u64::from(self.rtp_ticks) * 1_000_000_000 / u64::from(CLOCK_RATE))
     }
 
-    /// Payload bits a second over the whole loop.
+    /// Returns the payload bitrate over the whole loop.
     pub fn bitrate(&self) -> Bitrate {
         let ticks = self.packets.len() as u64 * u64::from(self.rtp_ticks);
         Bitrate::from_bps(self.bytes.len() as u64 * 8 * u64::from(CLOCK_RATE) / ticks)
     }
 
-    /// Shapes the packets and lays them end to end, `filler` bytes of padding spread over all of
+    /// Shapes the packets and concatenates them, with `filler` bytes of padding spread over all of
     /// them.
     ///
-    /// In a row of DTX packets only the first is sent, as libwebrtc does it.
+    /// In a row of DTX packets only the first is sent, as in libwebrtc.
     fn pack(
         coded: &[Vec<u8>],
         levels: &[u8],
@@ -252,7 +254,7 @@ impl AudioClip {
             let dtx = packet.len() <= DTX_BYTES_MAX;
             match (dtx, in_dtx) {
                 (false, _) => owed -= shape(packet, owed, &mut bytes)?,
-                // What falls into a pause is not sent later.
+                // Padding that falls into a pause is not sent later.
                 (true, false) => {
                     owed = 0;
                     bytes.extend_from_slice(packet);
@@ -279,7 +281,7 @@ fn samples(frame: Duration) -> usize {
     (frame.as_micros() as u64 * u64::from(CLOCK_RATE) / 1_000_000) as usize
 }
 
-/// Bits a second of `bytes` in every packet.
+/// Returns the bits a second of `bytes` bytes in every packet.
 fn rate_of(bytes: u64, frame: Duration) -> u64 {
     (bytes * 8 * 1_000_000).div_ceil(frame.as_micros() as u64)
 }
@@ -314,7 +316,7 @@ fn check(spec: &OpusSpec) -> Result<(), OpusSpecError> {
     Ok(())
 }
 
-/// A loop at the right rate, but for what padding has to fill up.
+/// Loop at the right rate, except for the padding that has to fill it up.
 struct Calibrated {
     codec_bps: u64,
     coded: Vec<Vec<u8>>,
@@ -330,7 +332,8 @@ fn uncalibrated(spec: &OpusSpec, pcm: &[f32]) -> Result<Calibrated, OpusSpecErro
     })
 }
 
-/// Finds the rate to ask libopus for, so that the shaped loop comes to the spec's rate from below.
+/// Finds the rate to request from libopus, so that the shaped loop approaches the specified rate
+/// from below.
 fn calibrate(spec: &OpusSpec, pcm: &[f32]) -> Result<Calibrated, OpusSpecError> {
     let seconds = pcm.len() as f64 / f64::from(CLOCK_RATE);
     let target = (spec.bitrate.bps() as f64 * seconds / 8.0).floor();
@@ -355,7 +358,7 @@ fn calibrate(spec: &OpusSpec, pcm: &[f32]) -> Result<Calibrated, OpusSpecError> 
         if fits && bytes >= target * (1.0 - FILLER_SHARE_GOOD) {
             break;
         }
-        // The last word, if nothing fitted, is the least that the codec knows.
+        // If nothing fitted, the last attempt is the lowest rate of the codec.
         let last_word = round + 2 == CALIBRATION_ROUNDS && best.is_none();
         let next = if last_word {
             CODEC_BPS_MIN
@@ -375,8 +378,8 @@ fn calibrate(spec: &OpusSpec, pcm: &[f32]) -> Result<Calibrated, OpusSpecError> 
     best.map(|(_, calibrated)| calibrated).ok_or(too_low)
 }
 
-/// Scales what the codec was asked for, when the loop became `ratio` times as large as it should,
-/// identity included.
+/// Scales the rate requested from the codec. The loop, with the identity, became `ratio` times as
+/// large as it should be.
 fn next_rate(spec: &OpusSpec, asked: u64, ratio: f64) -> u64 {
     let (whole, overhead) = (
         spec.bitrate.bps() as f64,
@@ -387,7 +390,7 @@ fn next_rate(spec: &OpusSpec, asked: u64, ratio: f64) -> u64 {
     ((asked as f64 * aim / got.max(1.0)) as u64).clamp(CODEC_BPS_MIN, BPS_MAX)
 }
 
-/// The packets of one turn of the loop, as libopus makes them.
+/// Returns the packets of one pass of the loop, as libopus makes them.
 fn encode(
     pcm: &[f32],
     samples_per_packet: usize,
@@ -408,7 +411,7 @@ fn encode(
         .collect()
 }
 
-/// Bytes of the whole loop, shaped, without filler.
+/// Returns the bytes of the whole loop, shaped, without filler.
 fn shaped_len(coded: &[Vec<u8>]) -> Result<usize, OpusSpecError> {
     let mut out = Vec::new();
     for packet in coded {
@@ -420,9 +423,9 @@ fn shaped_len(coded: &[Vec<u8>]) -> Result<usize, OpusSpecError> {
     Ok(out.len())
 }
 
-/// Appends `coded` as a packet of code 3 (RFC 6716, section 3.2.5) whose padding is idle bytes and
-/// the identity extension; padding that it had is dropped. Grows by up to `filler` bytes more than
-/// the identity needs, and returns by how many.
+/// Appends `coded` as a packet of code 3 (RFC 6716, section 3.2.5) with idle bytes and the identity
+/// extension as padding. Padding that it had before is dropped. The packet grows by up to `filler`
+/// bytes more than the identity needs; returns by how many.
 fn shape(coded: &[u8], filler: usize, out: &mut Vec<u8>) -> Result<usize, OpusSpecError> {
     const VARIABLE: u8 = 0x80;
     const PADDED: u8 = 0x40;
@@ -457,14 +460,14 @@ fn shape(coded: &[u8], filler: usize, out: &mut Vec<u8>) -> Result<usize, OpusSp
     Ok(out.len() - start - (2 + sound + PADDING_BYTES_MIN))
 }
 
-/// The identity, its extension header, and the padding's length.
+/// Minimum padding: the identity, its extension header, and the padding's length.
 const PADDING_BYTES_MIN: usize = AUDIO_IDENTITY_LEN + 2;
 
-/// An extension of id 0 and length 0: skipped by itself.
+/// Extension of id 0 and length 0, which decoders skip.
 const IDLE: u8 = 0;
 
-/// The most padding that fits into `room` bytes along with its own length (254 a length byte, as
-/// 255 means 254 and more to come).
+/// Returns the maximum padding that fits into `room` bytes along with its own length (254 per
+/// length byte, because 255 means 254 and another byte).
 fn padding_in(room: usize) -> usize {
     (0..room)
         .rev()
@@ -485,7 +488,7 @@ fn frame_len_len(len: usize) -> usize {
     if len < 252 { 1 } else { 2 }
 }
 
-/// RFC 6716, section 3.2.1.
+/// Appends a frame length (RFC 6716, section 3.2.1).
 fn push_frame_len(len: usize, out: &mut Vec<u8>) {
     if len < 252 {
         out.push(len as u8);
@@ -495,7 +498,7 @@ fn push_frame_len(len: usize, out: &mut Vec<u8>) {
     }
 }
 
-/// RFC 6464: the RMS against that of a full-scale square wave.
+/// Returns the level of RFC 6464: the RMS against that of a full-scale square wave.
 fn level_dbov(pcm: &[f32]) -> u8 {
     let power = pcm
         .iter()
@@ -506,7 +509,7 @@ fn level_dbov(pcm: &[f32]) -> u8 {
     level.round().clamp(0.0, 127.0) as u8
 }
 
-/// Sound that joins on to itself: `len` samples at 48 kHz, full scale 1.0.
+/// Returns `len` samples at 48 kHz, full scale 1.0, that can be looped without a break.
 fn synthesize(content: AudioContent, seed: u64, len: usize) -> Vec<f32> {
     match content {
         AudioContent::Speech => speech::synthesize(seed, len),
@@ -520,8 +523,8 @@ fn synthesize(content: AudioContent, seed: u64, len: usize) -> Vec<f32> {
     }
 }
 
-/// A voice by rule: pulses of a glottis and noise, through resonators that move from vowel to
-/// vowel. No words, but speech to a codec and a voice detector.
+/// Synthesised voice: glottal pulses and noise, through resonators that move from vowel to vowel.
+/// It has no words, but a codec and a voice detector take it for speech.
 mod speech {
     use std::f64::consts::TAU;
 
@@ -529,7 +532,7 @@ mod speech {
 
     const RATE: f64 = super::CLOCK_RATE as f64;
 
-    /// The first three formants in Hz of vowels (averages over male speakers; Peterson and Barney,
+    /// First three formants of vowels, in Hz (averages over male speakers; Peterson and Barney,
     /// 1952).
     const VOWELS: [[f64; 3]; 8] = [
         [730.0, 1090.0, 2440.0],
@@ -544,7 +547,7 @@ mod speech {
     const BANDWIDTHS_HZ: [f64; 3] = [70.0, 100.0, 160.0];
     const PEAK: f64 = 0.3;
 
-    /// The loop begins and ends in silence, so that it joins on to itself.
+    /// Silence at the loop's beginning and end, so that it can be looped without a break.
     const LEAD_IN_SECONDS: f64 = 0.1;
     const LEAD_OUT_SECONDS: f64 = 0.4;
 
@@ -561,13 +564,14 @@ mod speech {
         let peak = pcm
             .iter()
             .fold(1e-9, |peak: f64, sample: &f64| peak.max(sample.abs()));
-        // Some compression, as microphones' gain control has it: soft syllables are speech, too.
+        // Some compression, like that of a microphone's gain control, because soft syllables are
+        // speech too.
         pcm.into_iter()
             .map(|sample| (PEAK * (3.0 * sample / peak).tanh()) as f32)
             .collect()
     }
 
-    /// Four to nine syllables with a falling pitch; returns when they end.
+    /// Adds a phrase of four to nine syllables with a falling pitch; returns its end.
     fn phrase(random: &mut Seeded, voice_hz: f64, start: f64, end: f64, pcm: &mut [f64]) -> f64 {
         let syllables = 4 + random.draw() % 6;
         let mut throat = Throat::default();
@@ -644,7 +648,7 @@ mod speech {
                     .zip(&mut self.resonators)
                     .zip(target.iter().zip(BANDWIDTHS_HZ))
                 {
-                    // About 20 ms to move; a first syllable starts in place.
+                    // A formant moves within about 20 ms; the first syllable starts at its target.
                     *formant = if *formant == 0.0 {
                         *target
                     } else {
@@ -657,13 +661,13 @@ mod speech {
         }
     }
 
-    /// Up, hold, down to nothing.
+    /// Envelope: rises, holds, and falls to nothing.
     fn swell(progress: f64) -> f64 {
         let edge = (progress / 0.2).min((1.0 - progress) / 0.3).clamp(0.0, 1.0);
         edge * edge * (3.0 - 2.0 * edge)
     }
 
-    /// The derivative of the flow through the glottis: open for 60 % of the period, closing
+    /// Derivative of the flow through the glottis, which is open for 60 % of the period and closes
     /// sharply.
     fn glottis(phase: f64) -> f64 {
         let open = phase / 0.6;
@@ -674,7 +678,7 @@ mod speech {
         }
     }
 
-    /// Two poles, unity gain at 0 Hz (Klatt, 1980).
+    /// Resonator with two poles and unity gain at 0 Hz (Klatt, 1980).
     #[derive(Default)]
     struct Resonator {
         before: f64,
@@ -708,7 +712,7 @@ mod tests {
         }
     }
 
-    /// A decoder's view of packets: sound and final range (the state of its range coder, which
+    /// Decodes packets. Returns the sound and the final range (the state of the range coder, which
     /// differs if it read anything else).
     fn decoded<'a>(
         packets: impl Iterator<Item = &'a [u8]>,
@@ -782,7 +786,7 @@ mod tests {
         }
     }
 
-    /// The packet shaped, an identity in its slot; short ones as they are.
+    /// Returns the packet shaped, with an identity in its slot. Short packets are unchanged.
     fn with_identity(packet: &[u8], filler: usize) -> Vec<u8> {
         let mut out = Vec::new();
         if packet.len() <= DTX_BYTES_MAX {

@@ -1,10 +1,10 @@
-//! How a frame is cut into packets of equal size, so that one segmented send carries all of them.
+//! Cuts a frame into packets of equal size, so that one segmented send carries all of them.
 
-/// The most payload bytes of one packet: LiveKit forwards up to about 1,200, and its own header
+/// Maximum payload of one packet. LiveKit forwards up to about 1,200 bytes, and its own header
 /// extensions must still fit.
 pub const PAYLOAD_BYTES_MAX: usize = 1_120;
 
-/// A frame of `total` bytes as `packets` chunks of `chunk` bytes each; the last one may be shorter.
+/// Frame of `total` bytes as `packets` chunks of `chunk` bytes each. The last one may be shorter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PacketLayout {
     pub total: usize,
@@ -13,13 +13,13 @@ pub struct PacketLayout {
 }
 
 impl PacketLayout {
-    /// Cuts `total` bytes so that the last chunk still holds `tail` bytes whole (the identity
-    /// trailer must not be torn apart).
+    /// Cuts `total` bytes so that the last chunk holds all of the last `tail` bytes, because the
+    /// identity trailer must not be split.
     pub fn new(total: usize, tail: usize) -> PacketLayout {
         let mut packets = total.div_ceil(PAYLOAD_BYTES_MAX).max(1);
         loop {
             let chunk = total.div_ceil(packets).max(1);
-            // Rounding the chunk up may need fewer packets than planned.
+            // Rounding up the chunk size may reduce the number of packets.
             let used = total.div_ceil(chunk).max(1);
             let last = total - (used - 1) * chunk;
             if used == 1 || last >= tail {
@@ -33,7 +33,7 @@ impl PacketLayout {
         }
     }
 
-    /// The bytes of packet `index` within the frame.
+    /// Returns the bytes of packet `index` within the frame.
     pub fn range(&self, index: usize) -> std::ops::Range<usize> {
         let start = index * self.chunk;
         start..(start + self.chunk).min(self.total)

@@ -1,12 +1,12 @@
 //! The boolean entropy coder (RFC 6386, section 7).
 
-/// Takes the decisions that a bitstream is made of. One routine writes them all; who listens
-/// decides whether they are coded, counted or kept.
+/// Takes the decisions that make up a bitstream. One routine writes all of them; the sink decides
+/// whether they are coded, counted or kept.
 pub trait BoolSink {
     /// Codes `bit`, whose probability of being false is `prob` / 256 (1..=255).
     fn put(&mut self, bit: bool, prob: u8);
 
-    /// Codes the `bits` low bits of `value`, most significant first, as even chances.
+    /// Codes the `bits` low bits of `value`, most significant first, with even probabilities.
     fn literal(&mut self, value: u32, bits: u32) {
         for at in (0..bits).rev() {
             self.put((value >> at) & 1 == 1, 128);
@@ -14,28 +14,28 @@ pub trait BoolSink {
     }
 }
 
-/// Appends one partition to a buffer.
+/// Encoder that appends one partition to a buffer.
 pub struct BoolEncoder<'a> {
     out: &'a mut Vec<u8>,
     start: usize,
     interval: Interval,
 }
 
-/// The coding interval. A value, so that a loop over decisions keeps it in registers: this is where
-/// the time goes.
+/// Coding interval. It is passed by value, so that a loop over decisions keeps it in registers,
+/// because most of the time is spent here.
 #[derive(Clone, Copy)]
 struct Interval {
-    /// The bits that are not written yet: the interval's lower end.
+    /// Lower end of the interval: the bits that are not written yet.
     low: u64,
-    /// The interval's size, 128..=255, aligned with the lowest 8 bits of `low`.
+    /// Size of the interval, 128..=255, aligned with the lowest 8 bits of `low`.
     range: u32,
-    /// How often `low` was doubled since bits were last written: it holds `shifts` + 8 bits, and a
-    /// carry above them.
+    /// Number of times that `low` was doubled since bits were last written. `low` holds `shifts` +
+    /// 8 bits, and a carry above them.
     shifts: u32,
 }
 
 impl Interval {
-    /// Shifts at which bits have to be written, before `low` overflows.
+    /// Number of shifts at which bits have to be written, before `low` overflows.
     const FULL: u32 = 40;
 
     #[inline]
@@ -46,8 +46,8 @@ impl Interval {
         } else {
             (0, split)
         };
-        // The range is never zero; setting its lowest bit tells the compiler so and does not move
-        // the highest.
+        // The range is never zero. Setting its lowest bit tells the compiler so and does not move
+        // the highest bit.
         let shift = (range | 1).leading_zeros() - 24;
         Interval {
             low: (self.low + u64::from(skipped)) << shift,
@@ -71,7 +71,7 @@ impl<'a> BoolEncoder<'a> {
         }
     }
 
-    /// Codes decisions that a [`DecisionRecorder`] has kept.
+    /// Codes decisions kept by a [`DecisionRecorder`].
     #[inline]
     pub fn replay(&mut self, decisions: &[u16]) {
         let Interval {
@@ -92,9 +92,9 @@ impl<'a> BoolEncoder<'a> {
 
     /// Ends the partition and returns its size in bytes.
     ///
-    /// All of `low` is written, so whatever follows lies inside the last interval and changes
-    /// nothing. Two more bytes, because decoders read ahead: libvpx calls a frame corrupt, and
-    /// ffmpeg silently drops rows, when the reader has touched the end.
+    /// All of `low` is written, so any following bytes are inside the last interval and change
+    /// nothing. Two more bytes are appended, because decoders read ahead: when the reader has
+    /// touched the end, libvpx calls a frame corrupt, and ffmpeg silently drops rows.
     pub fn finish(mut self) -> usize {
         let bits = self.interval.shifts + 8;
         let spare = (8 - bits % 8) % 8;
@@ -103,8 +103,7 @@ impl<'a> BoolEncoder<'a> {
         self.out.len() - self.start
     }
 
-    /// Writes the first `bytes` bytes of the `bits` bits in `low` and returns the bits that are
-    /// left.
+    /// Writes the first `bytes` bytes of the `bits` bits in `low` and returns the remaining bits.
     #[inline(never)]
     fn write_top(&mut self, low: u64, bits: u32, bytes: u32) -> u64 {
         let kept = bits - 8 * bytes;
@@ -118,7 +117,8 @@ impl<'a> BoolEncoder<'a> {
         low & ((1 << kept) - 1)
     }
 
-    /// The coded number is always below one, so the carry stops inside the partition.
+    /// Propagates a carry. The coded number is always below one, so the carry stops inside the
+    /// partition.
     fn carry(&mut self) {
         for byte in self.out[self.start..].iter_mut().rev() {
             *byte = byte.wrapping_add(1);
@@ -141,7 +141,7 @@ impl BoolSink for BoolEncoder<'_> {
     }
 }
 
-/// Keeps decisions for later: twice the probability, plus the bit.
+/// Keeps decisions for later, as twice the probability plus the bit.
 #[derive(Default)]
 pub struct DecisionRecorder(pub Vec<u16>);
 
@@ -151,9 +151,9 @@ impl BoolSink for DecisionRecorder {
     }
 }
 
-/// Adds up what decisions cost, without coding them.
+/// Adds up the cost of decisions, without coding them.
 pub struct CostMeter {
-    /// The cost of a false bit by its probability, in 1/256 bit.
+    /// Cost of a false bit by its probability, in 1/256 bit.
     table: [u32; 256],
     total: u64,
 }
@@ -167,7 +167,7 @@ impl CostMeter {
         }
     }
 
-    /// The bits put since the last call.
+    /// Returns the cost in bits since the last call.
     pub fn take_bits(&mut self) -> f64 {
         std::mem::take(&mut self.total) as f64 / 256.0
     }
@@ -188,7 +188,7 @@ impl BoolSink for CostMeter {
 mod tests {
     use super::*;
 
-    /// The RFC's decoder, a bit at a time; past the end it reads `beyond`.
+    /// The RFC's decoder, one bit at a time. Past the end it reads `beyond`.
     struct Decoder<'a> {
         input: &'a [u8],
         beyond: u8,
@@ -264,7 +264,7 @@ mod tests {
             let size = encoder.finish();
             assert_eq!(size, bytes.len() - 1);
             for beyond in [0, 0xFF, 0x5A] {
-                // The two spare bytes are for decoders that read ahead: nothing may depend on them.
+                // The two spare bytes are for decoders that read ahead. Nothing may depend on them.
                 let mut decoder = Decoder::new(&bytes[1..bytes.len() - 2], beyond);
                 assert!(
                     put.iter().all(|&(bit, prob)| decoder.bool(prob) == bit),

@@ -1,8 +1,9 @@
 //! Codes one frame (RFC 6386, sections 9, 16 and 19).
 //!
-//! Every frame leaves the decoder in one state: the pixels of its picture and the default
-//! probabilities. No loop filter, no probability update that outlives its frame, golden and altref
-//! never read. So a key frame and an inter frame of one picture are interchangeable.
+//! Every frame leaves the decoder in the same state: the pixels of its picture and the default
+//! probabilities. There is no loop filter and no probability update that outlives its frame, and
+//! golden and altref are never read. So a key frame and an inter frame of one picture are
+//! interchangeable.
 
 use super::bool_coder::{BoolEncoder, BoolSink};
 use super::scene::Descriptor;
@@ -13,21 +14,21 @@ use super::tables::{
 use super::texture::{Palette, Quantizers};
 use super::tokens::{Plane, put_block, put_dc_block};
 
-/// What the frame may refer to.
+/// Picture that the frame may refer to.
 #[derive(Clone, Copy)]
 pub enum FrameReference<'a> {
-    /// A key frame: nothing.
+    /// A key frame: it refers to no picture.
     None,
-    /// An inter frame: the picture that the decoder shows.
+    /// An inter frame: it refers to the picture that the decoder shows.
     Last(&'a [Descriptor]),
 }
 
-/// How a macroblock is coded.
+/// Coding of a macroblock.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Action {
     /// The last frame's pixels stay: inter, zero motion vector, no coefficients.
     Copy,
-    /// DC_PRED without coefficients: the prediction is right already.
+    /// DC_PRED without coefficients, because the prediction is already right.
     Predict,
     /// DC_PRED, a DC level for each plane, and the texture.
     Code { y2: i16, u: i16, v: i16 },
@@ -39,8 +40,8 @@ impl Action {
     }
 }
 
-/// Which blocks at a macroblock's edge hold a coefficient (0 or 1): the contexts of the blocks
-/// beyond that edge.
+/// Which blocks at a macroblock's edge hold a coefficient (0 or 1). They are the contexts of the
+/// blocks beyond that edge.
 #[derive(Clone, Copy, Default)]
 struct Edge {
     y: [u8; 4],
@@ -49,12 +50,12 @@ struct Edge {
     y2: u8,
 }
 
-/// Codes frames of one size; holds the buffers that are used again and again.
+/// Codes frames of one size and holds the reused buffers.
 pub struct FrameCoder<'a> {
     palette: &'a Palette,
     width: usize,
     height: usize,
-    /// Macroblocks a row.
+    /// Number of macroblocks per row.
     columns: usize,
     actions: Vec<Action>,
     above: Vec<Edge>,
@@ -63,7 +64,7 @@ pub struct FrameCoder<'a> {
 }
 
 impl<'a> FrameCoder<'a> {
-    /// For pictures of `width` x `height` pixels.
+    /// Creates a coder for pictures of `width` x `height` pixels.
     pub fn new(palette: &'a Palette, width: usize, height: usize) -> FrameCoder<'a> {
         let columns = width.div_ceil(16);
         FrameCoder {
@@ -130,8 +131,8 @@ impl<'a> FrameCoder<'a> {
         }
     }
 
-    /// DC_PRED of luma and chroma (section 12): the mean of the pixels that adjoin, 128 where there
-    /// are none.
+    /// Returns the DC_PRED of luma and chroma (section 12): the mean of the adjoining pixels, or
+    /// 128 if there are none.
     fn prediction(&self, above: Option<Descriptor>, left: Option<Descriptor>) -> [i16; 3] {
         let bottom = |shown: Descriptor| {
             16 * i32::from(shown.luma) + self.palette.texture(shown.texture).bottom
@@ -203,7 +204,7 @@ impl<'a> FrameCoder<'a> {
                 .count(),
         );
         put_header(&mut encoder, is_key, &self.palette.quantizers);
-        encoder.put(true, 128); // mb_no_coeff_skip: macroblocks may say that they have no coefficients.
+        encoder.put(true, 128); // mb_no_coeff_skip: macroblocks may be without coefficients.
         encoder.literal(prob_skip_false.into(), 8);
         if !is_key {
             encoder.literal(prob_intra.into(), 8);
@@ -233,10 +234,10 @@ impl<'a> FrameCoder<'a> {
     }
 }
 
-/// The probability that an inter macroblock refers to the last frame, which ours always do.
+/// Probability that an inter macroblock refers to the last frame, as ours always do.
 const PROB_LAST: u8 = 255;
 
-/// The frame header up to the token probabilities (section 19.2).
+/// Writes the frame header up to the token probabilities (section 19.2).
 fn put_header(encoder: &mut BoolEncoder, is_key: bool, quantizers: &Quantizers) {
     if is_key {
         encoder.literal(0, 2); // Color space; the decoder has to clamp (it never will).
@@ -254,7 +255,7 @@ fn put_header(encoder: &mut BoolEncoder, is_key: bool, quantizers: &Quantizers) 
         }
     }
     if !is_key {
-        encoder.literal(0, 2 + 2 + 2 + 2); // Golden and altref: neither refreshed nor copied to; sign biases 0.
+        encoder.literal(0, 2 + 2 + 2 + 2); // Golden, altref: no refresh, no copy; sign biases 0.
     }
     encoder.literal(0, 1); // refresh_entropy_probs: what this frame sets is forgotten after it.
     if !is_key {
@@ -268,8 +269,8 @@ fn put_header(encoder: &mut BoolEncoder, is_key: bool, quantizers: &Quantizers) 
         .for_each(|&prob| encoder.put(false, prob));
 }
 
-/// The rest of an inter frame's header: reference probabilities, no updates of intra mode and
-/// motion vector probabilities.
+/// Writes the rest of an inter frame's header: reference probabilities, and no updates of the intra
+/// mode and motion vector probabilities.
 fn put_inter_probs(encoder: &mut BoolEncoder) {
     encoder.literal(PROB_LAST.into(), 8);
     encoder.literal(128, 8); // Golden against altref: never asked.
@@ -280,7 +281,7 @@ fn put_inter_probs(encoder: &mut BoolEncoder) {
         .for_each(|&prob| encoder.put(false, prob));
 }
 
-/// The weight of the neighbours with a zero motion vector, which is what all inter macroblocks
+/// Returns the weight of the neighbours with a zero motion vector, which all inter macroblocks
 /// have.
 fn inter_weight(actions: &[Action], columns: usize, at: usize) -> usize {
     let is_inter = |at: usize| usize::from(actions[at] == Action::Copy);
@@ -340,7 +341,7 @@ fn put_luma(
     }
 }
 
-/// The four blocks of a chroma plane, all with the same DC and nothing else.
+/// Codes the four blocks of a chroma plane, all with the same DC and no other coefficient.
 fn put_chroma(encoder: &mut BoolEncoder, dc: i16, above: &mut [u8; 2], left: &mut [u8; 2]) {
     for left in left {
         for above in &mut *above {

@@ -1,8 +1,8 @@
-//! A 5x7 font: the digits and the multiplication sign of a picture's size.
+//! 5x7 font: the digits, and the multiplication sign for a picture's size.
 
 pub const WIDTH: usize = 5;
 pub const HEIGHT: usize = 7;
-/// From one glyph's left edge to the next one's.
+/// Distance from one glyph's left edge to the next one's.
 pub const PITCH: usize = 6;
 
 const DIGITS: [[u8; HEIGHT]; 10] = [
@@ -41,7 +41,8 @@ const TIMES: [u8; HEIGHT] = [
     0b00000, 0b00000, 0b10001, 0b01010, 0b00100, 0b01010, 0b10001,
 ];
 
-/// Whether `text` (digits and 'x'), drawn with its top left corner at 0, 0, has ink at `x`, `y`.
+/// Returns whether `text` (digits and 'x'), drawn with its top left corner at 0, 0, has ink at `x`,
+/// `y`.
 pub fn ink(text: &[u8], x: usize, y: usize) -> bool {
     let glyph = match text.get(x / PITCH) {
         Some(b'x') => &TIMES,

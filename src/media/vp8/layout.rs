@@ -1,17 +1,17 @@
-//! Where things are in the picture, in macroblocks and in 4x4 pixel blocks.
+//! Positions of the picture's elements, in macroblocks and in 4x4 pixel blocks.
 //!
 //! From top to bottom: the picture's size as a label, the frame counter on its panel, and at the
-//! bottom a strip with the index in binary (most significant bit first) above a progress bar. What
-//! does not fit is left out; the counter always fits.
+//! bottom a strip with the index in binary (most significant bit first) above a progress bar.
+//! Elements that do not fit are left out. The counter always fits.
 
 use super::glyphs;
 
-/// Digits of the frame counter; also decides that a loop has fewer than 1,000 frames.
+/// Number of digits of the frame counter. It also limits a loop to fewer than 1,000 frames.
 pub const COUNTER_DIGITS: usize = 3;
-/// Squares of the index row: enough for [`COUNTER_DIGITS`] decimal digits.
+/// Number of squares in the index row, enough for [`COUNTER_DIGITS`] decimal digits.
 pub const INDEX_BITS: usize = 10;
 
-/// A rectangle of macroblocks.
+/// Rectangle of macroblocks.
 #[derive(Clone, Copy, Debug)]
 pub struct Area {
     pub left: usize,
@@ -31,31 +31,31 @@ impl Area {
 
 #[derive(Clone)]
 pub struct PictureLayout {
-    /// Macroblocks, those that the picture's edge cuts included.
+    /// Number of macroblocks per row, including those that the picture's edge cuts.
     pub columns: usize,
     pub rows: usize,
-    /// Blocks a side of one of the counter's font pixels.
+    /// Size of the counter's font pixels, in blocks per side.
     pub scale: usize,
-    /// The counter's panel, margin included.
+    /// Panel of the counter, with its margin.
     pub panel: Area,
-    /// Each digit's own macroblocks, most significant first.
+    /// Macroblocks of each digit, most significant first.
     pub digits: [Area; COUNTER_DIGITS],
     pub label: Option<Area>,
     pub strip: Option<Strip>,
 }
 
-/// The index row and the bar.
+/// Index row and progress bar.
 #[derive(Clone, Copy, Debug)]
 pub struct Strip {
     pub area: Area,
-    /// Macroblocks a side of one square of the index row; also the bar's height.
+    /// Size of a square of the index row, in macroblocks per side; also the bar's height.
     pub cell: usize,
-    /// From one square's left edge to the next one's.
+    /// Distance from one square's left edge to the next one's.
     pub pitch: usize,
 }
 
 impl Strip {
-    /// The square of `bit`, 0 for the least significant.
+    /// Returns the square of `bit`, 0 for the least significant.
     pub fn square(&self, bit: usize) -> Area {
         Area {
             left: (INDEX_BITS - 1 - bit) * self.pitch,
@@ -75,10 +75,11 @@ impl Strip {
 }
 
 impl PictureLayout {
-    /// Layouts for a picture of this many pixels, the largest counter first; empty if none fits.
+    /// Returns the layouts for a picture of this many pixels, the largest counter first; empty if
+    /// none fits.
     pub fn all(width: usize, height: usize) -> Vec<PictureLayout> {
-        // Larger steps from 4 on: there a font pixel is whole macroblocks, which are crisp and
-        // cheap.
+        // From 4 on the scales are multiples of 4, so that a font pixel consists of whole
+        // macroblocks, which are crisp and cheap.
         let scales = (1..=height / 90)
             .rev()
             .filter(|scale| *scale < 4 || scale.is_multiple_of(4))
@@ -132,8 +133,8 @@ impl PictureLayout {
         })
     }
 
-    /// The blocks of macroblock `column`, `row` of a digit's area that have ink, bit 0 for the top
-    /// left.
+    /// Returns which blocks of macroblock `column`, `row` of a digit's area have ink, bit 0 for the
+    /// top left.
     pub fn digit_pattern(&self, digit: u8, column: usize, row: usize) -> u16 {
         let area = self.digits[0];
         let offset = |room: usize, glyph: usize| {
@@ -151,7 +152,7 @@ impl PictureLayout {
         text_pattern(&[b'0' + digit], self.scale, corner, column, row)
     }
 
-    /// The same for the label; `text` is [`label_text`].
+    /// Returns the same for the label; `text` is [`label_text`].
     pub fn label_pattern(&self, text: &str, column: usize, row: usize) -> u16 {
         text_pattern(
             text.as_bytes(),
@@ -200,8 +201,8 @@ fn strip(
     })
 }
 
-/// Which blocks of macroblock `column`, `row` have ink if `text` starts at block `corner` and each
-/// font pixel is `scale` blocks a side.
+/// Returns which blocks of macroblock `column`, `row` have ink if `text` starts at block `corner`
+/// and each font pixel is `scale` blocks per side.
 fn text_pattern(
     text: &[u8],
     scale: usize,

@@ -1,12 +1,12 @@
-//! Video for publishers: a loop of really coded VP8 frames, made once and shared by all.
+//! Video for publishers: a loop of coded VP8 frames, made once and shared by all.
 //!
-//! Whoever plays the loop sends P_0, P_1, ... P_{N-1}, P_0 and so on ([`VideoClip::inter_frame`]).
-//! At any index, K_i ([`VideoClip::key_frame`]) may be sent instead of P_i: both leave the same
-//! pixels and the same probabilities, so P_{i+1} fits either. A publisher therefore needs one
-//! number, and starts anywhere, with a key frame.
+//! A publisher that plays the loop sends P_0, P_1, ... P_{N-1}, P_0 and so on
+//! ([`VideoClip::inter_frame`]). At any index, K_i ([`VideoClip::key_frame`]) may be sent instead
+//! of P_i. Both leave the same pixels and the same probabilities, so P_{i+1} fits either. A
+//! publisher therefore needs only one number, and can start anywhere with a key frame.
 //!
-//! Every frame is coded ahead, because coding one takes milliseconds and the sending path has
-//! microseconds. Bytes may be appended to a frame: decoders read none of them.
+//! All frames are coded in advance, because coding one takes milliseconds and the sending path has
+//! microseconds. Bytes may be appended to a frame, because decoders do not read them.
 
 mod bool_coder;
 mod frame;
@@ -30,29 +30,29 @@ use rate::{Design, EncoderRateControl, mean};
 use scene::Scene;
 use texture::Quantizers;
 
-/// The loop's length.
+/// Length of the loop.
 pub const LOOP_SECONDS: u32 = 10;
-/// Pixels a side, at most.
+/// Maximum number of pixels per side.
 pub const MAX_SIDE: u32 = 4096;
-/// The smallest picture that holds the frame counter and some landscape.
+/// Size of the smallest picture that holds the frame counter and some landscape.
 pub const MIN_SIZE: (u32, u32) = (96, 48);
-/// Frames a second; also what three digits of a counter allow.
+/// Frames a second. The limit is also set by the three digits of the counter.
 pub const FPS_RANGE: std::ops::RangeInclusive<u32> = 1..=60;
 
-/// What a clip has to be.
+/// Specification of a clip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Vp8Spec {
-    /// Pixels; odd sizes are allowed.
+    /// Width in pixels; odd sizes are allowed.
     pub width: u32,
     pub height: u32,
     pub fps: u32,
-    /// Bitrate of the inter frames: VP8 bytes alone, without packet headers or trailers.
+    /// Bitrate of the inter frames: VP8 bytes only, without packet headers or trailers.
     pub bitrate: Bitrate,
-    /// Other seeds give other pictures.
+    /// Seed of the pictures. Different seeds give different pictures.
     pub seed: u64,
 }
 
-/// Why a clip cannot be, and what to ask instead.
+/// Error returned when a clip cannot be made, with values that can.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Vp8SpecError {
     TooSmall { width: u32, height: u32 },
@@ -112,17 +112,17 @@ impl fmt::Display for Vp8SpecError {
 
 impl std::error::Error for Vp8SpecError {}
 
-/// A decoded picture.
+/// Decoded picture.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct I420 {
     pub width: usize,
     pub height: usize,
-    /// Luma, then u, then v, each without padding; chroma planes are half as wide and high,
-    /// rounded up.
+    /// Luma, then u, then v, each without padding. Chroma planes are half as wide and high, rounded
+    /// up.
     pub data: Vec<u8>,
 }
 
-/// A loop of `10 * fps` frames; immutable, shared by all publishers.
+/// Loop of `10 * fps` frames. It is immutable and shared by all publishers.
 pub struct VideoClip {
     spec: Vp8Spec,
     scene: Scene,
@@ -131,11 +131,11 @@ pub struct VideoClip {
 }
 
 impl VideoClip {
-    /// Makes the clip on `threads` threads (at least one); the result does not depend on their
+    /// Makes the clip on `threads` threads (at least one). The result does not depend on their
     /// number.
     ///
     /// # Errors
-    /// A spec that cannot be met, with what to ask instead.
+    /// Fails if the specification cannot be met. The error says which values can.
     pub fn generate(spec: &Vp8Spec, threads: usize) -> Result<VideoClip, Vp8SpecError> {
         check(spec)?;
         let draft = ClipDraft::new(spec, threads)?;
@@ -153,30 +153,31 @@ impl VideoClip {
         &self.spec
     }
 
-    /// Frames in the loop.
+    /// Returns the number of frames in the loop.
     #[allow(clippy::len_without_is_empty, reason = "a clip is never empty")]
     pub fn len(&self) -> usize {
         self.scene.frames
     }
 
-    /// P_i, for a decoder that shows picture `i - 1` (the last picture if `i` is 0). Panics unless
-    /// `i` is below [`VideoClip::len`].
+    /// Returns P_i, for a decoder that shows picture `i - 1` (the last picture if `i` is 0). Panics
+    /// unless `i` is below [`VideoClip::len`].
     pub fn inter_frame(&self, i: usize) -> &[u8] {
         self.inter.frame(i)
     }
 
-    /// K_i, for any decoder. Panics unless `i` is below [`VideoClip::len`].
+    /// Returns K_i, for any decoder. Panics unless `i` is below [`VideoClip::len`].
     pub fn key_frame(&self, i: usize) -> &[u8] {
         self.key.frame(i)
     }
 
-    /// The pixels that a decoder shows after P_i or K_i, by our own model; computed on demand.
+    /// Returns the pixels that a decoder shows after P_i or K_i, by our own model. They are
+    /// computed on demand.
     pub fn reconstruction(&self, i: usize) -> I420 {
         self.scene.pixels(i)
     }
 
-    /// Reads `i` from a decoded picture's index row (ten squares, dark or light). `None` if the
-    /// picture has no such row (it is narrower than 160 pixels or lower than 80) or is damaged
+    /// Reads `i` from a decoded picture's index row (ten squares, dark or light). Returns `None` if
+    /// the picture has no such row (it is narrower than 160 pixels or lower than 80) or is damaged
     /// there.
     pub fn read_index(&self, frame: &I420) -> Option<usize> {
         self.scene.read_index(frame)
@@ -199,25 +200,25 @@ fn check(spec: &Vp8Spec) -> Result<(), Vp8SpecError> {
     Ok(())
 }
 
-/// A clip whose layout is settled: what counter and bar cost by themselves is known.
+/// Clip with a chosen layout. The cost of its counter and bar alone is known.
 struct ClipDraft<'a> {
     spec: &'a Vp8Spec,
     layout: PictureLayout,
-    /// By frame, without any texture.
+    /// Bits of each frame without any texture.
     fixed_bits: Vec<f64>,
-    /// Macroblocks that can be textured.
+    /// Number of macroblocks that can be textured.
     landscape: usize,
 }
 
 impl<'a> ClipDraft<'a> {
-    /// The share of the bitrate that a large counter may take; a smaller one is drawn where it
-    /// would take more.
+    /// Share of the bitrate that a large counter may take. If it would take more, a smaller one is
+    /// drawn.
     const COUNTER_SHARE: f64 = 0.35;
-    /// The bits a frame that textures need at least, also as a share of what is fixed: with less,
-    /// the bitrate could not be steered.
+    /// Minimum bits per frame for textures, also as a share of the fixed bits. With less, the
+    /// bitrate could not be controlled.
     const LEAST_SPARE: (f64, f64) = (300.0, 0.11);
 
-    /// Picks the largest counter that the bitrate affords.
+    /// Chooses the largest counter that the bitrate allows.
     fn new(spec: &'a Vp8Spec, threads: usize) -> Result<ClipDraft<'a>, Vp8SpecError> {
         let mut smallest = None;
         for layout in PictureLayout::all(spec.width as usize, spec.height as usize) {
@@ -267,8 +268,8 @@ impl<'a> ClipDraft<'a> {
         }
     }
 
-    /// Textures the landscape if each new texture costs `overhead_bits` beside its luma, and brings
-    /// the loop as close to the bitrate as that goes.
+    /// Textures the landscape for an assumed cost of `overhead_bits` per new texture besides its
+    /// luma, and brings the loop as close to the bitrate as possible.
     fn attempt(&self, overhead_bits: f64, threads: usize) -> Result<Attempt, Vp8SpecError> {
         let spec = self.spec;
         let design = Design::new(
@@ -307,7 +308,7 @@ impl<'a> ClipDraft<'a> {
         })
     }
 
-    /// The least bits a frame.
+    /// Returns the minimum bits per frame.
     fn least_bits(&self) -> f64 {
         let fixed = mean(&self.fixed_bits);
         fixed + Self::LEAST_SPARE.0.max(Self::LEAST_SPARE.1 * fixed)
@@ -333,20 +334,20 @@ impl<'a> ClipDraft<'a> {
 struct Attempt {
     scene: Scene,
     inter: Frames,
-    /// By which share of the bitrate the loop is too large.
+    /// Share of the bitrate by which the loop is too large.
     error: f64,
-    /// What a new texture really cost beside its luma.
+    /// Measured cost of a new texture besides its luma.
     overhead_bits: f64,
 }
 
-/// Two are enough where the design can meet the bitrate at all.
+/// Maximum number of corrections. Two are enough if the design can meet the bitrate at all.
 const MAX_CORRECTIONS: usize = 3;
-/// New textures that stand alone cost more beside their luma than those in a crowd; the first
-/// attempt measures it.
+/// Maximum number of redesigns. Isolated new textures cost more besides their luma than clustered
+/// ones; the first attempt measures the cost.
 const MAX_REDESIGNS: usize = 3;
-/// A share of the bitrate.
+/// Error at which the search ends, as a share of the bitrate.
 const CLOSE_ENOUGH: f64 = 0.001;
-/// The same, for what is handed out.
+/// Largest error that is accepted in the result, as a share of the bitrate.
 const TOLERATED: f64 = 0.01;
 
 fn still_scene(spec: &Vp8Spec, layout: &PictureLayout, quantizers: Quantizers) -> Scene {
@@ -365,7 +366,7 @@ fn mean_bits(spec: &Vp8Spec) -> f64 {
     spec.bitrate.bps() as f64 / f64::from(spec.fps)
 }
 
-/// A step that [`Bitrate`] prints in full, so that what a message says is accepted as it stands.
+/// Step in which [`Bitrate`] is printed in full, so that a value in a message is accepted as it is.
 fn printed_step(bps: f64) -> f64 {
     if bps < 1e6 { 1e3 } else { 1e4 }
 }
@@ -384,10 +385,10 @@ enum FrameKind {
     Inter,
 }
 
-/// Coded frames, one after another in one buffer.
+/// Coded frames, concatenated in one buffer.
 struct Frames {
     bytes: Vec<u8>,
-    /// Where each frame starts, and where the last one ends.
+    /// Positions where each frame starts, and where the last one ends.
     bounds: Vec<usize>,
 }
 

@@ -1,56 +1,59 @@
-//! Meeting the bitrate: how much of the landscape changes, how finely, and what each frame's new
+//! Rate control: how much of the landscape changes, how detailed it is, and what each frame's new
 //! textures may cost.
 
 use super::scene::Scene;
 use super::texture::{Class, Palette, Quantizers};
 use crate::seeded::Seeded;
 
-/// The cost of a textured macroblock beside its luma blocks, about: modes, Y2, chroma. The real
+/// Approximate cost of a textured macroblock besides its luma blocks: modes, Y2, chroma. The real
 /// cost is measured by coding.
 pub const USUAL_OVERHEAD_BITS: f64 = 22.0;
-/// Below this the textures would be hard to see, so fewer macroblocks are textured instead.
+/// Cost below which textures would be hard to see, so fewer macroblocks are textured instead.
 const CALM_BITS: f64 = 90.0;
-/// New textures every so many frames. A key frame codes them all, an inter frame one in so many: it
-/// sets the ratio of their sizes, which libvpx in real-time mode has at 5.7 to 7.2.
+/// Usual number of frames between new textures of a macroblock. A key frame codes all textures and
+/// an inter frame one in this many, so it sets the ratio of their sizes. libvpx in real-time mode
+/// has a ratio of 5.7 to 7.2.
 const USUAL_PERIOD: usize = 6;
-/// The classes' costs around the wanted mean: room for frames that have to be larger or smaller.
+/// Costs of the classes relative to the wanted mean. They leave room for frames that have to be
+/// larger or smaller.
 const CLASS_SPREAD: [f64; 7] = [0.66, 0.76, 0.87, 1.0, 1.15, 1.32, 1.52];
-/// For each quantizer, the greatest mean cost whose dearest class still fits the residual's bounds.
+/// For each quantizer, the greatest mean cost at which the most expensive class still fits the
+/// residual's bounds.
 const QUANTIZERS: [(Quantizers, f64); 3] = [
     (Quantizers::COARSE, 500.0),
     (Quantizers::FINE, 850.0),
     (Quantizers::FINEST, 1_150.0),
 ];
-/// How far frame sizes stray from the mean, as an encoder's do.
+/// Variation of frame sizes around the mean, like an encoder's.
 const JITTER: f64 = 0.15;
-/// The least and the most that one frame's textures take of their mean: inside what the classes
-/// reach.
+/// Minimum and maximum cost of one frame's textures, relative to their mean. Both are within the
+/// range of the classes.
 const TEXTURE_SWING: (f64, f64) = (0.75, 1.35);
 
-/// What is textured, how often, and at what mean cost.
+/// Plan of the textures: how many, how often they change, and their mean cost.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Design {
     pub quantizers: Quantizers,
-    /// How many macroblocks are textured.
+    /// Number of macroblocks that are textured.
     pub count: usize,
-    /// Each of them takes a new texture every `period` frames.
+    /// Number of frames after which each of them takes a new texture.
     pub period: usize,
-    /// The wanted mean cost of a texture's luma.
+    /// Wanted mean cost of a texture's luma.
     pub bits: f64,
 }
 
 impl Design {
-    /// Spends `spare_bits` a frame on up to `landscape` macroblocks in a loop of `frames`, where
-    /// each new texture costs `overhead_bits` beside its luma; `None` if they cannot carry so
-    /// much.
+    /// Spends `spare_bits` per frame on up to `landscape` macroblocks in a loop of `frames` frames,
+    /// where each new texture costs `overhead_bits` besides its luma. Returns `None` if they cannot
+    /// carry that much.
     pub fn new(
         spare_bits: f64,
         overhead_bits: f64,
         landscape: usize,
         frames: usize,
     ) -> Option<Design> {
-        // A macroblock that changes once a loop would never change: it needs two textures to
-        // alternate between.
+        // A macroblock that changes once per loop would never change, because it needs two textures
+        // to alternate between.
         let longest_period = USUAL_PERIOD.min(frames / 2);
         let wanted = spare_bits * longest_period as f64 / (CALM_BITS + overhead_bits);
         let count = (wanted.round() as usize)
@@ -71,13 +74,13 @@ impl Design {
             .find_map(|period| fits(period, bits_at(period)))
     }
 
-    /// The most spare bits a frame that [`Design::new`] accepts.
+    /// Returns the maximum spare bits per frame that [`Design::new`] accepts.
     pub fn most_spare_bits(landscape: usize) -> f64 {
         let [.., (_, most)] = QUANTIZERS;
         landscape as f64 * most
     }
 
-    /// The texture classes, cheapest first.
+    /// Returns the texture classes, cheapest first.
     pub fn classes(&self, palette: &mut Palette, random: &mut Seeded) -> Vec<Class> {
         CLASS_SPREAD
             .iter()
@@ -86,17 +89,18 @@ impl Design {
     }
 }
 
-/// Decides what each frame spends, and corrects itself by the sizes that came out.
+/// Decides what each frame spends, and corrects itself by the resulting sizes.
 pub struct EncoderRateControl {
-    /// Bits, by frame.
+    /// Target of each frame, in bits.
     targets: Vec<f64>,
-    /// The classes' mean costs.
+    /// Mean costs of the classes.
     costs: Vec<f64>,
     steps: Vec<u32>,
 }
 
 impl EncoderRateControl {
-    /// `mean_bits` a frame, of which `fixed_bits[i]` are taken at frame `i` before any texture.
+    /// Creates a control for `mean_bits` per frame, of which `fixed_bits[i]` are used at frame `i`
+    /// before any texture.
     pub fn new(
         mean_bits: f64,
         fixed_bits: &[f64],
@@ -126,10 +130,10 @@ impl EncoderRateControl {
         control
     }
 
-    /// Moves every frame towards its target, given the bits that it has with the present steps.
+    /// Moves every frame towards its target, given its bits with the present steps.
     pub fn correct(&mut self, actual_bits: &[f64], scene: &mut Scene) {
         let (_, left_over) = self.plan(actual_bits, 0.0, scene);
-        // What the end of the loop cannot take, its beginning gets.
+        // Bits that the end of the loop cannot take go to its beginning.
         (self.steps, _) = self.plan(actual_bits, left_over, scene);
         self.steps
             .iter()
@@ -137,8 +141,8 @@ impl EncoderRateControl {
             .for_each(|(index, &steps)| scene.spend(index, steps));
     }
 
-    /// New steps, and the bits that did not find a place. What one frame cannot take, the next one
-    /// gets, starting with `carried`.
+    /// Returns new steps, and the bits that remain. Bits that one frame cannot take go to the next,
+    /// starting with `carried`.
     fn plan(&self, actual_bits: &[f64], mut carried: f64, scene: &Scene) -> (Vec<u32>, f64) {
         let mut plan = Vec::with_capacity(self.steps.len());
         for (index, actual) in actual_bits.iter().enumerate() {
@@ -152,12 +156,12 @@ impl EncoderRateControl {
         (plan, carried)
     }
 
-    /// By how much of the target the loop is too large.
+    /// Returns the share of the target by which the loop is too large.
     pub fn error(&self, actual_bits: &[f64]) -> f64 {
         mean(actual_bits) / mean(&self.targets) - 1.0
     }
 
-    /// What a new texture cost beside its luma, in the mean over the loop.
+    /// Returns the mean cost of a new texture besides its luma, over the loop.
     pub fn overhead_bits(&self, actual_bits: &[f64], fixed_bits: &[f64], scene: &Scene) -> f64 {
         let luma = |index: usize| self.cost(scene.refreshed(index), self.steps[index]);
         let luma_bits: f64 = (0..scene.frames).map(luma).sum();
@@ -169,7 +173,8 @@ impl EncoderRateControl {
         .max(0.0)
     }
 
-    /// The luma bits of `refreshed` textures after `steps` steps up from the cheapest class.
+    /// Returns the luma bits of `refreshed` textures after `steps` steps up from the cheapest
+    /// class.
     fn cost(&self, refreshed: u32, steps: u32) -> f64 {
         if refreshed == 0 {
             return 0.0;
@@ -179,7 +184,7 @@ impl EncoderRateControl {
         self.costs[class] * (f64::from(refreshed) - more) + next * more
     }
 
-    /// The steps whose cost comes closest to `bits`.
+    /// Returns the number of steps whose cost is closest to `bits`.
     fn steps_for(&self, refreshed: u32, bits: f64) -> u32 {
         let each = bits / f64::from(refreshed.max(1));
         let top = self.costs.len() - 1;
@@ -192,8 +197,8 @@ impl EncoderRateControl {
     }
 }
 
-/// Each frame's bits: the mean and some jitter, as far as the textures can even out what counter
-/// and bar take.
+/// Returns the bits of each frame: the mean with some jitter, as far as the textures can compensate
+/// for the counter and the bar.
 fn targets(mean_bits: f64, fixed_bits: &[f64], random: &mut Seeded) -> Vec<f64> {
     let spare = mean_bits - mean(fixed_bits);
     let wanted = |fixed: &f64| {

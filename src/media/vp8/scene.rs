@@ -1,15 +1,15 @@
-//! The pictures of a loop: what every macroblock shows at every index.
+//! Pictures of a loop: the contents of every macroblock at every index.
 //!
 //! A picture is computed from the index, never stored. Most of it is a calm landscape whose
-//! macroblocks take a new texture every few frames; that is what the bits are spent on.
+//! macroblocks take a new texture every few frames. Most bits are spent on these textures.
 
 use super::I420;
 use super::layout::{Area, INDEX_BITS, PictureLayout, label_text};
 use super::texture::{CLASS_SIZE, Class, FLAT, MEAN_RANGE, Palette, Quantizers, TextureId};
 use crate::seeded::{Seeded, mixed};
 
-/// All there is to know about a macroblock's pixels: equal descriptors mean equal pixels, wherever
-/// they stand and however they are coded.
+/// Complete description of a macroblock's pixels. Equal descriptors mean equal pixels, wherever
+/// they are and however they are coded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Descriptor {
     pub texture: TextureId,
@@ -48,8 +48,8 @@ const BRIGHTNESS: [f64; 3] = [158.0, 122.0, 96.0];
 #[derive(Clone, Copy)]
 enum BlockRole {
     Still(Descriptor),
-    /// The `rank`-th of those that take a new texture at the indices that are `phase` modulo the
-    /// period.
+    /// The `rank`-th of the macroblocks that take a new texture at the indices that are `phase`
+    /// modulo the period.
     Textured {
         phase: u8,
         rank: u32,
@@ -66,42 +66,42 @@ enum BlockRole {
     },
 }
 
-/// How the textured macroblocks change.
+/// Change of the textured macroblocks over time.
 struct Motion {
     classes: Vec<Class>,
-    /// How many macroblocks take a new texture at each phase; as long as the period.
+    /// Number of macroblocks that take a new texture at each phase. Its length is the period.
     groups: Vec<u32>,
     levels: Vec<Level>,
 }
 
-/// The cost classes of one frame's new textures: `class` + 1 for `more` of them, `class` for the
+/// Cost classes of one frame's new textures: `class` + 1 for `more` of them, `class` for the
 /// others.
 #[derive(Clone, Copy)]
 struct Level {
     class: u8,
     more: u32,
-    /// Rotates who gets the dearer class.
+    /// Offset that rotates which macroblocks get the more expensive class.
     turn: u32,
 }
 
 pub struct Scene {
     pub layout: PictureLayout,
     pub palette: Palette,
-    /// Frames in the loop.
+    /// Number of frames in the loop.
     pub frames: usize,
     width: usize,
     height: usize,
     salt: u64,
     roles: Vec<BlockRole>,
-    /// Macroblocks of the landscape and their colours, the first to be textured first.
+    /// Macroblocks of the landscape with their colours, in the order in which they are textured.
     landscape: Vec<(u32, Descriptor)>,
-    /// For each digit 0..=9, the macroblocks of its area.
+    /// Macroblocks of a digit's area, for each digit 0..=9.
     digits: [Vec<Descriptor>; 10],
     motion: Motion,
 }
 
 impl Scene {
-    /// A scene without any texture yet.
+    /// Creates a scene without any texture yet.
     pub fn still(
         width: usize,
         height: usize,
@@ -160,13 +160,13 @@ impl Scene {
         }
     }
 
-    /// How many macroblocks can be textured.
+    /// Returns the number of macroblocks that can be textured.
     pub fn landscape_size(&self) -> usize {
         self.landscape.len()
     }
 
     /// Lets the first `count` macroblocks of the landscape take a new texture every `period`
-    /// frames; the others keep still.
+    /// frames. The others do not change.
     pub fn animate(&mut self, count: usize, period: usize, classes: Vec<Class>) {
         let mut order = self.landscape[..count].to_vec();
         let mut random = Seeded::new(self.salt);
@@ -200,13 +200,13 @@ impl Scene {
         };
     }
 
-    /// How many macroblocks take a new texture at `index`.
+    /// Returns the number of macroblocks that take a new texture at `index`.
     pub fn refreshed(&self, index: usize) -> u32 {
         self.motion.groups[index % self.motion.groups.len()]
     }
 
-    /// Spends `steps` steps on the new textures of frame `index`: each step lifts one macroblock by
-    /// one class.
+    /// Spends `steps` steps on the new textures of frame `index`. Each step raises one macroblock
+    /// by one class.
     pub fn spend(&mut self, index: usize, steps: u32) {
         let group = self.refreshed(index).max(1);
         self.motion.levels[index] = Level {
@@ -216,7 +216,7 @@ impl Scene {
         };
     }
 
-    /// The picture at `index`, in raster order.
+    /// Computes the picture at `index`, in raster order.
     pub fn picture(&self, index: usize, picture: &mut Vec<Descriptor>) {
         let refreshed: Vec<usize> = (0..self.motion.groups.len())
             .map(|phase| self.last_refresh(index, phase))
@@ -250,7 +250,8 @@ impl Scene {
         }));
     }
 
-    /// The latest frame up to `index`, round the loop, at which `phase` took new textures.
+    /// Returns the latest frame up to `index`, wrapping around the loop, at which `phase` took new
+    /// textures.
     fn last_refresh(&self, index: usize, phase: usize) -> usize {
         let period = self.motion.groups.len();
         let last_until = |end: usize| (end >= phase).then(|| end - (end - phase) % period);
@@ -273,7 +274,7 @@ impl Scene {
         self.motion.classes[class].first + (chosen % u64::from(CLASS_SIZE)) as u16
     }
 
-    /// The pixels that a decoder shows at `index`.
+    /// Returns the pixels that a decoder shows at `index`.
     pub fn pixels(&self, index: usize) -> I420 {
         let mut picture = Vec::new();
         self.picture(index, &mut picture);
@@ -304,8 +305,8 @@ impl Scene {
         }
     }
 
-    /// Appends a plane of which each macroblock has `SIDE` pixels a side; `row_of` gives one row of
-    /// one macroblock.
+    /// Appends a plane in which each macroblock has `SIDE` pixels per side. `row_of` gives one row
+    /// of one macroblock.
     fn push_plane<const SIDE: usize>(
         &self,
         picture: &[Descriptor],
@@ -322,7 +323,7 @@ impl Scene {
         }
     }
 
-    /// Reads the index row; `None` where the layout has none or a square is neither on nor off.
+    /// Reads the index row; `None` if the layout has none or a square is neither on nor off.
     pub fn read_index(&self, frame: &I420) -> Option<usize> {
         let strip = self.layout.strip?;
         let mut index = 0;
@@ -335,7 +336,8 @@ impl Scene {
             } = strip.square(bit);
             let (x, y) = (16 * left + 8 * columns, 16 * top + 8 * rows);
             let luma = *frame.data.get(y * frame.width + x)?;
-            // Half way between off and on, with a third of the distance left out as undecided.
+            // The threshold is half way between off and on. A third of the distance around it is
+            // undecided.
             match luma {
                 0..=123 => index *= 2,
                 168.. => index = 2 * index + 1,
@@ -356,8 +358,8 @@ fn mosaic(palette: &mut Palette, pattern: u16) -> Descriptor {
     }
 }
 
-/// The background's colours, and the order in which its macroblocks are textured when there are
-/// bits for some only: clouds, not confetti.
+/// Returns the colours of the background's macroblocks, in the order in which they are textured if
+/// there are bits for some only. The order makes clouds instead of scattered spots.
 fn landscape(layout: &PictureLayout, random: &mut Seeded) -> Vec<(u32, Descriptor)> {
     let hues = HUES[random.below(HUES.len() as u64) as usize];
     let (horizon, shade, activity) = (Noise::new(random), Noise::new(random), Noise::new(random));
@@ -369,7 +371,7 @@ fn landscape(layout: &PictureLayout, random: &mut Seeded) -> Vec<(u32, Descripto
             let height = row as f64 / layout.rows as f64;
             let band = usize::from(height > 0.36 + 0.12 * horizon.at(x, 0.0))
                 + usize::from(height > 0.62 + 0.10 * horizon.at(x, 3.0));
-            // Few steps, because each costs bits: neighbours mostly share a shade.
+            // The luma has few steps, because each step costs bits. Most neighbours share a shade.
             let luma = BRIGHTNESS[band] + 6.0 * (2.5 * shade.at(x, y)).round();
             let (u, v) = hues[band];
             let colour = Descriptor {
@@ -393,7 +395,7 @@ fn landscape(layout: &PictureLayout, random: &mut Seeded) -> Vec<(u32, Descripto
         .collect()
 }
 
-/// Puts counter, label, index row and bar over the landscape.
+/// Draws counter, label, index row and bar over the landscape.
 fn overlay(
     roles: &mut [Option<BlockRole>],
     layout: &PictureLayout,
@@ -447,7 +449,7 @@ fn overlay(
     }
 }
 
-/// Smooth noise over the plane, repeating every 16 units, about -1..1.
+/// Smooth noise over the plane, about -1..1. It repeats every 16 units.
 struct Noise([f64; 256]);
 
 impl Noise {

@@ -1,15 +1,14 @@
-//! The constants of RFC 6386 that our bitstreams touch, as the RFC prints them.
+//! Constants of RFC 6386 that our bitstreams use, as the RFC prints them.
 
-/// The order in which a block's coefficients are coded (section 13): entry `i` is the raster
-/// position of the `i`-th coefficient.
+/// Order in which a block's coefficients are coded (section 13): entry `i` is the raster position
+/// of the `i`-th coefficient.
 pub const ZIGZAG: [usize; 16] = [0, 1, 4, 8, 5, 2, 3, 6, 9, 12, 13, 10, 7, 11, 14, 15];
 
-/// From a coefficient's place in coding order to the second index of the probability tables
-/// (section 13.3).
+/// Second index of the probability tables by a coefficient's place in coding order (section 13.3).
 pub const COEFF_BANDS: [usize; 16] = [0, 1, 2, 3, 6, 4, 5, 6, 6, 6, 6, 6, 6, 6, 6, 7];
 
-/// The six ranges of large coefficients: the least value, then the probabilities of the extra bits,
-/// most significant first (section 13.2).
+/// The six ranges of large coefficients: the minimum value, then the probabilities of the extra
+/// bits, most significant first (section 13.2).
 pub const CATEGORIES: [(u16, &[u8]); 6] = [
     (5, &[159]),
     (7, &[165, 145]),
@@ -19,12 +18,11 @@ pub const CATEGORIES: [(u16, &[u8]); 6] = [
     (67, &[254, 254, 243, 230, 196, 177, 153, 140, 133, 130, 129]),
 ];
 
-/// The largest coefficient that a token can carry: the last category's base and its eleven extra
-/// bits.
+/// Largest coefficient that a token can carry: the last category's base and its eleven extra bits.
 pub const MAX_LEVEL: i16 = 67 + 2047;
 
-/// DC_PRED in a key frame's `kf_ymode_tree` is the path 1, 0, 0 (section 11.2): each step's bit and
-/// probability.
+/// DC_PRED in a key frame's `kf_ymode_tree`: the bit and probability of each step on the path 1, 0,
+/// 0 (section 11.2).
 pub const KEY_Y_DC_PRED: [(bool, u8); 3] = [(true, 145), (false, 156), (false, 163)];
 /// DC_PRED in a key frame's `uv_mode_tree` (section 11.4).
 pub const KEY_UV_DC_PRED: (bool, u8) = (false, 142);
@@ -33,12 +31,12 @@ pub const INTER_Y_DC_PRED: (bool, u8) = (false, 112);
 /// DC_PRED in an inter frame's `uv_mode_tree`, default probabilities (section 16.1).
 pub const INTER_UV_DC_PRED: (bool, u8) = (false, 162);
 
-/// The probability of a zero motion vector in `mv_ref_tree`, by the weight of neighbours with a
-/// zero vector (section 16.3, first column of `vp8_mode_contexts`): above and left weigh 2 each,
-/// above-left 1; intra macroblocks and the outside of the picture weigh nothing.
+/// Probability of a zero motion vector in `mv_ref_tree`, by the weight of neighbours with a zero
+/// vector (section 16.3, first column of `vp8_mode_contexts`). Above and left weigh 2 each,
+/// above-left 1; intra macroblocks and positions outside of the picture weigh nothing.
 pub const ZERO_MV_PROBS: [u8; 6] = [7, 14, 135, 60, 159, 234];
 
-/// The probabilities of "no update" of the motion vector probabilities, rows then columns (section
+/// Probabilities of "no update" of the motion vector probabilities, rows then columns (section
 /// 17.2).
 pub const MV_UPDATE_PROBS: [[u8; 19]; 2] = [
     [
@@ -74,7 +72,7 @@ pub const AC_QLOOKUP: [u16; 128] = [
     209, 213, 217, 221, 225, 229, 234, 239, 245, 249, 254, 259, 264, 269, 274, 279, 284,
 ];
 
-/// The probabilities of "no update" of a token probability (section 13.4).
+/// Probabilities of "no update" of a token probability (section 13.4).
 pub const COEFF_UPDATE_PROBS: CoeffProbs = [
     [
         [
@@ -246,7 +244,7 @@ pub const COEFF_UPDATE_PROBS: CoeffProbs = [
     ],
 ];
 
-/// The token probabilities that every key frame restores (section 13.5).
+/// Token probabilities that every key frame restores (section 13.5).
 pub const DEFAULT_COEFF_PROBS: CoeffProbs = [
     [
         [

@@ -1,9 +1,9 @@
 //! Textures: the residual of a macroblock without its mean, ready to be coded at any mean.
 //!
-//! A texture has luma detail only. Where a macroblock's prediction is flat (DC_PRED), the decoder
-//! adds the prediction, a DC part that we choose, and the texture. The DC part passes both inverse
-//! transforms exactly (see [`Quantizers`]), so a macroblock's pixels are `mean + residual`,
-//! whatever it was predicted from.
+//! A texture has luma detail only. If a macroblock's prediction is flat (DC_PRED), the decoder adds
+//! the prediction, a DC part that we choose, and the texture. The DC part passes both inverse
+//! transforms exactly (see [`Quantizers`]), so a macroblock's pixels are `mean + residual` for any
+//! prediction.
 
 use std::collections::BTreeMap;
 
@@ -12,11 +12,11 @@ use super::tables::{AC_QLOOKUP, DC_QLOOKUP, ZIGZAG};
 use super::tokens::{Levels, Plane, put_block};
 use crate::seeded::Seeded;
 
-/// The frame's quantizer indices (RFC 6386, sections 9.6 and 14.1).
+/// Quantizer indices of a frame (RFC 6386, sections 9.6 and 14.1).
 ///
 /// A mean of `d` above the prediction is a Y2 DC level of `64 d / y2_dc` and chroma DC levels of `8
-/// d / uv_dc`: exact only where `y2_dc` divides 64 and `uv_dc` divides 8, which the constructor
-/// asserts.
+/// d / uv_dc`. This is exact only if `y2_dc` divides 64 and `uv_dc` divides 8, which the
+/// constructor asserts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Quantizers {
     pub index: u8,
@@ -24,14 +24,14 @@ pub struct Quantizers {
     pub uv_dc_delta: i8,
     pub y_ac: i32,
     pub y2_ac: i32,
-    /// Y2 DC levels per unit of luma.
+    /// Number of Y2 DC levels per unit of luma.
     pub y2_levels_per_step: i16,
-    /// Chroma DC levels per unit of chroma.
+    /// Number of chroma DC levels per unit of chroma.
     pub uv_levels_per_step: i16,
 }
 
 impl Quantizers {
-    /// For ordinary rates, for high ones, and for the highest.
+    /// Quantizers for ordinary rates, for high ones, and for the highest.
     pub const COARSE: Quantizers = Quantizers::new(19, -6, -15);
     pub const FINE: Quantizers = Quantizers::new(4, 0, 0);
     pub const FINEST: Quantizers = Quantizers::new(0, 0, 0);
@@ -65,35 +65,35 @@ impl Quantizers {
     }
 }
 
-/// Names a texture of a [`Palette`].
+/// Identifies a texture of a [`Palette`].
 pub type TextureId = u16;
 
-/// The texture without any detail.
+/// Texture without any detail.
 pub const FLAT: TextureId = 0;
 
-/// Residuals stay within this of the mean, so means within [`MEAN_RANGE`] never saturate: a clamped
-/// pixel would break the sums that later predictions rest on.
+/// Maximum distance of residuals from the mean. Means within [`MEAN_RANGE`] therefore never
+/// saturate. A clamped pixel would break the sums that later predictions are based on.
 pub const MAX_RESIDUAL: i16 = 60;
-/// The means that any texture of [`Palette::add_class`] can take.
+/// Range of means that any texture of [`Palette::add_class`] can take.
 pub const MEAN_RANGE: std::ops::RangeInclusive<u8> = 60..=195;
 
 pub struct Texture {
-    /// Y2 levels; entry 0 (DC) is zero here and set per macroblock.
+    /// Y2 levels. Entry 0 (DC) is zero here and set for each macroblock.
     pub y2: Levels,
-    /// `y2` has no coefficient.
+    /// Whether `y2` has no coefficient.
     pub plain_y2: bool,
-    /// The sum of the residual's bottom row, and of its right column: what the neighbours' DC_PRED
-    /// sees.
+    /// Sums of the residual's bottom row and of its right column, which the neighbours' DC_PRED
+    /// uses.
     pub bottom: i32,
     pub right: i32,
     /// Which of the sixteen luma blocks hold a coefficient, bit 0 for the top left.
     pub coded_blocks: u16,
-    /// The least and the greatest residual.
+    /// Minimum and maximum residual.
     pub extent: (i16, i16),
-    /// The residual, 16 rows of 16.
+    /// Residual, 16 rows of 16.
     pub residual: Box<[i16; 256]>,
-    /// Where the decisions of luma block `b` in context `c` start, at `3 b + c`, and a last entry
-    /// where the last ones end.
+    /// Start of the decisions of luma block `b` in context `c`, at `3 b + c`. The last entry is the
+    /// end of the last ones.
     starts: [u32; 49],
 }
 
@@ -105,11 +105,11 @@ pub struct Palette {
     meter: CostMeter,
 }
 
-/// Textures of about the same cost: `CLASS_SIZE` of them from `first` on.
+/// Group of `CLASS_SIZE` textures of about the same cost, from `first` on.
 #[derive(Clone, Copy, Debug)]
 pub struct Class {
     pub first: TextureId,
-    /// The mean cost of one texture's luma blocks.
+    /// Mean cost of one texture's luma blocks.
     pub bits: f64,
 }
 
@@ -133,18 +133,18 @@ impl Palette {
         &self.textures[usize::from(id)]
     }
 
-    /// The decisions that code luma block `block` (0..16) where `context` (0..=2) neighbours hold a
-    /// coefficient.
+    /// Returns the decisions that code luma block `block` (0..16) if `context` (0..=2) neighbours
+    /// hold a coefficient.
     #[inline]
     pub fn luma_decisions(&self, texture: &Texture, block: usize, context: usize) -> &[u16] {
         let at = 3 * block + context;
         &self.decisions[texture.starts[at] as usize..texture.starts[at + 1] as usize]
     }
 
-    /// A two-tone mosaic of 4x4 pixel blocks: bit `b` of `pattern` puts block `b` at `ink` instead
-    /// of `paper`. Returns the mean as well.
+    /// Returns a two-tone mosaic of 4x4 pixel blocks and its mean. Bit `b` of `pattern` gives block
+    /// `b` the tone `ink` instead of `paper`.
     ///
-    /// The tones come out within about two steps; `ink` and `paper` must be the same in every call.
+    /// The tones are accurate to about two steps. `ink` and `paper` must be the same in every call.
     pub fn mosaic(&mut self, pattern: u16, ink: u8, paper: u8) -> (TextureId, u8) {
         if pattern == 0 || pattern == u16::MAX {
             return (FLAT, if pattern == 0 { paper } else { ink });
@@ -175,8 +175,8 @@ impl Palette {
         (id, mean)
     }
 
-    /// Adds textures whose luma blocks cost about `bits` each, or `None` if detail of that cost
-    /// does not fit [`MAX_RESIDUAL`].
+    /// Adds textures whose luma blocks cost about `bits` each. Returns `None` if detail of that
+    /// cost does not fit [`MAX_RESIDUAL`].
     pub fn add_class(&mut self, bits: f64, random: &mut Seeded) -> Option<Class> {
         let first = TextureId::try_from(self.textures.len())
             .expect("a palette holds a few thousand textures");
@@ -231,15 +231,15 @@ impl Palette {
     }
 }
 
-/// Random detail that costs `bits` or slightly more: mostly low frequencies, so that it looks like
-/// cloth rather than noise.
+/// Makes random detail that costs `bits` or slightly more. Most of it has low frequencies, so that
+/// it looks like cloth and not like noise.
 fn detail(
     bits: f64,
     y_ac: i32,
     random: &mut Seeded,
     meter: &mut CostMeter,
 ) -> Option<([Levels; 16], f64)> {
-    // The more bits a block has to carry, the further up its frequencies reach.
+    // The more bits a block has to carry, the higher its frequencies are.
     let reach = (3.0 + bits / 16.0 / 4.0).min(15.0) as u64;
     let mut blocks = [[0; 16]; 16];
     let mut costs = [luma_cost(&blocks[0], meter); 16];
@@ -280,7 +280,8 @@ fn within_bounds(levels: &Levels, y_ac: i32) -> bool {
         .all(|r| r.abs() <= i32::from(MAX_RESIDUAL))
 }
 
-/// Raster coefficients of a block in coding order, with its DC.
+/// Returns the dequantized coefficients of a block in raster order, with its DC. `levels` are in
+/// coding order.
 fn dequantized(levels: &Levels, ac: i32, dc: i32) -> [i32; 16] {
     let mut raster = [0; 16];
     for (at, &level) in levels.iter().enumerate().skip(1) {
@@ -290,7 +291,7 @@ fn dequantized(levels: &Levels, ac: i32, dc: i32) -> [i32; 16] {
     raster
 }
 
-/// What a decoder adds to a flat prediction of the texture's mean.
+/// Returns what a decoder adds to a flat prediction of the texture's mean.
 fn residual(y2: &Levels, luma: &[Levels; 16], quantizers: &Quantizers) -> [i16; 256] {
     let block_dcs = inverse_walsh(&dequantized(y2, quantizers.y2_ac, 0));
     let mut pixels = [0; 256];
@@ -306,15 +307,15 @@ fn residual(y2: &Levels, luma: &[Levels; 16], quantizers: &Quantizers) -> [i16; 
     pixels
 }
 
-/// The Y2 levels (all but DC) that give the sixteen blocks these offsets from their mean.
+/// Returns the Y2 levels (all but DC) that give the sixteen blocks these offsets from their mean.
 fn walsh_levels(offsets: &[f64; 16], y2_ac: i32) -> Levels {
     let mut levels = [0; 16];
     for (at, &raster) in ZIGZAG.iter().enumerate().skip(1) {
         let mut unit = [0; 16];
         unit[raster] = 8;
         let basis = inverse_walsh(&unit);
-        // A pixel is an eighth of its block's DC, that an eighth of the WHT's sum; the basis has
-        // sixteen entries of +-1.
+        // A pixel is an eighth of its block's DC, which is an eighth of the WHT's sum. The basis
+        // has sixteen entries of +-1.
         let coefficient = offsets
             .iter()
             .zip(basis)
@@ -327,7 +328,7 @@ fn walsh_levels(offsets: &[f64; 16], y2_ac: i32) -> Levels {
     levels
 }
 
-/// RFC 6386, section 14.3.
+/// Inverse WHT (RFC 6386, section 14.3).
 fn inverse_walsh(input: &[i32; 16]) -> [i32; 16] {
     let butterfly =
         |[a, b, c, d]: [i32; 4]| [a + d + b + c, b - c + a - d, a + d - b - c, a - d - b + c];
@@ -349,7 +350,7 @@ fn inverse_walsh(input: &[i32; 16]) -> [i32; 16] {
     output
 }
 
-/// RFC 6386, section 14.4.
+/// Inverse DCT (RFC 6386, section 14.4).
 fn inverse_dct(input: &[i32; 16]) -> [i32; 16] {
     let times_cos = |x: i32| x + ((x * 20_091) >> 16);
     let times_sin = |x: i32| (x * 35_468) >> 16;

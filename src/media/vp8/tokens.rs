@@ -3,21 +3,22 @@
 use super::bool_coder::BoolSink;
 use super::tables::{CATEGORIES, COEFF_BANDS, DEFAULT_COEFF_PROBS};
 
-/// The first index of the token probabilities.
+/// First index of the token probabilities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Plane {
-    /// Luma after Y2: starts at coefficient 1.
+    /// Luma after Y2, which starts at coefficient 1.
     Luma = 0,
     Y2 = 1,
     Chroma = 2,
 }
 
-/// The quantized coefficients of one block, in coding (zigzag) order.
+/// Quantized coefficients of one block, in coding (zigzag) order.
 pub type Levels = [i16; 16];
 
-/// Codes one block and says whether it holds a coefficient, which is the context of its neighbours.
+/// Codes one block and returns whether it holds a coefficient, which is the context of its
+/// neighbours.
 ///
-/// `context` counts the neighbours (above, left) that hold one: 0..=2.
+/// `context` is the number of neighbours (above, left) that hold a coefficient: 0..=2.
 #[inline]
 pub fn put_block(sink: &mut impl BoolSink, plane: Plane, context: usize, levels: &Levels) -> bool {
     let first = usize::from(plane == Plane::Luma);
@@ -29,7 +30,7 @@ pub fn put_block(sink: &mut impl BoolSink, plane: Plane, context: usize, levels:
     end > first
 }
 
-/// The same for a block whose only coefficient is its DC; not for luma.
+/// Does the same for a block whose only coefficient is its DC; not for luma.
 #[inline]
 pub fn put_dc_block(sink: &mut impl BoolSink, plane: Plane, context: usize, dc: i16) -> bool {
     let coded = dc != 0;
@@ -44,7 +45,7 @@ fn put_coefficients(sink: &mut impl BoolSink, plane: Plane, context: usize, leve
     let mut probs = &tables[COEFF_BANDS[first]][context];
     let mut after_zero = false;
     for (at, &level) in levels.iter().enumerate().skip(first) {
-        // End of block cannot follow a zero, so that branch is left out there.
+        // The end of block cannot follow a zero, so that branch is left out there.
         if !after_zero {
             sink.put(true, probs[0]);
         }
@@ -59,7 +60,7 @@ fn put_coefficients(sink: &mut impl BoolSink, plane: Plane, context: usize, leve
     }
 }
 
-/// One coefficient: the token, its extra bits, its sign.
+/// Codes one coefficient: the token, its extra bits, its sign.
 fn put_level(sink: &mut impl BoolSink, level: i16, probs: &[u8; 11]) {
     let size = level.unsigned_abs();
     sink.put(size > 0, probs[1]);
