@@ -1,4 +1,4 @@
-//! All streams of a recording and their files, and the account of it.
+//! All streams of a recording with their files, and the final account of the recording.
 
 use crate::transport::rtp::Ssrc;
 use std::collections::BTreeMap;
@@ -22,7 +22,7 @@ pub struct Book {
     dir: PathBuf,
     plan: Plan,
     rooms: BTreeMap<u32, RecordedRoom>,
-    /// By room, the participant's connection, and that one's number of the stream.
+    /// Streams by room, the participant's connection, and the stream's number in it.
     streams: BTreeMap<(u32, u32, u32), RecordedStream>,
 }
 
@@ -41,7 +41,7 @@ enum FrameStream {
     Video(Box<VideoStream>),
 }
 
-/// One stream's way into its file.
+/// State of one stream that is written to a file.
 struct RecordedTrack {
     codec: Codec,
     ssrc: Ssrc,
@@ -53,11 +53,11 @@ struct RecordedTrack {
 }
 
 enum File {
-    /// Until there is something to put in.
+    /// No file until there is something to write.
     None,
     Ivf(RecordingFile),
     Ogg(RecordingFile, Box<OpusFile>),
-    /// Where it was, and why it ended early.
+    /// Path of the file, and the error that ended it early.
     Failed(PathBuf, io::Error),
 }
 
@@ -71,7 +71,8 @@ impl Book {
         }
     }
 
-    /// A room that is recorded: where its emptied pages go, and where its tap counts what it drops.
+    /// Registers a recorded room: the channel that takes back its emptied pages, and its tap's
+    /// counter of dropped packets.
     pub fn expect_room(
         &mut self,
         room: u32,
@@ -87,7 +88,7 @@ impl Book {
         }
         page.clear();
         if let Some(room) = self.rooms.get(&page.room) {
-            // A tap that is gone needs no page.
+            // A tap that no longer exists needs no page.
             let _ = room.give_back.try_send(page);
         }
     }
@@ -103,7 +104,7 @@ impl Book {
         stream.handle_packet(packet, payload, plan);
     }
 
-    /// Ends all files. Returns the account.
+    /// Ends all files and returns the account.
     pub fn finish(mut self) -> Vec<String> {
         for stream in self.streams.values_mut() {
             stream.finish(&self.plan);
@@ -160,7 +161,7 @@ impl Book {
         notes
     }
 
-    /// One note for each reason: a full disk ends all files at once.
+    /// Returns one note for each reason, because a full disk ends all files at once.
     fn failures(&self) -> Vec<String> {
         let mut reasons: BTreeMap<String, Vec<&Path>> = BTreeMap::new();
         for stream in self.streams.values() {
@@ -261,7 +262,7 @@ impl RecordedTrack {
         }
     }
 
-    /// `None` where the frame is none that a file could start with.
+    /// Opens the file; `None` if a file cannot start with this frame.
     fn open(&self, frame: &StreamFrame<'_>, publisher: Option<&str>) -> io::Result<Option<File>> {
         let name = self.name(publisher);
         match self.codec.container() {
@@ -283,8 +284,8 @@ impl RecordedTrack {
         }
     }
 
-    /// A publisher that is not of this run has no name that we know: its file has the stream's
-    /// number.
+    /// Returns the file name. A publisher that is not of this run has no known name, so the file is
+    /// named after the SSRC.
     fn name(&self, publisher: Option<&str>) -> String {
         let kind = match self.codec.kind() {
             Kind::Audio => "audio",
@@ -322,10 +323,10 @@ impl RecordedTrack {
         }
     }
 
-    /// The file stays as it is: whole records up to here.
+    /// Ends the file because of an error. It keeps the whole records up to here.
     fn fail(&mut self, error: io::Error) {
         if let File::Ivf(output) = &mut self.file {
-            // The first error is the one to tell.
+            // Only the first error is reported.
             let _ = state_frame_count(output, self.frames);
         }
         if let File::Ivf(output) | File::Ogg(output, _) = &self.file {
@@ -335,7 +336,7 @@ impl RecordedTrack {
 }
 
 impl File {
-    /// False where the frame was not taken.
+    /// Appends a frame; returns false if it was not accepted.
     fn append(&mut self, frame: &StreamFrame<'_>) -> io::Result<bool> {
         match self {
             File::Ivf(output) => {
@@ -361,7 +362,7 @@ fn state_frame_count(output: &mut RecordingFile, frames: u64) -> io::Result<()> 
     output.replace(ivf::FRAME_COUNT_AT, &(frames as u32).to_le_bytes())
 }
 
-/// Who made a frame, if it is of this run.
+/// Returns the publisher of a frame, if it is of this run.
 fn publisher(identity: &FrameIdentity, plan: &Plan) -> Option<String> {
     plan.identity_at(identity.origin.publisher)
         .filter(|_| identity.run == plan.run_tag)

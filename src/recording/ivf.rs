@@ -1,16 +1,15 @@
-//! IVF, the plain container of libvpx: a header of 32 bytes, then frames with their length and
+//! IVF, the simple container of libvpx: a header of 32 bytes, then frames with their length and
 //! timestamp, all little endian.
 
-/// Where the number of frames stands. It is 0 until the file is ended, which readers take for
+/// Position of the number of frames. It is 0 until the file is ended, which readers take for
 /// unknown.
 ///
-/// ffmpeg 5 reads this field as a duration, and prints a wrong one; it plays all frames in any
-/// case.
+/// ffmpeg 5 reads this field as a duration and prints a wrong one, but it always plays all frames.
 pub const FRAME_COUNT_AT: u64 = 24;
 
 pub const HEADER_LEN: usize = 32;
 
-/// A VP8 file whose timestamps are RTP's: 90,000 a second.
+/// Returns the header of a VP8 file with RTP's timestamps: 90,000 a second.
 pub fn header((width, height): (u16, u16)) -> [u8; HEADER_LEN] {
     let mut header = [0; HEADER_LEN];
     header[..8].copy_from_slice(b"DKIF\0\0\x20\0");
@@ -29,13 +28,13 @@ pub fn write_frame(timestamp: u64, frame: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(frame);
 }
 
-/// Width and height of a VP8 key frame (RFC 6386, section 9.1); `None` for anything else.
+/// Returns width and height of a VP8 key frame (RFC 6386, section 9.1); `None` for anything else.
 pub fn key_frame_size(frame: &[u8]) -> Option<(u16, u16)> {
     const INTER_FRAME: u8 = 1;
     let &[tag, _, _, 0x9D, 0x01, 0x2A, w0, w1, h0, h1, ..] = frame else {
         return None;
     };
-    // The upper two bits ask for scaling.
+    // The upper two bits request scaling.
     let side = |bytes| u16::from_le_bytes(bytes) & 0x3FFF;
     (tag & INTER_FRAME == 0).then_some((side([w0, w1]), side([h0, h1])))
 }

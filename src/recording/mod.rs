@@ -1,15 +1,14 @@
-//! What one subscriber of each room received, as files: VP8 in IVF, Opus in Ogg.
+//! Recording of what one subscriber of each room received, as files: VP8 in IVF, Opus in Ogg.
 //!
-//! The packet path pays a copy for the one participant that is recorded and a branch for everybody
-//! else: a [`Tap`] copies opened packets into pages that were allocated before the run, and hands
-//! them over when they are full or 100 ms old. A thread of its own (`recorder`) puts packets in
-//! order, frames together and bytes into files. Where it falls behind, the tap drops and counts;
-//! the run goes on.
+//! The packet path pays a copy for the recorded participant and a branch for all others. A [`Tap`]
+//! copies opened packets into pages that were allocated before the run, and hands them over when
+//! they are full or 100 ms old. A separate thread (`recorder`) orders packets, assembles frames and
+//! writes files. If it falls behind, the tap drops packets and counts them; the run continues.
 //!
 //! Nothing is invented. A video frame that never came, or that a decoder would lack a reference
-//! for, is a gap in the timestamps; audio that never came is marked as missing in the way that Ogg
-//! Opus has for it (RFC 7845, section 4.1). Frames are written as they came, the identity at their
-//! end included: ffmpeg's own decoders, libvpx and libopus all take it without a word.
+//! for, is a gap in the timestamps. Audio that never came is marked as missing by Ogg Opus's own
+//! method (RFC 7845, section 4.1). Frames are written as they came, with the identity at their end.
+//! ffmpeg's own decoders, libvpx and libopus all accept it silently.
 
 mod book;
 mod ivf;
@@ -34,11 +33,12 @@ use tap::{PAGES, TapPage};
 use crate::measure::Kind;
 use crate::plan::{ParticipantPlan, Plan};
 
-/// How often the recorder looks for pages. It asks, instead of being woken, so that no packet costs
-/// the engine's thread a system call.
+/// Interval at which the recorder looks for pages. It polls instead of being woken, so that no
+/// packet costs the engine's thread a system call.
 const POLL: Duration = Duration::from_millis(20);
 
-/// The recorded participants: the first subscriber of each room, of those whom this host plays.
+/// Returns the recorded participants: the first subscriber of each room among those whom this host
+/// plays.
 pub fn recorded(plan: &Plan) -> impl Iterator<Item = ParticipantPlan> + '_ {
     let rooms = plan.scenario.rooms.count as usize;
     let mut is_recorded = vec![false; rooms];
@@ -50,7 +50,8 @@ pub fn recorded(plan: &Plan) -> impl Iterator<Item = ParticipantPlan> + '_ {
         .take(rooms)
 }
 
-/// The files that a recording keeps open: one for each track that a recorded participant gets.
+/// Returns the number of files that a recording keeps open: one for each track that a recorded
+/// participant gets.
 pub fn files(plan: &Plan) -> u64 {
     let tracks =
         |participant: &ParticipantPlan, kind| u64::from(plan.planned_tracks(participant, kind));
@@ -59,15 +60,15 @@ pub fn files(plan: &Plan) -> u64 {
         .sum()
 }
 
-/// A recording without a thread: whoever holds it calls [`Recording::drain`].
+/// Recording without a thread. Its owner calls [`Recording::drain`].
 pub struct Recording {
     pages: Receiver<TapPage>,
     book: Book,
 }
 
 impl Recording {
-    /// A recording below `dir`, and a tap for each recorded participant. Files appear as streams
-    /// turn out to have something in them.
+    /// Creates a recording below `dir`, and a tap for each recorded participant. A file is created
+    /// once its stream has something to write.
     pub fn new(dir: PathBuf, plan: &Plan) -> (Recording, Vec<(ParticipantPlan, Box<Tap>)>) {
         let participants: Vec<ParticipantPlan> = recorded(plan).collect();
         let (full, pages) = sync_channel(participants.len() * PAGES);
@@ -84,7 +85,7 @@ impl Recording {
         (Recording { pages, book }, taps)
     }
 
-    /// Writes what the taps have handed over; false when they are all gone.
+    /// Writes what the taps have handed over. Returns false when all taps are gone.
     pub fn drain(&mut self) -> bool {
         loop {
             match self.pages.try_recv() {
@@ -95,14 +96,14 @@ impl Recording {
         }
     }
 
-    /// Writes the rest and ends the files. Returns what the reader of the report should know.
+    /// Writes the rest and ends the files. Returns notes for the reader of the report.
     pub fn finish(mut self) -> Vec<String> {
         self.drain();
         self.book.finish()
     }
 }
 
-/// A [`Recording`] on a thread of its own.
+/// [`Recording`] on its own thread.
 pub struct Recorder {
     thread: JoinHandle<Vec<String>>,
     stop: Arc<AtomicBool>,
@@ -110,7 +111,7 @@ pub struct Recorder {
 
 impl Recorder {
     /// # Errors
-    /// If there is no thread to be had.
+    /// Fails if the thread cannot be started.
     pub fn start(mut recording: Recording) -> io::Result<Recorder> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
@@ -125,8 +126,8 @@ impl Recorder {
         Ok(Recorder { thread, stop })
     }
 
-    /// Ends the files, once what the taps have handed over is in them. Returns what the reader of
-    /// the report should know.
+    /// Writes what the taps have handed over, then ends the files. Returns notes for the reader of
+    /// the report.
     pub fn finish(self) -> Vec<String> {
         self.stop.store(true, Ordering::Release);
         self.thread

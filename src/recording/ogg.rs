@@ -1,44 +1,45 @@
 //! Opus in Ogg (RFC 7845).
 //!
-//! A granule position counts the samples of the packets before it and nothing else, so a hole
-//! cannot be left out: it is filled with packets of empty frames, one or two bytes each, which ask
-//! the decoder to conceal what is missing (section 4.1). They hold no sound.
+//! A granule position counts only the samples of the packets before it, so a hole cannot be left
+//! out. It is filled with packets of empty frames, two bytes each, which ask the decoder to conceal
+//! what is missing (section 4.1). They hold no sound.
 
 use ::ogg::{PacketWriteEndInfo, PacketWriter};
 use opus::packet;
 
 use crate::media::opus::CLOCK_RATE;
 
-/// A page holds this much; what a killed process has not written yet is no more.
+/// Samples per page. This is the most that a killed process has not written yet.
 const PAGE_SAMPLES: u64 = CLOCK_RATE as u64 / 5;
-/// What libopus's encoder delays: what a decoder makes of the first packet before the first sample
-/// that was put in. Section 4.2 wants more of recordings that start in the middle of a stream, for
-/// a decoder to settle; a subscriber who joins there has no more either, and this is what it
+/// Delay of libopus's encoder: the samples that a decoder outputs before the first encoded sample.
+/// Section 4.2 wants more for recordings that start in the middle of a stream, so that the decoder
+/// can settle. A subscriber who joins there has no more either, and the file shows what it
 /// received.
 const PRE_SKIP: u16 = 312;
-/// RFC 7587: Opus over RTP always is declared as stereo, and may change from packet to packet. A
-/// packet of one channel plays on both.
+/// Number of channels. Opus over RTP is always declared as stereo, and may change from packet to
+/// packet (RFC 7587). A packet of one channel plays on both.
 const CHANNELS: u8 = 2;
-/// RFC 6716: a packet holds 120 ms at most.
+/// Maximum length of a packet: 120 ms (RFC 6716).
 const PACKET_SAMPLES_MAX: u32 = CLOCK_RATE / 1000 * 120;
 
-/// One Opus stream as Ogg pages. Pages gather in memory until [`OpusFile::take_pages`].
+/// One Opus stream as Ogg pages. They are collected in memory until [`OpusFile::take_pages`].
 pub struct OpusFile {
     writer: PacketWriter<'static, Vec<u8>>,
     serial: u32,
-    /// Samples up to the end of the last packet.
+    /// Number of samples up to the end of the last packet.
     position: u64,
     page_started_at: u64,
-    /// The last page must say that it is the last, so the newest packet waits for its successor.
+    /// Newest packet, which waits for its successor, because the last page must be marked as the
+    /// last.
     held: Option<Vec<u8>>,
 }
 
-/// A packet that RFC 6716 does not allow.
+/// Error returned for a packet that RFC 6716 does not allow.
 #[derive(Debug, PartialEq, Eq)]
 pub struct MalformedOpus;
 
 impl OpusFile {
-    /// `serial` is the logical stream's; any number will do.
+    /// Creates a file. `serial` is the serial number of the logical stream; any number will do.
     pub fn new(serial: u32) -> OpusFile {
         let mut file = OpusFile {
             writer: PacketWriter::new(Vec::new()),
@@ -52,8 +53,8 @@ impl OpusFile {
         file
     }
 
-    /// Appends a packet that starts `at` samples (48,000 a second) after the first one, and before
-    /// it what marks the hole since the last, in whole frames.
+    /// Appends a packet that starts `at` samples (48,000 a second) after the first one. Before it,
+    /// the hole since the last packet is filled with whole frames that mark it.
     pub fn push(&mut self, at: u64, packet: &[u8]) -> Result<(), MalformedOpus> {
         let samples = samples(packet).ok_or(MalformedOpus)?;
         if let Some(last) = self.held.as_ref() {
@@ -73,7 +74,7 @@ impl OpusFile {
         }
     }
 
-    /// Hands out the pages that are complete.
+    /// Returns the complete pages.
     pub fn take_pages(&mut self) -> Vec<u8> {
         std::mem::take(self.writer.inner_mut())
     }
@@ -103,7 +104,7 @@ impl OpusFile {
     }
 }
 
-/// A hole of whole frames of the same kind as the packet before it, which is what decoders conceal
+/// Hole of whole frames of the same kind as the packet before it, because decoders conceal these
 /// best.
 struct OpusHole {
     toc: u8,
@@ -113,7 +114,7 @@ struct OpusHole {
 
 impl OpusHole {
     fn after(last: &[u8], samples: u64) -> Option<OpusHole> {
-        /// The bits of the TOC byte that say how many frames there are.
+        /// Bits of the TOC byte that give the number of frames.
         const CODE: u8 = 3;
         let frame_samples = packet::get_samples_per_frame(last, CLOCK_RATE).ok()? as u32;
         Some(OpusHole {
@@ -123,9 +124,9 @@ impl OpusHole {
         })
     }
 
-    /// As few packets as hold the frames, and the samples of each.
+    /// Returns the packets that fill the hole, as few as possible, with the samples of each.
     fn packets(&self) -> impl Iterator<Item = (Vec<u8>, u32)> {
-        /// Any number of frames of one size (RFC 6716, section 3.2.5); the number follows.
+        /// Code for any number of frames of one size (RFC 6716, section 3.2.5). The number follows.
         const CODE_3: u8 = 3;
         let &OpusHole {
             toc,
@@ -145,7 +146,7 @@ impl OpusHole {
     }
 }
 
-/// Samples per channel; `None` for what is no Opus packet.
+/// Returns the samples per channel; `None` if this is no Opus packet.
 fn samples(packet: &[u8]) -> Option<u32> {
     let samples = packet::get_nb_samples(packet, CLOCK_RATE).ok()? as u32;
     (1..=PACKET_SAMPLES_MAX)
@@ -153,18 +154,18 @@ fn samples(packet: &[u8]) -> Option<u32> {
         .then_some(samples)
 }
 
-/// The identification header (section 5.1).
+/// Returns the identification header (section 5.1).
 fn head() -> Vec<u8> {
     let mut head = b"OpusHead\x01".to_vec();
     head.push(CHANNELS);
     head.extend_from_slice(&PRE_SKIP.to_le_bytes());
     head.extend_from_slice(&CLOCK_RATE.to_le_bytes());
-    // No gain, one stream.
+    // The output gain is 0, and there is one stream (mapping family 0).
     head.extend_from_slice(&[0, 0, 0]);
     head
 }
 
-/// The comment header (section 5.2): who wrote it, and no comments.
+/// Returns the comment header (section 5.2): the vendor, and no comments.
 fn tags() -> Vec<u8> {
     let vendor = concat!("throng ", env!("CARGO_PKG_VERSION"));
     let mut tags = b"OpusTags".to_vec();
@@ -182,7 +183,7 @@ mod tests {
 
     use super::*;
 
-    /// CELT, full band, one frame of 20 ms.
+    /// TOC byte for CELT, full band, one frame of 20 ms.
     const TOC_20_MS: u8 = 31 << 3;
 
     fn read(bytes: Vec<u8>) -> Vec<::ogg::Packet> {
@@ -276,7 +277,8 @@ mod tests {
         for at in [0, 960 + 480, 2 * 960 + 960] {
             file.push(at, &[TOC_20_MS]).unwrap();
         }
-        // Too early: the sender's clock went back. Nothing can be taken away again.
+        // The packet is too early, because the sender's clock went back. Written samples cannot be
+        // removed.
         file.push(3 * 960, &[TOC_20_MS]).unwrap();
         assert_eq!(file.position, 5 * 960);
     }
@@ -284,7 +286,7 @@ mod tests {
     #[test]
     fn what_is_no_opus_packet_is_refused() {
         let mut file = OpusFile::new(1);
-        // Seven frames of 20 ms; none at all.
+        // Seven frames of 20 ms, and packets without any frame.
         for packet in [
             &[][..],
             &[TOC_20_MS | 3, 7],

@@ -1,13 +1,14 @@
-//! Files of a recording: never over an older one, never half a frame.
+//! Files of a recording. They never replace an older file and never end with half a frame.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-/// Streams of one name: a track that is published anew, or resubscribed, is another stream.
+/// Maximum number of files with one name. A track that is published anew, or resubscribed, is
+/// another stream.
 const NAMES_MAX: u32 = 10_000;
 
-/// An open file that ends with whole records whatever happens.
+/// Open file that always ends with whole records.
 pub struct RecordingFile {
     path: PathBuf,
     file: File,
@@ -15,8 +16,8 @@ pub struct RecordingFile {
 }
 
 impl RecordingFile {
-    /// Makes DIR/NAME.EXT, or DIR/NAME-2.EXT where that is taken, and so on; the directory too if
-    /// it is not there.
+    /// Creates DIR/NAME.EXT, or DIR/NAME-2.EXT if that exists, and so on. The directory is created
+    /// if it does not exist.
     pub fn create(dir: &Path, name: &str, extension: &str) -> io::Result<RecordingFile> {
         fs::create_dir_all(dir)?;
         let (path, file) = create_new(dir, name, extension)?;
@@ -27,10 +28,10 @@ impl RecordingFile {
         &self.path
     }
 
-    /// Renames the file within its directory, and keeps the old name where that fails.
+    /// Renames the file within its directory. The old name stays if that fails.
     pub fn rename(&mut self, name: &str, extension: &str) {
         let dir = self.path.parent().unwrap_or(Path::new("."));
-        // An empty file of ours holds the new name, so that nothing else is replaced.
+        // An empty file of ours reserves the new name, so that no other file is replaced.
         let Ok((path, _)) = create_new(dir, name, extension) else {
             return;
         };
@@ -40,8 +41,7 @@ impl RecordingFile {
         }
     }
 
-    /// Appends one record in one write. Where not all of it fits, the file keeps the records before
-    /// it.
+    /// Appends one record in one write. If it does not fit, the file keeps the records before it.
     pub fn append(&mut self, record: &[u8]) -> io::Result<()> {
         match self.file.write_all(record) {
             Ok(()) => {
@@ -49,14 +49,14 @@ impl RecordingFile {
                 Ok(())
             }
             Err(error) => {
-                // The first error is the one to tell.
+                // Only the first error is reported.
                 let _ = self.file.set_len(self.len);
                 Err(error)
             }
         }
     }
 
-    /// Writes over what is there already.
+    /// Overwrites existing bytes.
     pub fn replace(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
         self.file.seek(SeekFrom::Start(at))?;
         self.file.write_all(bytes)?;
@@ -80,8 +80,8 @@ fn create_new(dir: &Path, name: &str, extension: &str) -> io::Result<(PathBuf, F
     Err(ErrorKind::AlreadyExists.into())
 }
 
-/// A room's name or an identity as a file name: letters, digits and `-_.` stay, all else is `_`,
-/// and no name begins with a dot.
+/// Turns a room's name or an identity into a file name. Letters, digits and `-_.` stay, other
+/// characters become `_`, and no name begins with a dot.
 pub fn safe_name(name: &str) -> String {
     let safe = |c: char| {
         if c.is_alphanumeric() || matches!(c, '-' | '_' | '.') {

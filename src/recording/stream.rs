@@ -1,8 +1,8 @@
-//! From packets to frames in order: what one received stream puts into its file, and when.
+//! Puts the packets of one received stream in order and makes the frames for its file.
 //!
-//! Takes packets in any order, each once; gives video frames as a decoder would get them and Opus
-//! packets in sequence, with timestamps that count from the first. Bounded in what it keeps; the
-//! clock is the packets' arrival.
+//! It takes packets in any order, each once. It returns video frames as a decoder would get them,
+//! and Opus packets in sequence, with timestamps that count from the first. Its memory is bounded,
+//! and its clock is the packets' arrival.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -14,23 +14,26 @@ use crate::media::assemble::{Assembler, FrameEvent, PacketInfo};
 use crate::media::identity::FrameIdentity;
 use crate::units::Time;
 
-/// Repair goes on for a second after a loss was noticed: what has not come by then does not come.
+/// Time to wait for a missing packet. Repair goes on for a second after a loss was found; packets
+/// that have not come by then will not come.
 const REORDER_WAIT: Duration = Duration::from_millis(1_500);
-/// Packets kept of a stream: as far back as the engine itself tells late from doubled.
+/// Maximum number of packets kept of a stream. The engine itself distinguishes late packets from
+/// duplicates this far back.
 const KEPT_MAX: u64 = 1_024;
-/// Where RTP time and arrival disagree by more, the sender has started its clock anew.
+/// Limit of the difference between RTP time and arrival. Beyond it, the sender has restarted its
+/// clock.
 const STEP_MAX: Duration = Duration::from_secs(5);
 
-/// A frame for the file.
+/// Frame for the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamFrame<'a> {
-    /// Since the first frame, in units of the RTP clock.
+    /// Time since the first frame, in units of the RTP clock.
     pub at: u64,
     pub bytes: &'a [u8],
     pub identity: Option<FrameIdentity>,
 }
 
-/// RTP time without its wraps and restarts.
+/// RTP time without wraps and restarts.
 struct RtpTimeline {
     clock_rate: u32,
     last: Option<(u32, Time)>,
@@ -53,7 +56,7 @@ impl RtpTimeline {
             let plausible = u64::try_from(step)
                 .ok()
                 .filter(|step| *step > 0 && step.abs_diff(elapsed) <= self.ticks(STEP_MAX));
-            // Two frames never share a moment.
+            // Two frames never have the same time.
             self.at += plausible.unwrap_or(elapsed.max(1));
         }
         self.at
@@ -64,14 +67,14 @@ impl RtpTimeline {
     }
 }
 
-/// The frames that a decoder would get, by the same rule that the report counts them by.
+/// Frames that a decoder would get, by the same rule by which the report counts them.
 pub struct VideoStream {
     assembler: Assembler,
     newest: u64,
     codec: Codec,
-    /// Packets by number: RTP time, and the codec's data without the payload descriptor.
+    /// Packets by sequence number: RTP time, and the codec's data without the payload descriptor.
     packets: BTreeMap<u64, (u32, Box<[u8]>)>,
-    /// Frames that are whole, by the number of their last packet, until they can be decoded.
+    /// Complete frames by the number of their last packet, until they can be decoded.
     whole: BTreeMap<u64, (u32, Vec<u8>)>,
     timeline: RtpTimeline,
 }
@@ -127,7 +130,7 @@ impl VideoStream {
         self.forget(self.newest.saturating_sub(KEPT_MAX));
     }
 
-    /// Whole frames that no decoder could have shown.
+    /// Returns the number of complete frames that no decoder could have shown.
     pub fn undecodable(&self) -> u64 {
         let counts = self.assembler.counts();
         counts.complete - counts.decoded
@@ -163,7 +166,7 @@ impl VideoStream {
         self.forget(last);
     }
 
-    /// Packets and frames up to here come too late for anything.
+    /// Drops packets and frames up to `seq`, which come too late to be used.
     fn forget(&mut self, seq: u64) {
         drop_up_to(&mut self.packets, seq);
         drop_up_to(&mut self.whole, seq);
@@ -181,11 +184,11 @@ fn drop_up_to<T>(map: &mut BTreeMap<u64, T>, key: u64) {
 
 /// Opus packets in sequence.
 pub struct AudioStream {
-    /// The number that the next packet ought to have.
+    /// Sequence number that the next packet should have.
     next: Option<u64>,
     newest_arrival: Time,
     waiting: BTreeMap<u64, WaitingPacket>,
-    /// Those of the last packets given that another packet brought: their own may still come.
+    /// Last packets that were recovered from another packet. The packets themselves may still come.
     recovered: BTreeSet<u64>,
     timeline: RtpTimeline,
     late: u64,
@@ -195,7 +198,7 @@ struct WaitingPacket {
     rtp_time: u32,
     arrival: Time,
     payload: Box<[u8]>,
-    /// Another packet brought it.
+    /// Whether the payload came with another packet.
     is_recovered: bool,
 }
 
@@ -233,7 +236,7 @@ impl AudioStream {
         }
     }
 
-    /// The packet waits for its turn, and so do those that it repeats and that have not come.
+    /// Queues the packet, and the packets that it repeats if they have not come.
     fn put(&mut self, packet: &TappedPacket, payload: &[u8]) {
         let red = RedPayload::parse(payload).filter(|_| packet.codec == Codec::Red);
         let waiting = |rtp_time, payload: &[u8], is_recovered| WaitingPacket {
@@ -244,7 +247,7 @@ impl AudioStream {
         };
         let own = match (packet.codec, red) {
             (Codec::Red, Some(red)) => red.primary,
-            // Padding, or broken: it only holds its place.
+            // The packet is padding, or broken. It only occupies its sequence number.
             (Codec::Red, None) => &[],
             _ => payload,
         };
@@ -264,14 +267,14 @@ impl AudioStream {
         }
     }
 
-    /// Gives what still waits for something before it.
+    /// Returns the packets that still wait for an earlier one.
     pub fn finish(&mut self, mut on_frame: impl FnMut(StreamFrame<'_>)) {
         while !self.waiting.is_empty() {
             self.give_first(&mut on_frame);
         }
     }
 
-    /// Packets that came when what follows them was in the file.
+    /// Returns the number of packets that came after a later one had been written.
     pub fn late(&self) -> u64 {
         self.late
     }
@@ -296,7 +299,7 @@ impl AudioStream {
                 self.recovered.pop_first();
             }
         }
-        // Without payload it only holds its place in the sequence.
+        // A packet without payload only occupies its sequence number.
         if !payload.is_empty() {
             let at = self.timeline.place(rtp_time, arrival);
             on_frame(StreamFrame {

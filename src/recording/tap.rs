@@ -1,4 +1,4 @@
-//! The engine's side of a recording: copies packets into pages, and never waits.
+//! The engine's side of a recording. It copies packets into pages and never waits.
 
 use crate::transport::rtp::Ssrc;
 use std::mem;
@@ -10,20 +10,20 @@ use std::time::Duration;
 use crate::codec::Codec;
 use crate::units::Time;
 
-/// Pages of one tap: 2 MiB hold more than a second of the busiest subscriber (12 Mbps), so that a
-/// disk may stall for as long. Untouched ones cost no memory.
+/// Number of pages of one tap. These 2 MiB hold more than a second of the busiest subscriber (12
+/// Mbps), so that a disk may stall for that long. Unused pages take no memory.
 pub(super) const PAGES: usize = 32;
 const PAGE_BYTES: usize = 64 << 10;
-/// Small packets: a page of Opus is full by their number.
+/// Maximum number of packets in a page. It limits a page of Opus, whose packets are small.
 const PAGE_PACKETS: usize = 512;
-/// A page that is older goes out with the next packet. What a killed process loses is no more than
-/// this, and [`super::POLL`].
+/// Maximum age of a page. An older one is handed over with the next packet. A killed process loses
+/// no more than this and [`super::POLL`].
 const PAGE_AGE_MAX: Duration = Duration::from_millis(100);
 
-/// The facts of one opened packet; its payload follows those before it in the page.
+/// Facts of one opened packet. Its payload follows the earlier ones in the page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TappedPacket {
-    /// Which of the connection's streams; never given out twice in it, as an SSRC may be.
+    /// Number of the stream within the connection. Unlike an SSRC, it is never used twice.
     pub stream: u32,
     pub ssrc: Ssrc,
     pub codec: Codec,
@@ -34,7 +34,7 @@ pub struct TappedPacket {
     pub arrival: Time,
 }
 
-/// A batch of packets on its way to the recorder; empty on its way back.
+/// Batch of packets on its way to the recorder; empty on its way back.
 pub(super) struct TapPage {
     pub room: u32,
     pub connection: u32,
@@ -73,11 +73,12 @@ impl TapPage {
     }
 }
 
-/// What a recorded participant's packets are copied to. Allocates nothing after it is made, takes
-/// no lock and makes no system call.
+/// Receives copies of a recorded participant's packets. It allocates nothing after construction,
+/// takes no lock and makes no system call.
 pub struct Tap {
     page: Option<TapPage>,
-    /// The page used last comes first: the others are touched only where the recorder is slow.
+    /// Spare pages. The page used last is taken first, so the others are touched only if the
+    /// recorder is slow.
     spare: Vec<TapPage>,
     returned: Receiver<TapPage>,
     full: SyncSender<TapPage>,
@@ -86,7 +87,7 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// `full` has room for all pages, so that sending never waits.
+    /// Creates a tap. `full` has room for all pages, so that sending never waits.
     pub(super) fn new(room: u32, full: SyncSender<TapPage>, returned: Receiver<TapPage>) -> Tap {
         Tap {
             page: None,
@@ -98,19 +99,19 @@ impl Tap {
         }
     }
 
-    /// Packets for which there was no room.
+    /// Returns the counter of packets for which there was no room.
     pub(super) fn dropped(&self) -> Arc<AtomicU64> {
         self.dropped.clone()
     }
 
-    /// From now on another connection of the participant is recorded: its streams are others,
-    /// whatever their numbers.
+    /// Switches to another connection of the participant. Its streams are different ones, even with
+    /// the same numbers.
     pub fn begin_connection(&mut self) {
         self.hand_over();
         self.connection += 1;
     }
 
-    /// Copies one packet; `payload` is what follows the RTP header.
+    /// Copies one packet; `payload` is the part after the RTP header.
     pub fn take(&mut self, packet: &TappedPacket, payload: &[u8]) {
         let goes_out = |page: &TapPage| {
             !page.has_room(payload.len()) || packet.arrival.since(page.opened_at) >= PAGE_AGE_MAX
@@ -142,7 +143,7 @@ impl Tap {
 
     fn hand_over(&mut self) {
         if let Some(page) = mem::take(&mut self.page) {
-            // A recorder that is gone has told why.
+            // If the recorder is gone, it has reported why.
             let _ = self.full.try_send(page);
         }
     }
