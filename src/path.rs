@@ -23,7 +23,7 @@ use crate::net::{self, ReceiveBatch};
 use relay::RelayCarrier;
 pub use relay::RelayLink;
 pub use relay_stream::RelayStream;
-use stream::TcpCarrier;
+pub use stream::{TcpCarrier, is_passing};
 
 /// Maximum number of carriers beside the one in use. A server offers a few candidates.
 const SPARE_MAX: usize = 8;

@@ -157,7 +157,7 @@ fn write_framed(mut stream: &TcpStream, bytes: &[u8], segment: usize) -> io::Res
 }
 
 /// Whether an error says nothing about the connection.
-pub(super) fn is_passing(error: &io::Error) -> bool {
+pub fn is_passing(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted

@@ -12,14 +12,13 @@
 use crate::transport::rtp::Ssrc;
 use std::collections::VecDeque;
 use std::mem::offset_of;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::cache::{CacheEntry, PacketContent};
 use super::ingest::{Format, Ingest};
 use super::select;
 use super::statistics::{RouterStatistics, SubscriptionStatistics};
-use super::{Outgoing, Selection, SendMode, SubscriptionId, SubscriptionParameters};
+use super::{ClientEnd, Outgoing, Selection, SendMode, SubscriptionId, SubscriptionParameters};
 use crate::codec::vp8::{PictureId, Vp8Descriptor};
 use crate::codec::{Codec, red};
 use crate::measure::Kind;
@@ -81,7 +80,7 @@ const LEVELED_HEADER_LEN: usize = HEADER_LEN + 8;
 /// Context that is needed to send a packet.
 pub struct ForwardWire<'a, I> {
     pub io: &'a mut I,
-    pub to: SocketAddr,
+    pub to: ClientEnd,
     pub sealer: &'a Sealer,
     pub send: SendMode,
     pub now: Time,

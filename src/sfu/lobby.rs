@@ -11,7 +11,6 @@
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::net::SocketAddr;
 
 use livekit_protocol as proto;
 use tracing::info;
@@ -21,7 +20,7 @@ pub use super::shared::{
     ConnectionId, Entrant, LobbyOutput, LobbyStatistics, LobbyTotals, PROTOCOL, SessionId,
 };
 use super::shared::{Ids, RoomId, SfuShared, Timer};
-use super::{MediaEvent, TrackId, TransportId};
+use super::{MediaEvent, RouterAddress, TrackId, TransportId};
 use crate::secrets::Secrets;
 use crate::transport::sdp::Fingerprint;
 use crate::units::{Epoch, Time};
@@ -36,7 +35,7 @@ pub struct LobbyConfig {
     pub fingerprint: Fingerprint,
     /// Address on which each router receives. A room goes to the router with the fewest
     /// participants.
-    pub routers: Vec<SocketAddr>,
+    pub routers: Vec<RouterAddress>,
 }
 
 pub struct Lobby {

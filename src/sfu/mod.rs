@@ -1,15 +1,15 @@
-//! The embedded SFU: the default target of a run, the server that a host is calibrated against, and
-//! the test bed. It speaks LiveKit's signalling, so real clients can join it; it is not a product
-//! SFU.
+//! The embedded SFU: the default target of a run, what a host is calibrated against, and the test
+//! bed. It speaks LiveKit's signalling, so that real clients can join it; it is not a product SFU.
 //!
-//! It has two halves, both sans-IO. The *lobby* (signalling) keeps rooms, participants, tokens and
+//! Two halves, both sans-IO. The *lobby* (signalling) keeps rooms, participants, tokens and
 //! descriptions: requests and media events go in, responses and media commands come out. The
 //! *router* (media) keeps the connections of its rooms: datagrams, time and commands go in,
-//! datagrams and events come out. Around them are the edges: an axum server with the WebSockets and
-//! the room service, and one thread for each router with its one UDP socket.
+//! datagrams and events come out. Around them stand the edges: an axum server with the WebSockets
+//! and the room service, and a thread a router with its UDP socket and its TCP
+//! connections.
 //!
-//! A room lives on one router, so a received packet is forwarded without leaving its thread. The
-//! two halves share only the types below.
+//! A room lives on one router, so a packet that came is forwarded without leaving its thread. The
+//! types below are all that the halves know of each other.
 
 pub mod bottleneck;
 mod cache;
@@ -25,6 +25,7 @@ mod select;
 pub mod server;
 mod shared;
 pub mod statistics;
+mod streams;
 mod track;
 mod wire;
 pub mod worker;
@@ -34,6 +35,7 @@ use std::net::SocketAddr;
 
 use crate::codec::PayloadTypes;
 pub use crate::net::SendMode;
+use crate::path::{FarEnd, Via};
 use crate::transport::peer::{IceCredentials, PeerFailure};
 use crate::transport::sdp::{ExtensionIds, Fingerprint};
 use crate::units::Time;
@@ -53,6 +55,59 @@ pub struct TrackId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SubscriptionId(pub u32);
 
+/// A client's end of what carries its datagrams. A UDP port and a TCP port of one number are two
+/// ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ClientEnd {
+    pub address: SocketAddr,
+    /// The datagrams are framed in a TCP connection (RFC 6544).
+    pub is_stream: bool,
+}
+
+impl ClientEnd {
+    /// The client's end of a TCP connection.
+    pub fn stream(address: SocketAddr) -> ClientEnd {
+        ClientEnd {
+            address,
+            is_stream: true,
+        }
+    }
+}
+
+/// Of UDP.
+impl From<SocketAddr> for ClientEnd {
+    fn from(address: SocketAddr) -> ClientEnd {
+        ClientEnd {
+            address,
+            is_stream: false,
+        }
+    }
+}
+
+impl From<FarEnd> for ClientEnd {
+    fn from(end: FarEnd) -> ClientEnd {
+        ClientEnd {
+            address: end.address,
+            is_stream: matches!(end.via, Via::Tcp(_)),
+        }
+    }
+}
+
+/// The addresses at which a router takes media: the candidates that descriptions name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RouterAddress {
+    pub udp: SocketAddr,
+    /// `None`: ICE over TCP is not served.
+    pub tcp: Option<SocketAddr>,
+}
+
+/// UDP alone.
+impl From<SocketAddr> for RouterAddress {
+    fn from(udp: SocketAddr) -> RouterAddress {
+        RouterAddress { udp, tcp: None }
+    }
+}
+
 /// Destination of a router's datagrams. The backend lends the buffer that a packet is written into,
 /// so nothing is copied on the way to the kernel.
 pub trait Outgoing {
@@ -62,7 +117,7 @@ pub trait Outgoing {
 
     /// Sends the first `len` bytes of the lent buffer as datagrams of `segment` bytes (the last may
     /// be shorter).
-    fn send(&mut self, to: SocketAddr, len: usize, segment: usize);
+    fn send(&mut self, to: ClientEnd, len: usize, segment: usize);
 }
 
 /// Commands from the lobby to a router.

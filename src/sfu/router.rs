@@ -11,7 +11,6 @@
 use crate::transport::rtp::Ssrc;
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::cache::PacketContent;
@@ -22,14 +21,16 @@ use super::ingest::{self, Format, Ingest, Taken, ntp_nanos};
 use super::select;
 use super::statistics::{EncodingStatistics, RouterStatistics, SubscriptionStatistics};
 use super::{
-    DataParameters, Encodings, MediaCommand, MediaEvent, Outgoing, SendMode, SubscriptionId,
-    SubscriptionParameters, TrackId, TrackParameters, TransportId, TransportParameters,
+    ClientEnd, DataParameters, Encodings, MediaCommand, MediaEvent, Outgoing, RouterAddress,
+    SendMode, SubscriptionId, SubscriptionParameters, TrackId, TrackParameters, TransportId,
+    TransportParameters,
 };
+use crate::path::{FarEnd, Via};
 use crate::seeded::{mixed, scatter};
 use crate::transport::data::DataMessage;
 use crate::transport::feedback::{ArrivalLog, FEEDBACK_INTERVAL};
 use crate::transport::peer::{
-    IceCredentials, Identity, Peer, PeerEvent, PeerParameters, local_ufrag_of_check,
+    IceCredentials, Identity, NearEnd, Peer, PeerEvent, PeerParameters, local_ufrag_of_check,
 };
 use crate::transport::receive::{MISSING_MAX, NACK_SEQS_MAX, RoundTrip};
 use crate::transport::reports::{REPORT_BLOCKS_MAX, seal_compound};
@@ -66,15 +67,14 @@ const EARLY_CHECK_BYTES_MAX: usize = 512;
 const EARLY_CHECK_AGE_MAX: Duration = Duration::from_secs(1);
 /// Largest number of addresses of one connection: candidates of a few interfaces. A new one
 /// replaces the oldest that is not in use.
-const ADDRESSES_MAX: usize = 8;
+const ENDS_MAX: usize = 8;
 
 /// Configuration of a router.
 #[derive(Clone)]
 pub struct RouterConfig {
     pub identity: Identity,
     pub epoch: Epoch,
-    /// Address that its datagrams arrive at: the candidate in descriptions.
-    pub local_address: SocketAddr,
+    pub local: RouterAddress,
     pub send: SendMode,
     /// Seed of the first sequence numbers, timestamps and picture ids.
     pub seed: u64,
@@ -86,7 +86,7 @@ struct RouterTransport {
     peer: Peer,
     ufrag: String,
     /// Addresses that authentic checks came from, the latest last.
-    addresses: Vec<SocketAddr>,
+    ends: Vec<ClientEnd>,
     /// Its published streams: `(ssrc, track, encoding, is_rtx)`, sorted by SSRC.
     incoming: Vec<Incoming>,
     /// Streams sent to it, retransmissions included: `(ssrc, subscription)`, sorted by SSRC.
@@ -321,9 +321,9 @@ impl<T> Slab<T> {
 /// A hash for addresses of peers that have been authenticated. Nobody else gets into the map, so
 /// the hash need not withstand attacks.
 #[derive(Default)]
-struct AddressHasher(u64);
+struct EndHasher(u64);
 
-impl Hasher for AddressHasher {
+impl Hasher for EndHasher {
     fn finish(&self) -> u64 {
         mixed(self.0)
     }
@@ -355,7 +355,7 @@ impl Hasher for AddressHasher {
 
 /// A check that came before its connection was added.
 struct EarlyCheck {
-    from: SocketAddr,
+    from: ClientEnd,
     arrival: Time,
     bytes: Vec<u8>,
 }
@@ -376,10 +376,10 @@ pub struct Router {
     transport_slots: HashMap<TransportId, u32>,
     track_slots: HashMap<TrackId, u32>,
     subscription_slots: HashMap<SubscriptionId, u32>,
-    addresses: HashMap<SocketAddr, u32, BuildHasherDefault<AddressHasher>>,
+    ends: HashMap<ClientEnd, u32, BuildHasherDefault<EndHasher>>,
     ufrags: HashMap<String, u32>,
-    /// Address and connection of the previous datagram, because datagrams come in bursts.
-    last_from: Option<(SocketAddr, u32)>,
+    /// Sender and connection of the previous datagram, because datagrams come in bursts.
+    last_from: Option<(ClientEnd, u32)>,
     /// The connections of each room that have data channels. Looked up, never iterated.
     data_rooms: HashMap<u32, Vec<u32>>,
     early_checks: VecDeque<EarlyCheck>,
@@ -407,7 +407,7 @@ impl Router {
             transport_slots: HashMap::new(),
             track_slots: HashMap::new(),
             subscription_slots: HashMap::new(),
-            addresses: HashMap::default(),
+            ends: HashMap::default(),
             ufrags: HashMap::new(),
             last_from: None,
             data_rooms: HashMap::new(),
@@ -473,6 +473,11 @@ impl Router {
         self.statistics.send_errors += send_errors;
         self.statistics.socket_drops += socket_drops;
         self.statistics.limit_drops += limit_drops;
+    }
+
+    /// Counts datagrams that found no TCP connection, or no room in it.
+    pub fn count_stream_drops(&mut self, dropped: u64) {
+        self.statistics.stream_drops += dropped;
     }
 
     /// Counts errors that the socket returned in place of datagrams.
@@ -544,10 +549,10 @@ impl Router {
         {
             return None;
         }
-        let peer = Peer::lite(
+        let mut peer = Peer::lite(
             &self.config.identity,
             &PeerParameters {
-                local_address: self.config.local_address,
+                local_address: self.config.local.udp,
                 local: parameters.local.clone(),
                 remote: parameters.remote.clone(),
                 remote_fingerprint: parameters.remote_fingerprint,
@@ -558,11 +563,14 @@ impl Router {
             self.config.epoch,
             now,
         );
+        if let Some(tcp) = self.config.local.tcp {
+            peer.add_near_end(NearEnd::TcpListener(tcp), now);
+        }
         let slot = self.transports.insert(RouterTransport {
             id,
             peer,
             ufrag: parameters.local.ufrag.clone(),
-            addresses: Vec::new(),
+            ends: Vec::new(),
             incoming: Vec::new(),
             outgoing: Vec::new(),
             tracks: Vec::new(),
@@ -643,8 +651,8 @@ impl Router {
         };
         self.transport_slots.remove(&transport.id);
         self.ufrags.remove(&transport.ufrag);
-        for address in &transport.addresses {
-            self.addresses.remove(address);
+        for end in &transport.ends {
+            self.ends.remove(end);
         }
         if let Some(data) = &transport.data
             && let Some(room) = self.data_rooms.get_mut(&data.room)
@@ -861,11 +869,12 @@ impl Router {
     pub fn handle_datagram(
         &mut self,
         datagram: &mut [u8],
-        from: SocketAddr,
+        from: impl Into<ClientEnd>,
         arrival: Time,
         now: Time,
         io: &mut impl Outgoing,
     ) {
+        let from = from.into();
         self.statistics.datagrams_in += 1;
         self.statistics.bytes_in += datagram.len() as u64;
         match classify(datagram) {
@@ -905,11 +914,27 @@ impl Router {
         self.statistics.refused_malformed += 1;
     }
 
-    fn transport_of(&mut self, from: SocketAddr) -> Option<u32> {
+    /// Whether an authentic check came from there, for a connection that still is.
+    pub fn knows(&self, end: ClientEnd) -> bool {
+        self.ends.contains_key(&end)
+    }
+
+    /// The TCP connection is gone. Its client may open another one before its silence ends the
+    /// peer connection.
+    pub fn handle_stream_end(&mut self, end: ClientEnd) {
+        self.last_from = None;
+        if let Some(slot) = self.ends.remove(&end)
+            && let Some(transport) = self.transports.get_mut(slot)
+        {
+            transport.ends.retain(|known| *known != end);
+        }
+    }
+
+    fn transport_of(&mut self, from: ClientEnd) -> Option<u32> {
         if let Some((_, slot)) = self.last_from.filter(|(last, _)| *last == from) {
             return Some(slot);
         }
-        let slot = *self.addresses.get(&from)?;
+        let slot = *self.ends.get(&from)?;
         self.last_from = Some((from, slot));
         Some(slot)
     }
@@ -917,7 +942,7 @@ impl Router {
     fn handle_stun(
         &mut self,
         datagram: &[u8],
-        from: SocketAddr,
+        from: ClientEnd,
         arrival: Time,
         now: Time,
         io: &mut impl Outgoing,
@@ -949,21 +974,22 @@ impl Router {
         &mut self,
         slot: u32,
         datagram: &[u8],
-        from: SocketAddr,
+        from: ClientEnd,
         arrival: Time,
         now: Time,
         io: &mut impl Outgoing,
     ) -> bool {
+        let far_end = self.far_end(from);
         let Some(transport) = self.transports.get_mut(slot) else {
             return false;
         };
         if !transport
             .peer
-            .handle_setup_datagram(datagram, from, arrival)
+            .handle_setup_datagram(datagram, far_end, arrival)
         {
             return false;
         }
-        self.learn_address(slot, from);
+        self.learn_end(slot, from);
         self.advance_setup(slot, now, io);
         true
     }
@@ -985,36 +1011,45 @@ impl Router {
     }
 
     /// Learns an address from an authentic check. Other packets may come from it, too.
-    fn learn_address(&mut self, slot: u32, from: SocketAddr) {
-        if self.addresses.get(&from) == Some(&slot) {
+    fn learn_end(&mut self, slot: u32, from: ClientEnd) {
+        if self.ends.get(&from) == Some(&slot) {
             return;
         }
         self.last_from = None;
-        if let Some(other) = self.addresses.insert(from, slot)
+        if let Some(other) = self.ends.insert(from, slot)
             && let Some(other) = self.transports.get_mut(other)
         {
-            other.addresses.retain(|address| *address != from);
+            other.ends.retain(|end| *end != from);
         }
         let Some(transport) = self.transports.get_mut(slot) else {
             return;
         };
-        if transport.addresses.len() == ADDRESSES_MAX {
-            let in_use = transport.peer.remote();
+        if transport.ends.len() == ENDS_MAX {
+            let in_use = client_end(&transport.peer);
             let oldest = transport
-                .addresses
+                .ends
                 .iter()
-                .position(|address| Some(*address) != in_use)
+                .position(|end| Some(*end) != in_use)
                 .unwrap_or(0);
-            let forgotten = transport.addresses.remove(oldest);
-            self.addresses.remove(&forgotten);
+            let forgotten = transport.ends.remove(oldest);
+            self.ends.remove(&forgotten);
         }
-        transport.addresses.push(from);
+        transport.ends.push(from);
+    }
+
+    /// An end as the peer knows it.
+    fn far_end(&self, end: ClientEnd) -> FarEnd {
+        let tcp = self.config.local.tcp.filter(|_| end.is_stream);
+        FarEnd {
+            via: tcp.map_or(Via::Udp, Via::Tcp),
+            address: end.address,
+        }
     }
 
     fn handle_dtls(
         &mut self,
         datagram: &[u8],
-        from: SocketAddr,
+        from: ClientEnd,
         arrival: Time,
         now: Time,
         io: &mut impl Outgoing,
@@ -1023,10 +1058,11 @@ impl Router {
             self.statistics.refused_unknown_address += 1;
             return;
         };
+        let far_end = self.far_end(from);
         let taken = self.transports.get_mut(slot).is_some_and(|transport| {
             transport
                 .peer
-                .handle_setup_datagram(datagram, from, arrival)
+                .handle_setup_datagram(datagram, far_end, arrival)
         });
         if taken {
             self.statistics.setup_in += 1;
@@ -1083,14 +1119,14 @@ impl Router {
         transport.peer.handle_timeout(now);
         let statistics = &mut self.statistics;
         let (mut connected, mut failed) = (false, None);
-        transport.peer.poll(
+        transport.peer.poll_by(
             now,
             |datagram, to| {
                 statistics.setup_out += 1;
                 statistics.datagrams_out += 1;
                 statistics.bytes_out += datagram.len() as u64;
                 io.lend()[..datagram.len()].copy_from_slice(datagram);
-                io.send(to, datagram.len(), datagram.len());
+                io.send(to.into(), datagram.len(), datagram.len());
             },
             |event| match event {
                 PeerEvent::Nominated(_) => {}
@@ -1141,7 +1177,7 @@ impl Router {
     fn handle_rtp(
         &mut self,
         datagram: &mut [u8],
-        from: SocketAddr,
+        from: ClientEnd,
         arrival: Time,
         now: Time,
         io: &mut impl Outgoing,
@@ -1282,7 +1318,7 @@ impl Router {
                 };
                 let transport = self.transports.get(subscriber.transport);
                 let way = transport.and_then(|transport| {
-                    Some((transport.peer.remote()?, transport.peer.sealer()?))
+                    Some((client_end(&transport.peer)?, transport.peer.sealer()?))
                 });
                 let Some((to, sealer)) = way else {
                     self.statistics.withheld_unconnected += self.run.packets.len() as u64;
@@ -1305,7 +1341,7 @@ impl Router {
     fn handle_rtcp(
         &mut self,
         datagram: &mut [u8],
-        from: SocketAddr,
+        from: ClientEnd,
         arrival: Time,
         now: Time,
         io: &mut impl Outgoing,
@@ -1456,7 +1492,8 @@ impl Router {
         let Some(transport) = self.transports.get(slot) else {
             return;
         };
-        let (Some(to), Some(sealer)) = (transport.peer.remote(), transport.peer.sealer()) else {
+        let (Some(to), Some(sealer)) = (client_end(&transport.peer), transport.peer.sealer())
+        else {
             return;
         };
         let Some(subscription) = transport
@@ -1881,6 +1918,13 @@ fn prefetch(
     }
 }
 
+/// Returns where datagrams for this peer go, once ICE has nominated a path.
+fn client_end(peer: &Peer) -> Option<ClientEnd> {
+    let is_stream = peer.is_stream();
+    let end = |address| ClientEnd { address, is_stream };
+    peer.remote().map(end)
+}
+
 /// Writes one compound into the lent buffer, seals it and sends it. Returns false if that is not
 /// possible.
 fn send_compound(
@@ -1889,8 +1933,12 @@ fn send_compound(
     io: &mut impl Outgoing,
     write: impl FnOnce(&mut RtcpWriter<'_>) -> Result<(), WriteError>,
 ) -> bool {
-    let Some((to, sealed)) = seal_compound(&mut transport.peer, io.lend(), write) else {
+    let Some((address, sealed)) = seal_compound(&mut transport.peer, io.lend(), write) else {
         return false;
+    };
+    let to = ClientEnd {
+        address,
+        is_stream: transport.peer.is_stream(),
     };
     io.send(to, sealed, sealed);
     statistics.rtcp_out += 1;
@@ -1914,7 +1962,7 @@ mod tests {
             &mut self.0
         }
 
-        fn send(&mut self, _: SocketAddr, _: usize, _: usize) {}
+        fn send(&mut self, _: ClientEnd, _: usize, _: usize) {}
     }
 
     fn credentials(name: &str) -> IceCredentials {
@@ -1928,7 +1976,7 @@ mod tests {
         let config = RouterConfig {
             identity: Identity::generate().unwrap(),
             epoch: Epoch::read(),
-            local_address: "127.0.0.1:9".parse().unwrap(),
+            local: std::net::SocketAddr::from(([127, 0, 0, 1], 9)).into(),
             send: SendMode::Plain,
             seed: 1,
         };

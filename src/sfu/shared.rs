@@ -3,13 +3,14 @@
 
 use crate::transport::rtp::Ssrc;
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::net::SocketAddr;
 
 use bytes::Bytes;
 use livekit_protocol as proto;
 use livekit_protocol::signal_response::Message;
 
-use super::{DataParameters, MediaCommand, SubscriptionId, TrackId, TransportId, wire};
+use super::{
+    DataParameters, MediaCommand, RouterAddress, SubscriptionId, TrackId, TransportId, wire,
+};
 use crate::codec::Codec;
 use crate::secrets::Secrets;
 use crate::seeded::Seeded;
@@ -106,7 +107,7 @@ pub(super) struct SfuShared {
     pub secrets: Secrets,
     pub epoch: Epoch,
     pub fingerprint: Fingerprint,
-    pub routers: Vec<SocketAddr>,
+    pub routers: Vec<RouterAddress>,
     /// Number of participants on each router.
     pub loads: Vec<usize>,
     pub totals: LobbyTotals,
@@ -198,9 +199,12 @@ impl SfuShared {
             candidates: self
                 .routers
                 .get(router)
-                .copied()
-                .map(Candidate::host)
                 .into_iter()
+                .flat_map(|address| {
+                    let tcp = address.tcp.map(Candidate::tcp_passive);
+                    [Some(Candidate::host(address.udp)), tcp]
+                })
+                .flatten()
                 .collect(),
             session_id: self.ids.session_id(),
         }

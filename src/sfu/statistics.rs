@@ -149,6 +149,8 @@ counters! {
         receive_errors,
         /// Datagrams that the socket dropped because its buffer was full.
         socket_drops,
+        /// Datagrams for TCP connections that their client does not read, or that are gone.
+        stream_drops,
         /// Media packets above the limit that a test set.
         limit_drops,
 

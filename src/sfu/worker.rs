@@ -1,7 +1,8 @@
-//! The thread around a router: its one UDP socket, its clock, and its channel of commands.
+//! The thread around a router: its UDP socket, the TCP connections of its clients, its clock, and
+//! the channel that commands come by.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
@@ -14,8 +15,10 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use super::bottleneck::{Bottleneck, BottleneckLimit};
 use super::router::{Router, RouterConfig};
 use super::statistics::RouterStatistics;
-use super::{MediaCommand, MediaEvent, Outgoing, SendMode};
+use super::streams::ClientStreams;
+use super::{ClientEnd, MediaCommand, MediaEvent, Outgoing, RouterAddress, SendMode};
 use crate::net;
+use crate::path::is_passing;
 use crate::transport::peer::Identity;
 use crate::units::{Epoch, Time, arrival};
 
@@ -34,11 +37,15 @@ const COMMANDS_MAX: usize = 16;
 
 const SOCKET: Token = Token(0);
 const WAKER: Token = Token(1);
+/// The TCP listener; the connections' tokens follow.
+const STREAMS: Token = Token(2);
+/// Reads of one stream at a turn, 16 KiB each.
+const STREAM_READS_MAX: usize = 4;
 
 /// Configuration of a worker.
 #[derive(Clone)]
 pub struct RouterWorkerConfig {
-    /// Address that it listens on, at a free port.
+    /// Where it listens, over UDP and over TCP, on a free port.
     pub ip: IpAddr,
     pub identity: Identity,
     pub epoch: Epoch,
@@ -53,7 +60,7 @@ pub struct RouterWorkerConfig {
 
 /// A router's thread. It ends with this handle.
 pub struct RouterWorker {
-    address: SocketAddr,
+    address: RouterAddress,
     requests: Sender<RouterRequest>,
     waker: Arc<Waker>,
     thread: Option<JoinHandle<()>>,
@@ -72,20 +79,25 @@ impl RouterWorker {
         events: tokio::sync::mpsc::UnboundedSender<MediaEvent>,
     ) -> io::Result<RouterWorker> {
         let socket = net::open_media_socket(config.ip, RECEIVE_BUFFER_BYTES)?;
-        let address = socket.local_addr()?;
+        let udp = socket.local_addr()?;
         let poll = Poll::new()?;
         poll.registry().register(
             &mut SourceFd(&socket.as_raw_fd()),
             SOCKET,
             Interest::READABLE,
         )?;
+        let streams = ClientStreams::listen(udp, poll.registry().try_clone()?, STREAMS)?;
+        let address = RouterAddress {
+            udp,
+            tcp: Some(streams.address()?),
+        };
         let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
         let (requests, inbox) = channel();
         let epoch = config.epoch;
         let router_config = RouterConfig {
             identity: config.identity,
             epoch,
-            local_address: address,
+            local: address,
             send: config.send,
             seed: config.seed,
         };
@@ -100,13 +112,14 @@ impl RouterWorker {
                     io: RouterSocketIo {
                         socket,
                         batch: net::SendBatch::default(),
+                        streams,
                         bottleneck: config
                             .limit
                             .map(|limit| Bottleneck::new(limit, epoch.now())),
                     },
                     received: net::ReceiveBatch::default(),
                     poll,
-                    happened: Events::with_capacity(8),
+                    happened: Events::with_capacity(256),
                     requests: inbox,
                     events,
                     socket_drops: 0,
@@ -127,8 +140,8 @@ impl RouterWorker {
         })
     }
 
-    /// The candidate in descriptions.
-    pub fn address(&self) -> SocketAddr {
+    /// The candidates that descriptions name.
+    pub fn address(&self) -> RouterAddress {
         self.address
     }
 
@@ -211,15 +224,27 @@ impl Loop {
         if self.readable {
             self.readable = !self.drain();
         }
+        if self.io.streams.has_work() {
+            self.drain_streams();
+        }
         let alive = self.take_requests();
         let now = self.epoch.now();
         self.io.refill(now);
         if self.router.next_timeout() <= now {
             self.router.handle_timeout(now, &mut self.io);
         }
+        if self.io.streams.next_timeout() <= now {
+            let router = &self.router;
+            let ended = self.io.streams.sweep(now, |end| router.knows(end));
+            ended
+                .into_iter()
+                .for_each(|end| self.router.handle_stream_end(end));
+        }
         self.io.batch.flush(&self.io.socket);
         self.router
             .count_outlet(self.io.batch.take_errors(), 0, self.io.take_dropped());
+        self.router
+            .count_stream_drops(self.io.streams.take_dropped());
         while let Some(event) = self.router.poll_event() {
             // The lobby is gone only when the process ends.
             let _ = self.events.send(event);
@@ -229,7 +254,7 @@ impl Loop {
 
     fn wait(&mut self) -> io::Result<()> {
         let mut now = self.epoch.now();
-        let has_work = self.readable || self.more_requests;
+        let has_work = self.readable || self.more_requests || self.io.streams.has_work();
         if !has_work && self.wakes_are_dense && now.since(self.woken_at) < WAKE_INTERVAL_MIN {
             std::thread::sleep(WAKE_INTERVAL_MIN - now.since(self.woken_at));
             now = self.epoch.now();
@@ -237,7 +262,8 @@ impl Loop {
         let timeout = if has_work {
             Duration::ZERO
         } else {
-            self.router.next_timeout().since(now)
+            let due = self.router.next_timeout();
+            due.min(self.io.streams.next_timeout()).since(now)
         };
         match self.poll.poll(&mut self.happened, Some(timeout)) {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
@@ -245,7 +271,13 @@ impl Loop {
         }
         self.woken_at = self.epoch.now();
         self.wakes_are_dense = self.woken_at.since(now) < WAKE_INTERVAL_MIN;
-        self.readable |= self.happened.iter().any(|event| event.token() == SOCKET);
+        for event in &self.happened {
+            match event.token() {
+                SOCKET => self.readable = true,
+                WAKER => {}
+                token => self.io.streams.handle_ready(token),
+            }
+        }
         Ok(())
     }
 
@@ -284,6 +316,47 @@ impl Loop {
         self.io.refill(now);
         self.router.end_batch(now, &mut self.io);
         is_empty
+    }
+
+    /// Takes what came by TCP, up to a bound a stream, and forwards it.
+    fn drain_streams(&mut self) {
+        let now = self.epoch.now();
+        self.io.streams.accept(now);
+        for _ in 0..self.io.streams.readable_count() {
+            let Some(slot) = self.io.streams.poll_readable() else {
+                break;
+            };
+            self.drain_stream(slot, now);
+        }
+        self.io.refill(now);
+        self.router.end_batch(now, &mut self.io);
+    }
+
+    fn drain_stream(&mut self, slot: usize, now: Time) {
+        for _ in 0..STREAM_READS_MAX {
+            match self.io.streams.receive(slot, &mut self.received) {
+                Ok((from, count)) => {
+                    for index in 0..count {
+                        // The kernel stamps no bytes of a stream.
+                        if let Some((datagram, _)) = self.received.datagram(index) {
+                            self.router
+                                .handle_datagram(datagram, from, now, now, &mut self.io);
+                        }
+                    }
+                    if self.received.is_drained() {
+                        return;
+                    }
+                }
+                Err(error) if is_passing(&error) => return,
+                Err(_) => {
+                    if let Some(end) = self.io.streams.close(slot) {
+                        self.router.handle_stream_end(end);
+                    }
+                    return;
+                }
+            }
+        }
+        self.io.streams.queue(slot);
     }
 
     fn take(&mut self, index: usize, now: Time, unix_now: u64) {
@@ -325,6 +398,7 @@ impl Loop {
 struct RouterSocketIo {
     socket: UdpSocket,
     batch: net::SendBatch,
+    streams: ClientStreams,
     bottleneck: Option<Bottleneck>,
 }
 
@@ -345,7 +419,7 @@ impl Outgoing for RouterSocketIo {
         self.batch.lend()
     }
 
-    fn send(&mut self, to: SocketAddr, len: usize, segment: usize) {
+    fn send(&mut self, to: ClientEnd, len: usize, segment: usize) {
         if let Some(bottleneck) = &mut self.bottleneck
             && !bottleneck.admits(
                 &self.batch.lend()[..len.min(segment)],
@@ -354,6 +428,11 @@ impl Outgoing for RouterSocketIo {
         {
             return;
         }
-        self.batch.push(&self.socket, to, len, segment);
+        if to.is_stream {
+            let bytes = &self.batch.lend()[..len];
+            self.streams.send(to.address, bytes, segment);
+        } else {
+            self.batch.push(&self.socket, to.address, len, segment);
+        }
     }
 }

@@ -279,6 +279,8 @@ pub enum NearEnd {
         local: SocketAddr,
         remote: SocketAddr,
     },
+    /// A passive candidate of ours: the other side opens connections to it.
+    TcpListener(SocketAddr),
     /// A relay, with our relayed address.
     Relay(SocketAddr),
 }
@@ -305,6 +307,8 @@ pub struct Peer {
     opener: Option<Opener>,
     /// Destination of datagrams, by `PeerSetup::via`.
     remote: Option<SocketAddr>,
+    /// Whether that is the other end of a TCP connection.
+    is_stream: bool,
     next_timeout: Time,
     setup: Box<PeerSetup>,
 }
@@ -409,6 +413,7 @@ impl Peer {
             sealer: None,
             opener: None,
             remote: None,
+            is_stream: false,
             next_timeout: now,
             setup: Box::new(setup),
         }
@@ -437,6 +442,11 @@ impl Peer {
                 if let (Ok(local), Ok(remote)) = (host(local), host(remote)) {
                     setup.ice.add_local_candidate(local);
                     setup.ice.add_remote_candidate(remote);
+                }
+            }
+            NearEnd::TcpListener(address) => {
+                if let Ok(candidate) = Candidate::host(address, Protocol::Tcp) {
+                    setup.ice.add_local_candidate(candidate);
                 }
             }
             NearEnd::Relay(relayed) => {
@@ -600,6 +610,11 @@ impl Peer {
         self.remote
     }
 
+    /// Whether datagrams leave in a TCP connection.
+    pub fn is_stream(&self) -> bool {
+        self.is_stream
+    }
+
     /// Returns the local end that datagrams leave from.
     pub fn via(&self) -> Via {
         self.setup.via
@@ -667,6 +682,7 @@ impl Peer {
                 } => {
                     let end = self.setup.far_end(proto, source, destination);
                     (self.remote, self.setup.via) = (Some(end.address), end.via);
+                    self.is_stream = matches!(end.via, Via::Tcp(_));
                     self.setup.is_restarting = false;
                     self.setup.nominated_at.get_or_insert(now);
                     self.setup.start_dtls(now);

@@ -99,7 +99,7 @@ impl Hands {
         let config = RouterConfig {
             identity: identity.clone(),
             epoch,
-            local_address: router_address(),
+            local: router_address().into(),
             send,
             seed: 3,
         };

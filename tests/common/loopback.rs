@@ -44,7 +44,7 @@ impl End {
             local: theirs.clone(),
             remote: ours.clone(),
             remote_fingerprint: identity.fingerprint(),
-            remote_candidates: vec![worker.address()],
+            remote_candidates: vec![worker.address().udp],
             ice_controlling: true,
             dtls_active: true,
         };
@@ -256,7 +256,7 @@ impl Loopback {
         }
         net::send_segmented(
             &self.ends[0].socket,
-            Some(self.worker.address()),
+            Some(self.worker.address().udp),
             &bytes[..len],
             segment,
         )
@@ -265,7 +265,7 @@ impl Loopback {
 
     /// Takes what has come, and keeps the connections up.
     pub fn turn(&mut self) {
-        let router = self.worker.address();
+        let router = self.worker.address().udp;
         for end in &mut self.ends {
             end.turn(self.epoch, router, &mut self.batch, true);
         }
@@ -274,7 +274,7 @@ impl Loopback {
 
     /// Takes what has come to some of the ends without opening its media: how many packets.
     pub fn skim(&mut self, ends: std::ops::Range<usize>) -> u64 {
-        let router = self.worker.address();
+        let router = self.worker.address().udp;
         let skimmed = self.ends[ends]
             .iter_mut()
             .map(|end| end.turn(self.epoch, router, &mut self.batch, false));

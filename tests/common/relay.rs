@@ -16,7 +16,7 @@ use throng::measure::{Kind, Record};
 use throng::media::identity::{FrameIdentity, Origin};
 use throng::sfu::router::{Router, RouterConfig};
 use throng::sfu::{
-    Encodings, MediaCommand, MediaEvent, Outgoing, Selection, SendMode, SubscriptionId,
+    ClientEnd, Encodings, MediaCommand, MediaEvent, Outgoing, Selection, SendMode, SubscriptionId,
     SubscriptionParameters, TrackId, TrackParameters, TransportId, TransportParameters,
 };
 use throng::transport::peer::{IceCredentials, Identity, PeerParameters};
@@ -70,12 +70,12 @@ impl Outgoing for RouterOutlet {
         &mut self.buffer
     }
 
-    fn send(&mut self, to: SocketAddr, len: usize, segment: usize) {
+    fn send(&mut self, to: ClientEnd, len: usize, segment: usize) {
         under_test(false, || {
             for bytes in self.buffer[..len].chunks(segment) {
                 self.sent.push(Datagram {
                     from: router_address(),
-                    to,
+                    to: to.address,
                     bytes: bytes.to_vec(),
                 });
             }
@@ -192,7 +192,7 @@ impl<W: Wire> Relay<W> {
             RouterConfig {
                 identity: identity.clone(),
                 epoch,
-                local_address: router_address(),
+                local: router_address().into(),
                 send,
                 seed,
             },

@@ -60,7 +60,7 @@ impl Exchange {
         let config = RouterConfig {
             identity: identity.clone(),
             epoch,
-            local_address: router_address(),
+            local: router_address().into(),
             send: SendMode::Plain,
             seed: 5,
         };

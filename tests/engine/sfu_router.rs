@@ -1451,7 +1451,7 @@ fn a_burst_leaves_in_segments_of_one_size_and_plain_sends_are_single() {
         fn lend(&mut self) -> &mut [u8] {
             &mut self.0
         }
-        fn send(&mut self, _: std::net::SocketAddr, len: usize, segment: usize) {
+        fn send(&mut self, _: throng::sfu::ClientEnd, len: usize, segment: usize) {
             self.1.push((len, segment));
         }
     }

@@ -57,6 +57,25 @@ fn media_over_tcp_is_judged_as_over_udp() {
 }
 
 #[test]
+fn our_own_sfu_takes_media_over_tcp_too() {
+    let server = Server::embedded();
+    let _turn = alone();
+    for connection in ["single", "dual"] {
+        let more = ["--video-publishers", "1", "--transport", "tcp"];
+        let (finished, report) = run_through(&server.url, &server, connection, &more);
+        joins_and_flows(connection, &finished, &report);
+        flows_whole(connection, &report);
+        assert_eq!(report.counter("session", "joins_by_tcp"), 3, "{connection}");
+    }
+    let metrics = server.metrics();
+    assert_eq!(metrics["throng_sfu_stream_drops"], 0.0);
+    // Left to itself, it goes over UDP.
+    let (finished, report) = run_through(&server.url, &server, "single", &[]);
+    joins_and_flows("auto", &finished, &report);
+    assert_eq!(report.counter("session", "joins_by_udp"), 3);
+}
+
+#[test]
 fn what_the_server_does_not_offer_is_named_at_once() {
     let Some(over_tcp) = server_over_tcp() else {
         return;
@@ -92,12 +111,20 @@ fn where_udp_does_not_come_up_it_falls_back_to_tcp_and_says_so() {
         },
         ..Options::default()
     };
-    let Some(server) = network.server.run(|| Server::livekit_with(&options)) else {
-        return;
-    };
+    let servers = network.server.run(|| {
+        let embedded = Server::embedded_at(options.site);
+        [Some(embedded), Server::livekit_with(&options)]
+    });
     let _turn = alone();
+    for server in servers.into_iter().flatten() {
+        falls_back_to_tcp(&network, &server);
+    }
+}
+
+fn falls_back_to_tcp(network: &Network, server: &Server) {
+    network.set_both(Conditions::default());
     network.clients.run(|| {
-        let (finished, report) = run_through(&server.url, &server, "single", &[]);
+        let (finished, report) = run_through(&server.url, server, "single", &[]);
         joins_and_flows("UDP passes", &finished, &report);
         assert_eq!(report.counter("session", "joins_by_udp"), 3);
         // A firewall that drops UDP and lets TCP through.
@@ -106,7 +133,7 @@ fn where_udp_does_not_come_up_it_falls_back_to_tcp_and_says_so() {
             ..Conditions::default()
         });
         for connection in ["single", "dual"] {
-            let (finished, report) = run_through(&server.url, &server, connection, &[]);
+            let (finished, report) = run_through(&server.url, server, connection, &[]);
             joins_and_flows(connection, &finished, &report);
             assert_eq!(report.counter("session", "joins_by_tcp"), 3, "{connection}");
             let said = unwrapped(&finished);
@@ -114,7 +141,7 @@ fn where_udp_does_not_come_up_it_falls_back_to_tcp_and_says_so() {
             assert!(said.contains(&why), "{connection}: {said}");
         }
         let only_udp = ["--transport", "udp"];
-        let (finished, report) = run_through(&server.url, &server, "single", &only_udp);
+        let (finished, report) = run_through(&server.url, server, "single", &only_udp);
         assert_eq!(report.counter("session", "joins_ok"), 0);
         let said = unwrapped(&finished);
         assert!(

@@ -22,7 +22,9 @@ use throng::secrets::Secrets;
 use throng::sfu::lobby::{ConnectionId, Entrant, Lobby, LobbyConfig, LobbyOutput};
 use throng::sfu::router::{Router, RouterConfig};
 use throng::sfu::statistics::RouterStatistics;
-use throng::sfu::{MediaCommand, MediaEvent, Outgoing, SubscriptionId, TrackId, TransportId};
+use throng::sfu::{
+    ClientEnd, MediaCommand, MediaEvent, Outgoing, SubscriptionId, TrackId, TransportId,
+};
 use throng::transport::peer::{IceCredentials, Identity, PeerParameters};
 use throng::transport::rtp::{Datagram as Class, Header, classify};
 use throng::transport::sdp::{Extension, RemoteTrack};
@@ -262,10 +264,10 @@ impl Outgoing for RouterOutlet {
         &mut self.buffer
     }
 
-    fn send(&mut self, to: SocketAddr, len: usize, segment: usize) {
+    fn send(&mut self, to: ClientEnd, len: usize, segment: usize) {
         let datagrams = self.buffer[..len].chunks(segment).map(|bytes| Datagram {
             from: self.address,
-            to,
+            to: to.address,
             bytes: bytes.to_vec(),
         });
         self.sent.extend(datagrams);
@@ -308,7 +310,7 @@ impl World {
             let config = RouterConfig {
                 identity: identity.clone(),
                 epoch,
-                local_address: router_address(index),
+                local: router_address(index).into(),
                 send: plan.send,
                 seed: plan.seed + index as u64,
             };
@@ -329,7 +331,9 @@ impl World {
                 secrets: Secrets::keyed_for_tests(plan.seed),
                 epoch,
                 fingerprint: identity.fingerprint(),
-                routers: (0..plan.routers).map(router_address).collect(),
+                routers: (0..plan.routers)
+                    .map(|router| router_address(router).into())
+                    .collect(),
             }),
             routers: (0..plan.routers).map(router).collect(),
             router_outlets: (0..plan.routers)

@@ -71,7 +71,7 @@ fn run(input: &[u8]) {
             secrets: Secrets::keyed_for_tests(1),
             epoch: Epoch::read(),
             fingerprint: Fingerprint([7; 32]),
-            routers: vec![SocketAddr::from(([192, 0, 2, 100], 7_882))],
+            routers: vec![SocketAddr::from(([192, 0, 2, 100], 7_882)).into()],
         }),
         clients: std::array::from_fn(|_| Client {
             connection: None,

@@ -15,7 +15,7 @@ use crate::codec::{Codec, PayloadTypes};
 use crate::measure::Kind;
 use crate::secrets::Secrets;
 use crate::seeded::Seeded;
-use crate::sfu::{Encodings, Selection, SubscriptionParameters, TrackParameters};
+use crate::sfu::{Encodings, RouterAddress, Selection, SubscriptionParameters, TrackParameters};
 use crate::transport::peer::{IceCredentials, PeerFailure};
 use crate::transport::sdp::{AnsweredOffer, Answerer, Capabilities, DtlsSetup, LocalTransport};
 
@@ -43,7 +43,7 @@ impl LobbyWorld {
     }
 
     fn seeded(seed: u64) -> LobbyWorld {
-        let routers: Vec<SocketAddr> = vec![ROUTER.parse().unwrap()];
+        let routers = vec![RouterAddress::from(ROUTER.parse::<SocketAddr>().unwrap())];
         LobbyWorld {
             lobby: Lobby::new(LobbyConfig {
                 seed,

@@ -248,6 +248,15 @@ impl Candidate {
         }
     }
 
+    /// Creates a host candidate that accepts TCP connections, with the priority of [`Candidate::tcp_active`].
+    pub fn tcp_passive(address: SocketAddr) -> Candidate {
+        Candidate {
+            transport: CandidateTransport::TcpPassive,
+            address,
+            ..Candidate::tcp_active(address.ip())
+        }
+    }
+
     /// Creates a candidate for our address at a relay. The real related address is not disclosed,
     /// but some peers require the attribute.
     pub fn relayed(address: SocketAddr) -> Candidate {
