@@ -1,5 +1,5 @@
-//! Where frames were lost: on the way to the SFU, inside it, or behind it. The relay's log of what
-//! was dropped on each leg is the truth.
+//! Tests of where frames are said to be lost: on the way to the SFU, inside it, or behind it. The
+//! relay's log of dropped packets on each leg is the ground truth.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,7 +25,7 @@ const CALM: Conditions = Conditions {
     jitter: Duration::ZERO,
 };
 
-/// Uplink, SFU, downlink, unattributed. No source is ever gone here.
+/// Returns the losses by cause: uplink, SFU, downlink, unattributed. No source is ever gone here.
 fn causes(media: &Media) -> [u64; 4] {
     assert_eq!(media.frames_lost_source, 0);
     [
@@ -40,8 +40,8 @@ fn missing(media: &Media) -> u64 {
     media.frames_expected - media.frames_delivered
 }
 
-/// One publisher of audio and video, so many subscribers of both, and the SSRCs on which each gets
-/// them: audio, video, RTX.
+/// A room with one publisher of audio and video and some subscribers of both. `downstream` has the
+/// SSRCs on which each subscriber gets them: audio, video, RTX.
 struct Room {
     relay: Relay,
     subscriptions: Vec<[SubscriptionId; 2]>,
@@ -64,7 +64,7 @@ impl Room {
             subscriptions.push([of_audio, of_video]);
             downstream.push([audio_ssrc, video_ssrc, rtx_ssrc.unwrap()]);
         }
-        // The first reports tell the round trips that repair is timed by.
+        // The first reports give the round trips that the timing of repair depends on.
         relay.run_for(Duration::from_secs(2));
         Room {
             relay,
@@ -82,7 +82,8 @@ impl Room {
         }
     }
 
-    /// The last seconds lose nothing, so that no loss hides behind the end.
+    /// Runs on for some seconds without loss, so that no loss hides behind the end, and returns the
+    /// records.
     fn finish(mut self) -> Vec<Record> {
         self.relay.loss = Box::new(|_, _, _| false);
         self.relay.run_for(Duration::from_secs(3));
@@ -93,7 +94,7 @@ impl Room {
 #[test]
 fn what_the_uplink_loses_for_good_is_the_uplinks() {
     let mut room = Room::new(2, 1);
-    // These never come through, however often they are sent again.
+    // These packets never arrive, however often they are retransmitted.
     room.relay.loss = Box::new(|leg, ssrc, seq| match (leg, ssrc) {
         (Leg::Up(0), AUDIO_UP) => seq % 17 < 2,
         (Leg::Up(0), VIDEO_UP) => seq % 41 == 0,
@@ -139,7 +140,7 @@ fn what_the_downlink_loses_for_good_is_the_downlinks() {
 fn what_the_sfu_drops_behind_rewritten_numbers_is_the_sfus() {
     let mut room = Room::new(2, 3);
     for pause in [40, 200, 700, 60, 1_500] {
-        // Nobody asked for this: the subscribers know nothing of it.
+        // The subscribers did not ask for this pause and do not know of it.
         room.select(Selection {
             enabled: false,
             ..ALL
@@ -162,7 +163,7 @@ fn what_the_sfu_drops_behind_rewritten_numbers_is_the_sfus() {
 fn without_loss_nothing_is_attributed_and_a_subscriber_that_is_cut_off_is_not_explained() {
     let mut room = Room::new(2, 4);
     room.relay.run_for(Duration::from_secs(2));
-    // From here on nothing comes any more, and nothing says why.
+    // From here on nothing reaches the first subscriber, and nothing says why.
     room.relay.loss = Box::new(|leg, _, _| leg == Leg::Down(1));
     room.relay.run_for(Duration::from_secs(3));
     let records = room.relay.finish();
@@ -175,8 +176,8 @@ fn without_loss_nothing_is_attributed_and_a_subscriber_that_is_cut_off_is_not_ex
     );
 }
 
-/// What a leg carried of the audio, frame by frame: a frame is a packet, and a resend has its
-/// number.
+/// Audio packets that were sent and that arrived on each leg. A packet is a frame, and a
+/// retransmission has the same number.
 #[derive(Default)]
 struct Truth {
     sent_up: BTreeSet<u16>,
@@ -193,7 +194,7 @@ fn of_a_mixture_each_part_is_told_and_the_error_is_bounded() {
         let truth: Rc<RefCell<Truth>> = Rc::default();
         let (log, downstream) = (truth.clone(), room.downstream.clone());
         let mut random = Random(seed);
-        // Uplink and downlink each lose more than a third, resends included.
+        // The uplink and the downlink lose more than a third each, retransmissions included.
         room.relay.loss = Box::new(move |leg, ssrc, seq| {
             let lost = random.chance(0.35);
             let mut log = log.borrow_mut();
@@ -243,8 +244,8 @@ fn of_a_mixture_each_part_is_told_and_the_error_is_bounded() {
                 uplink > 100 && sfu > 50 && downlink > 0,
                 "{uplink} {sfu} {downlink}"
             );
-            // A frame that was lost twice on its way and came just when the SFU forwarded nothing
-            // was received by nobody: it counts as the uplink's.
+            // A frame may be lost twice on its way up and then arrive just when the SFU forwards
+            // nothing. Nobody has received it, so it counts as lost on the uplink.
             let error = [uplink, sfu, downlink]
                 .iter()
                 .zip(found)

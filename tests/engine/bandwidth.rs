@@ -1,5 +1,5 @@
-//! Bandwidth: what a receiver's feedback tells its sender, and what a sender that obeys makes of
-//! it, over a bottleneck in virtual time.
+//! Tests of bandwidth estimation over a bottleneck, in virtual time: what a receiver's feedback
+//! tells its sender, and how a sender that obeys it reacts.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -14,7 +14,7 @@ use throng::measure::Record;
 use throng::transport::rtp::Header;
 
 const TRANSPORT_CC: u8 = 9;
-/// Of the three layers, which have 60, 150 and 400 kbit/s.
+/// Bitrate of all three layers together. They have 60, 150 and 400 kbit/s.
 const ALL_LAYERS_BPS: u64 = 610_000;
 const RTT: Duration = Duration::from_millis(40);
 
@@ -26,7 +26,7 @@ fn set_path(pair: &mut Pair, rate: u64) {
     });
 }
 
-/// How many packets of each layer were sent, retransmissions apart.
+/// Number of packets sent on each SSRC. Retransmissions have SSRCs of their own.
 #[derive(Clone, Default)]
 struct Sent(Rc<RefCell<BTreeMap<Ssrc, u64>>>);
 
@@ -41,14 +41,14 @@ impl Sent {
         sent
     }
 
-    /// Since this was asked last: whether each layer was sent.
+    /// Returns whether each layer was sent since the last call.
     fn layers(&self) -> [bool; 3] {
         let sent = std::mem::take(&mut *self.0.borrow_mut());
         [0, 1, 2].map(|layer| sent.contains_key(&layer_ssrc(layer)))
     }
 }
 
-/// A publisher of three layers over a path of this rate.
+/// Returns a publisher of three layers over a path of this rate.
 fn publisher(obeys: bool, rate: u64) -> (Pair, Sent) {
     let mut pair = Pair::connected_where(1, obeys);
     pair.transport_cc_extension = Some(TRANSPORT_CC);
@@ -99,8 +99,8 @@ fn every_packet_of_all_streams_has_the_next_number_and_is_reported_ten_times_a_s
         theirs.bandwidth.transport_cc_sent
     );
     assert!(ours.bandwidth.transport_cc_received > 80);
-    // What the receiver lacks of each stream is what its feedback says is missing: but for what was
-    // behind the last packet of a message that was lost.
+    // The packets that the receiver lacks are those that its feedback reports as missing, except
+    // those behind the last packet of a feedback message that was lost.
     let lacking = theirs.audio.packets_lost_network + theirs.video.packets_lost_network;
     let missing = ours.bandwidth.uplink_packets_missing;
     assert!(
@@ -136,7 +136,8 @@ fn layers_go_when_the_path_narrows_and_return_with_a_key_frame_when_it_widens() 
         [true; 3],
         "probes have found the whole path"
     );
-    // Room for the two lower layers, then for the lowest alone, then for less than that.
+    // The path has room for the two lower layers, then for the lowest alone, then for less than
+    // that.
     for (rate, expected) in [
         (300_000, [true, true, false]),
         (120_000, [true, false, false]),
@@ -172,8 +173,8 @@ fn layers_go_when_the_path_narrows_and_return_with_a_key_frame_when_it_widens() 
         "{}",
         describe(&ours)
     );
-    // Three when they began, three as a second first one, and one for each return; more where the
-    // receiver asked for them.
+    // Three key frames when the layers began, three because each layer repeats its first one, and
+    // one for each return. There are more if the receiver asked for them.
     assert!(
         ours.video.key_frames_sent >= 6 + bandwidth.layers_returned,
         "{}",
@@ -189,7 +190,7 @@ fn layers_go_when_the_path_narrows_and_return_with_a_key_frame_when_it_widens() 
 
 #[test]
 fn the_estimate_stays_within_the_path_and_the_receiver_loses_little_there() {
-    // Everything fits three times, the lower two, and the lowest.
+    // The paths have room for three times all layers, for the lower two, and for the lowest.
     for (rate, layers, within) in [
         (3 * ALL_LAYERS_BPS, [true; 3], 500..2_000),
         (400_000, [true, true, false], 150..500),

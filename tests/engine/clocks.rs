@@ -1,5 +1,5 @@
-//! A publisher on one host, its subscriber on another, whose clock is an hour off: what the two
-//! account for is what one host that plays both does.
+//! A publisher on one host and its subscriber on another, whose clock is an hour off. Together they
+//! must account for the same as one host that plays both.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use throng::units::{Epoch, Time};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const UNIX: Duration = Duration::from_secs(1_790_000_000);
-/// Of [`audio`] and [`video`].
+/// Frame intervals of [`audio`] and [`video`].
 const INTERVALS: [Duration; CELLS_PER_PARTICIPANT] = [
     Duration::from_millis(20),
     Duration::from_nanos(1_000_000_000 / 15),
@@ -22,8 +22,8 @@ const INTERVALS: [Duration; CELLS_PER_PARTICIPANT] = [
     Duration::ZERO,
 ];
 
-/// Participant 0 publishes, participant 1 subscribes; `elsewhere` says of each which other host
-/// plays it.
+/// Returns a roster in which participant 0 publishes and participant 1 subscribes. `elsewhere` says
+/// for each of them which other host plays it.
 fn roster(elsewhere: [Option<usize>; 2]) -> Arc<Roster> {
     let member = |at: usize| Member {
         room: 0,
@@ -34,7 +34,7 @@ fn roster(elsewhere: [Option<usize>; 2]) -> Arc<Roster> {
     Arc::new(Roster::of_hosts(RUN, (0..2).map(member), INTERVALS))
 }
 
-/// Where the account of a run comes from.
+/// The hosts that play a run and account for it.
 enum World {
     OneHost,
     TwoHosts(Arc<Roster>, Arc<Roster>),
@@ -59,7 +59,7 @@ impl World {
         Pair::between(1, false, ends)
     }
 
-    /// What the subscribing host hears of the publisher's log.
+    /// Hands the publisher's frame counts to the subscribing host.
     fn exchange_counts(&self) {
         if let World::TwoHosts(publishing, subscribing) = self {
             publishing
@@ -69,8 +69,8 @@ impl World {
     }
 }
 
-/// Ten seconds of audio and video. What is lost is lost at stated moments: now and then some
-/// milliseconds, once nearly everything for so long that repair gives up, and the end.
+/// Plays ten seconds of audio and video. Losses happen at fixed moments: a few milliseconds now and
+/// then, once nearly everything for so long that repair gives up, and everything at the end.
 fn play(world: &World, counts_come: bool) -> [Record; 2] {
     let mut pair = world.pair();
     pair.link = Link::new(Conditions::default(), 1);
@@ -110,8 +110,8 @@ fn same_values(a: &Histogram, b: &Histogram) -> bool {
     a.hdr() == b.hdr()
 }
 
-/// When the publisher began is not known on another host, nor which packets the server asked it
-/// for.
+/// Figures that a subscribing host cannot know. It does not know when a publisher on another host
+/// began, nor which packets the server asked that publisher for.
 const UNKNOWN_ELSEWHERE: [&str; 7] = [
     "track_subscribe",
     "first_packet",
@@ -163,7 +163,7 @@ fn two_hosts_account_for_what_one_host_does_that_plays_both() {
         (&publishing.audio, &subscribing.audio),
         (&publishing.video, &subscribing.video),
     ] {
-        // Everything from the first frame on, and the end, of which nothing came.
+        // Every frame from the first one on is expected, also at the end, of which nothing arrived.
         assert_eq!(received.frames_expected, sent.frames_sent);
         assert!(
             lost(received) > 0
@@ -174,7 +174,7 @@ fn two_hosts_account_for_what_one_host_does_that_plays_both() {
             lost(received),
             "no witness of the uplink is here"
         );
-        // 20 ms under way, and the packets of a picture leave one after the other.
+        // A packet is under way for 20 ms, and the packets of a picture leave one after the other.
         assert!(
             (20_000..40_000).contains(&received.one_way_latency.min().unwrap()),
             "{:?}",
@@ -226,7 +226,7 @@ fn before_any_count_comes_no_frame_is_refused_and_what_came_was_sent() {
             lost(media)
         );
     }
-    // The end, which nobody told of, is not known to have been sent: 800 ms.
+    // The frames of the last 800 ms are not known to have been sent, because nobody reported them.
     let [_, told] = play(&World::two_hosts(), true);
     assert_eq!(
         told.audio.frames_expected - received.audio.frames_expected,

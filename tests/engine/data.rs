@@ -1,6 +1,7 @@
-//! Data channels through the embedded SFU's router, with str0m as its clients: they agree on a
-//! description, begin an association, and wait for it. A client may hold back all that comes after
-//! it (the Go SDK's takes no track of a later description), so it must be served.
+//! Tests of data channels through the embedded SFU's router, with str0m as its clients. The clients
+//! agree on a description, begin an SCTP association, and wait for it. A client may hold back
+//! everything that follows until the association is up (the Go SDK takes no track of a later
+//! description), so the router must serve it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -74,7 +75,7 @@ impl Exchange {
         }
     }
 
-    /// A connection whose offer is the client's, with LiveKit's two channels.
+    /// Adds a connection whose offer comes from the client and has LiveKit's two channels.
     fn add_calling(&mut self, data: DataParameters) -> usize {
         let (mut rtc, address) = self.client();
         let mut change = rtc.sdp_api();
@@ -103,12 +104,13 @@ impl Exchange {
         self.add(rtc, address, (local, remote), data)
     }
 
-    /// A connection whose offer is the server's, which opens the channels.
+    /// Adds a connection whose offer comes from the server. The server opens the channels.
     fn add_called(&mut self, data: DataParameters) -> usize {
         let (mut rtc, address) = self.client();
         let local = self.local(DtlsSetup::ActPass);
         let mut offers = SubscriberOffer::default();
-        // str0m leaves the ClientHello, and the association, to us where it may. No SDK does.
+        // Where the offer allows it, str0m leaves the ClientHello and the association to us. No SDK
+        // does that, so this offer does not allow it.
         let offer = offers
             .offer(&local)
             .replace("setup:actpass", "setup:passive");
@@ -186,7 +188,7 @@ impl Exchange {
         index
     }
 
-    /// A millisecond passes; a datagram takes none.
+    /// Advances time by one millisecond. Datagrams arrive without delay.
     fn step(&mut self) {
         self.now += Duration::from_millis(1);
         let (now, instant) = (self.now, self.epoch.instant(self.now));
@@ -278,7 +280,7 @@ fn of(identity: &str) -> DataParameters {
     }
 }
 
-/// A packet as clients write it; what it says of its sender is a lie.
+/// Returns a data packet as clients write it. The sender that it names is wrong on purpose.
 #[allow(deprecated)]
 fn said(text: &str, destinations: &[&str]) -> Vec<u8> {
     let user = proto::UserPacket {
@@ -295,7 +297,7 @@ fn said(text: &str, destinations: &[&str]) -> Vec<u8> {
     packet.encode_to_vec()
 }
 
-/// Channel, text and sender of each.
+/// Returns the channel, text and sender of each message that was received.
 #[allow(deprecated)]
 fn heard(caller: &Caller) -> Vec<(&str, &str, &str)> {
     let got = caller.got.iter().map(|(label, packet)| {
@@ -326,7 +328,7 @@ fn an_association_that_a_client_waits_for_comes_up_whoever_opens_the_channels() 
 fn what_one_sends_the_others_of_its_room_get_once_and_it_says_who_sent_it() {
     let mut exchange = Exchange::new();
     let ann = exchange.add_calling(of("ann"));
-    // Two connections, as clients have that talk to LiveKit without a single one.
+    // Bob has two connections, like clients that do not use LiveKit's single connection.
     let bob_up = exchange.add_calling(DataParameters {
         receives: false,
         ..of("bob")
@@ -410,7 +412,7 @@ fn messages_of_many_chunks_arrive_whole_and_in_order() {
     assert!(heard.iter().map(|(_, text, _)| *text).eq(&texts));
 }
 
-/// A client of SCTP alone, some of whose packets are not what it meant.
+/// A client that speaks only SCTP and damages some of its packets.
 struct Liar {
     endpoint: Endpoint,
     association: Option<(AssociationHandle, Association)>,
@@ -442,7 +444,7 @@ impl Liar {
         let (_, association) = self.association.as_mut().unwrap();
         association.handle_timeout(now);
         while association.poll().is_some() {}
-        // At times so many channels that it is given up.
+        // Now and then the client opens so many channels that the association is given up.
         let channels = if self.chance.chance(1) { 40 } else { 12 };
         let id = self.chance.below(channels) as u16;
         if !association.is_handshaking() {
@@ -471,7 +473,7 @@ impl Liar {
         packets
     }
 
-    /// One in twenty; its checksum is that of what has become of it.
+    /// Damages one packet in twenty. The checksum is that of the damaged packet.
     fn spoil(&mut self, packet: &mut Vec<u8>) {
         if self.chance.below(20) > 0 {
             return;
@@ -503,7 +505,7 @@ impl Liar {
     }
 }
 
-/// RFC 9260, appendix A.
+/// Returns the checksum of SCTP packets (CRC32c, RFC 9260, appendix A).
 fn crc32c(bytes: &[u8]) -> u32 {
     let mut crc = !0_u32;
     for byte in bytes {

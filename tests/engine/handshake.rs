@@ -1,5 +1,5 @@
-//! Two of our own peers find each other over a bad network, in virtual time: ICE and DTLS must
-//! always come through.
+//! Two of our own peers connect over a bad network, in virtual time. ICE and DTLS must always
+//! succeed.
 
 use crate::common::link;
 use std::net::SocketAddr;
@@ -171,7 +171,8 @@ fn a_certificate_that_was_not_promised_is_refused() {
         Identity::generate().unwrap(),
         Epoch::read(),
     );
-    // The first end expects `identity` and meets `other`.
+    // The first end expects the certificate of `identity`, and the other end presents that of
+    // `other`.
     let mut ends = ends([&identity, &identity], epoch);
     let mut impostors = {
         let credentials = [IceCredentials::random(), IceCredentials::random()];
@@ -219,7 +220,7 @@ fn garbage_and_foreign_datagrams_do_no_harm_to_a_peer() {
         let len = (random.next() % 300) as usize;
         let mut bytes: Vec<u8> = (0..len).map(|_| random.next() as u8).collect();
         if let Some(first) = bytes.first_mut() {
-            // Half of it looks like STUN, half like DTLS.
+            // Half of the datagrams look like STUN, the other half like DTLS.
             *first = if round % 2 == 0 { 0 } else { 22 };
         }
         ends[0].peer.handle_setup_datagram(
@@ -231,7 +232,7 @@ fn garbage_and_foreign_datagrams_do_no_harm_to_a_peer() {
     connect(&mut ends, &mut Link::new(Conditions::default(), 1)).unwrap();
 }
 
-/// What a shard sends.
+/// Collects the datagrams that a shard sends.
 struct Outbox {
     buffer: Vec<u8>,
     sent: Vec<Vec<u8>>,
@@ -252,8 +253,8 @@ impl Io for Outbox {
     fn disconnect(&mut self, _: PeerKey) {}
 }
 
-/// The events of a shard's peer against another peer, which reads of DTLS what `reads` lets it.
-/// `certificate`: the one that the shard is told to expect.
+/// Returns the events of a shard's peer that connects to another peer. The other peer reads DTLS
+/// only if `reads_dtls` is set. `certificate` is the one that the shard is told to expect.
 fn events_of(
     shard_identity: &Identity,
     other: &Identity,

@@ -1,5 +1,5 @@
-//! What a publisher does with its layers, and what a subscriber makes of an SFU that switches
-//! between them; the logs of link and SFU are the truth.
+//! Tests of a publisher's layers, and of a subscriber whose SFU switches between layers. The logs
+//! of the link and of the SFU are the ground truth.
 
 use crate::common::pair;
 use std::cell::RefCell;
@@ -22,10 +22,12 @@ use throng::media::opus::{AudioClip, AudioContent, OpusSpec};
 use throng::transport::rtp::Header;
 use throng::units::{Bitrate, Time};
 
-/// Every way from one layer to another.
+/// Layers that are requested in turn. Repeated, the sequence has every switch from one layer to
+/// another.
 const TURNS: [usize; 6] = [0, 2, 1, 2, 0, 1];
 
-/// When which packets left, by SSRC: header extensions are in the clear.
+/// A packet that left, with its time, its SSRC and its header extensions. Header extensions are not
+/// encrypted.
 #[derive(Clone)]
 struct Sent {
     at: Time,
@@ -37,7 +39,7 @@ struct Sent {
     marker: bool,
 }
 
-/// Runs the pair and hands out what left during that time.
+/// Runs the pair for `time` and returns the packets that left during that time.
 fn sent_during(pair: &mut Pair, time: Duration) -> Vec<Sent> {
     let log: Rc<RefCell<Vec<Sent>>> = Rc::default();
     let clock = Rc::new(RefCell::new(pair.now));
@@ -74,7 +76,7 @@ fn sent_during(pair: &mut Pair, time: Duration) -> Vec<Sent> {
 fn packets_name_their_layer_until_the_first_receiver_report_and_retransmissions_always_do() {
     let mut pair = Pair::connected(1);
     pair.publish_layers(&layers(), Pacing::Burst);
-    // The other end's reports come once a second from 0.1 to 0.3 s on.
+    // The other end sends reports once a second, and the first one after 0.1 to 0.3 s.
     let early = sent_during(&mut pair, Duration::from_millis(90));
     for (layer, rid) in (0..3).zip(RIDS) {
         let of_layer: Vec<_> = early
@@ -153,8 +155,7 @@ fn each_layer_has_its_own_rate_and_its_first_key_frame_comes_twice() {
     );
     assert_eq!(receiver.video.frames_delivered, sender.video.frames_sent);
     assert_eq!(receiver.video.frames_expected, sender.video.frames_sent);
-    // A sender report on each layer: their round trips are measured by three report blocks a
-    // second.
+    // Every layer sends sender reports. Three report blocks a second measure their round trips.
     assert!(
         sender.session.rtt_rtcp.count() >= 9,
         "{}",
@@ -196,12 +197,12 @@ fn a_layer_that_nobody_watches_rests_and_starts_again_with_a_key_frame_in_its_ol
         (30, 40, 60)
     );
     for sent in awake.iter().filter(|sent| sent.ssrc == layer_ssrc(2)) {
-        // Slots of 30 fps since the track began, on whole milliseconds.
+        // The layer has 30 slots a second since the track began, each on a whole millisecond.
         let slot = (sent.at.since(start).as_secs_f64() * 30.0).round();
         let off = sent.at.since(start).as_secs_f64() - slot / 30.0;
         assert!((-0.000_001..0.002).contains(&off), "{off}");
     }
-    // Asked for twice, nothing changes.
+    // The same request a second time changes nothing.
     pair.command(set(0b111));
     let [sender, receiver] = pair.finish();
     assert_eq!(
@@ -232,7 +233,7 @@ fn a_muted_track_sends_nothing_and_is_neither_lost_nor_frozen() {
     };
     pair.command(mute(AUDIO_TRACK, true));
     pair.command(mute(VIDEO_TRACK, true));
-    // What waits in the pacer still leaves.
+    // Packets that wait in the pacer still leave.
     pair.run_for(Duration::from_millis(100));
     assert_eq!(sent_during(&mut pair, Duration::from_secs(3)).len(), 0);
     pair.command(mute(AUDIO_TRACK, false));
@@ -243,7 +244,7 @@ fn a_muted_track_sends_nothing_and_is_neither_lost_nor_frozen() {
     assert!(speaks[0].marker && !speaks[1].marker, "a talkspurt begins");
     pair.command(mute(VIDEO_TRACK, false));
     pair.run_for(Duration::from_secs(2));
-    // Muted to the end: no freeze either.
+    // A track that is muted to the end causes no freeze either.
     pair.command(mute(VIDEO_TRACK, true));
     pair.run_for(Duration::from_secs(2));
     let [sender, receiver] = pair.finish();
@@ -274,7 +275,7 @@ fn a_muted_track_sends_nothing_and_is_neither_lost_nor_frozen() {
     );
 }
 
-/// A clip as `audio()` makes it, of something else.
+/// Returns a clip like that of `audio()`, with this content and this use of DTX.
 fn clip(content: AudioContent, dtx: bool) -> AudioClip {
     let spec = OpusSpec {
         bitrate: Bitrate::from_bps(24_000),
@@ -309,8 +310,8 @@ fn one_who_is_not_to_speak_is_silent_and_says_so() {
                 .or_default()
                 .push(sent.level.unwrap());
         }
-        // Three of six turns of 125 packets; the rest is silence, of which DTX sends next to
-        // nothing.
+        // Three of the six turns are this participant's, with 125 packets of speech each. The rest
+        // is silence. With DTX, hardly any of it is sent.
         assert!(
             levels[&true].len().abs_diff(3 * 125) <= 4,
             "{}",
@@ -330,7 +331,7 @@ fn one_who_is_not_to_speak_is_silent_and_says_so() {
             levels[&false].iter().all(|level| *level == 127),
             "digital silence, and no voice"
         );
-        // LiveKit calls somebody active who is louder than -35 dBov for 40 % of the time.
+        // LiveKit calls a participant active that is louder than -35 dBov for 40 % of the time.
         let loud = levels[&true]
             .iter()
             .filter(|level| **level & 0x80 != 0 && **level & 0x7F <= 35)
@@ -344,7 +345,8 @@ fn one_who_is_not_to_speak_is_silent_and_says_so() {
         assert_eq!(receiver.audio.packets_received, sender.audio.packets_sent);
         assert_eq!(receiver.audio.frames_delivered, sender.audio.frames_sent);
         assert_eq!(receiver.audio.frames_expected, sender.audio.frames_sent);
-        // Comfort noise has no room for an identity: packets, but no frames.
+        // Packets of comfort noise have no room for an identity. They count as packets, but not as
+        // frames.
         assert_eq!(sender.audio.frames_sent < sender.audio.packets_sent, dtx);
     }
 }
@@ -428,7 +430,7 @@ fn a_layer_that_never_comes_is_a_switch_that_never_happens() {
         (switch.count(), switch.expected(), switch.quantile(0.5)),
         (0, 1, None)
     );
-    // Asked for just before the end, it is nobody's fault.
+    // A switch that is requested just before the end is not counted as expected.
     let mut world = World::new(
         1,
         Downlink {
@@ -482,8 +484,9 @@ fn under_loss_no_more_frames_are_delivered_than_expected() {
             delivered < expected,
             "seed {seed}: {delivered} of {expected}"
         );
-        // Where the last frame before a switch or the first one after it is lost, the earlier
-        // layer's rate tells how many are missing: one off at most.
+        // If the last frame before a switch or the first one after it is lost, the number of
+        // missing frames is estimated from the earlier layer's rate. The estimate is off by one at
+        // most.
         assert!(
             expected.abs_diff(log.forwarded) <= log.switches,
             "seed {seed}: {expected} expected, {log:?}"

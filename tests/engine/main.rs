@@ -1,5 +1,5 @@
-//! The engine and what it speaks, in memory and in virtual time: no sockets, no clocks, nothing
-//! that a busy machine could change.
+//! Tests of the engine and of the protocols that it speaks, in memory and in virtual time. They use
+//! no sockets and do not depend on real time, so a busy machine cannot change a result.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -1,4 +1,5 @@
-//! Media between two of our own shards, over links whose log is the ground truth for every count.
+//! Tests of media between two of our own shards. The log of the link is the ground truth for every
+//! count.
 
 use crate::common::link;
 use std::cell::RefCell;
@@ -13,8 +14,7 @@ use crate::common::pair::{
 use throng::engine::publisher::Pacing;
 use throng::measure::Media;
 
-/// What the link saw of one SSRC: how often each sequence number was sent, and how often it
-/// arrived.
+/// The link's log of one SSRC: the sequence numbers that were sent, and how often each one arrived.
 #[derive(Default)]
 struct Truth {
     sent: Vec<u16>,
@@ -92,7 +92,8 @@ fn without_loss_every_frame_arrives_once_and_nothing_is_asked_for() {
         receiver.session.frames_misrouted + receiver.session.packets_rejected,
         0
     );
-    // Sent at the tick of its slot, so at most 1 ms after the intended moment, and 20 ms under way.
+    // A frame is sent at the tick of its slot, so at most 1 ms after the intended moment. It is
+    // under way for 20 ms.
     let latency = &receiver.audio.one_way_latency;
     assert!(
         latency.min().unwrap() >= 20_000 && latency.max().unwrap() <= 21_050,
@@ -124,7 +125,7 @@ fn at_5_percent_loss_each_count_equals_the_links_log_and_all_is_repaired() {
         assert!(
             receiver.video.loss_to_repair.count() > 0 && receiver.audio.loss_to_repair.count() > 0
         );
-        // One way 20..25 ms: a round trip cannot be shorter than 40 ms, nor a repair.
+        // One way takes 20 to 25 ms, so neither a round trip nor a repair can take less than 40 ms.
         let rtt = &sender.session.rtt_rtcp;
         assert!(
             (40_000..=51_000).contains(&rtt.quantile(0.5).unwrap()),
@@ -188,7 +189,8 @@ fn compare_video(media: &Truth, rtx: Option<&Truth>, sent: &Media, received: &Me
     assert_eq!(received.frames_duplicate, 0, "seed {seed}");
 }
 
-/// Audio has no RTX stream: a resend is the same SSRC and number again.
+/// Compares audio with the log. Audio has no RTX stream, so a retransmission has the same SSRC and
+/// number again.
 fn compare_audio(media: &Truth, sent: &Media, received: &Media, seed: u64) {
     let first_sendings: BTreeSet<u16> = media.sent.iter().copied().collect();
     assert_eq!(
@@ -221,7 +223,7 @@ fn compare_audio(media: &Truth, sent: &Media, received: &Media, seed: u64) {
 fn a_pli_brings_a_key_frame_at_the_next_frame() {
     let mut pair = Pair::connected(3);
     pair.publish(&[video()], Pacing::Burst);
-    // So much is lost that repair gives up now and then: the receiver has to ask for key frames.
+    // So much is lost that repair sometimes gives up, and the receiver has to ask for key frames.
     pair.run_for(Duration::from_secs(2));
     pair.set_conditions(Conditions {
         loss: 0.6,
@@ -257,8 +259,8 @@ fn paced_frames_are_spread_and_burst_frames_are_not() {
         assert_eq!(receiver.video.frames_delivered, sender.video.frames_sent);
         receiver.video.one_way_latency.quantile(0.5).unwrap()
     };
-    // 400 kb/s at 15 fps is 3.3 KB a frame; at 2.5 times the rate the last packet of it leaves
-    // 15..25 ms after the first.
+    // 400 kb/s at 15 fps is 3.3 KB a frame. At 2.5 times that rate, the last packet of a frame
+    // leaves 15 to 25 ms after the first.
     let (paced, burst) = (spread(Pacing::Paced), spread(Pacing::Burst));
     assert!(burst <= 1_100, "{burst}");
     assert!((8_000..=30_000).contains(&paced), "{paced}");
@@ -268,7 +270,8 @@ fn paced_frames_are_spread_and_burst_frames_are_not() {
 fn two_runs_of_one_seed_are_identical_and_two_seeds_are_not() {
     let run = |seed| {
         let mut pair = Pair::connected(seed);
-        // From here on the link's chances are those of media alone: set-up has random keys.
+        // Set-up has random keys. With a new link, the random choices from here on depend on the
+        // media alone.
         pair.link = link::Link::new(LOSSY, seed);
         pair.now = throng::units::Time::from_millis(pair.now.as_millis().next_multiple_of(1_000));
         pair.publish(&[audio(), video()], Pacing::Paced);

@@ -1,5 +1,5 @@
-//! What the playout model and the E-model say of links whose character is known: each figure moves
-//! with its cause, and stands still without it.
+//! Tests of what the playout model and the E-model say about links with known conditions. Each
+//! figure moves with its cause, and stands still without it.
 
 use std::time::Duration;
 
@@ -15,7 +15,8 @@ const CALM: Conditions = Conditions {
     jitter: Duration::ZERO,
 };
 
-/// Ten seconds of audio and video under `conditions`, after one of calm.
+/// Runs audio and video for one calm second and then for ten seconds under `conditions`. Returns
+/// the receiver's record.
 fn heard(conditions: Conditions, seed: u64) -> Record {
     let mut pair = Pair::connected(seed);
     pair.set_conditions(CALM);
@@ -115,7 +116,7 @@ fn jitter_is_waited_for_and_an_outage_is_one_interruption() {
     pair.run_for(Duration::from_secs(3));
     pair.set_conditions(Conditions { loss: 1.0, ..CALM });
     pair.run_for(Duration::from_millis(500));
-    // What is resent now comes too late.
+    // Packets that are retransmitted now come too late.
     pair.set_conditions(CALM);
     pair.run_for(Duration::from_secs(3));
     let [_, receiver] = pair.finish();
@@ -132,8 +133,8 @@ fn jitter_is_waited_for_and_an_outage_is_one_interruption() {
 
 #[test]
 fn what_is_repaired_too_late_is_delivered_and_concealed_all_the_same() {
-    // A round trip of 600 ms: resends come far behind the delay that NetEq would hold for 2 % of
-    // loss.
+    // With a round trip of 600 ms, retransmissions arrive far later than the delay that NetEq would
+    // hold for 2 % of loss.
     let record = heard(
         Conditions {
             loss: 0.02,

@@ -1,5 +1,5 @@
-//! What a source owes that ends otherwise than the plan said, and what a subscription is owed that
-//! the server withdrew: to the frame.
+//! Exact frame accounts of a source that ends otherwise than planned, and of a subscription that
+//! the server withdraws.
 
 use std::time::Duration;
 use throng::transport::rtp::Ssrc;
@@ -13,12 +13,12 @@ use throng::measure::{Media, Record};
 /// Frames a second.
 const AUDIO_RATE: u64 = 50;
 const VIDEO_RATE: u64 = 15;
-/// The plan's end, and the moment at which something else happens: whole seconds after the first
-/// frame.
+/// End of the plan, and the moment at which something else happens, in whole seconds after the
+/// first frame.
 const END: u64 = 15;
 const MIDDLE: u64 = 6;
 
-/// Source, uplink, SFU, downlink, unattributed.
+/// Returns the losses by cause: source, uplink, SFU, downlink, unattributed.
 fn causes(media: &Media) -> [u64; 5] {
     [
         media.frames_lost_source,
@@ -29,7 +29,8 @@ fn causes(media: &Media) -> [u64; 5] {
     ]
 }
 
-/// What a subscriber of both has to say after a run in which `happens` in the middle.
+/// Returns the record of a subscriber of audio and video after a run in which `happens` is called
+/// in the middle.
 fn after(happens: impl FnOnce(&mut Pair)) -> Record {
     let mut pair = Pair::connected(3);
     pair.set_conditions(Conditions {
@@ -37,8 +38,8 @@ fn after(happens: impl FnOnce(&mut Pair)) -> Record {
         ..Conditions::default()
     });
     pair.publish(&[audio(), video()], Pacing::Paced);
-    // The first slot is the next tick's; all that lie before the middle are sent, and the middle's
-    // own are not.
+    // The first slot is in the next tick. All slots before the middle are sent, and the slot at the
+    // middle is not.
     pair.run_for(Duration::from_secs(MIDDLE));
     happens(&mut pair);
     pair.run_for(Duration::from_secs(END - MIDDLE));
@@ -62,7 +63,7 @@ fn check(record: &Record, expected_seconds: u64, causes_in_seconds: [u64; 5]) {
 fn a_publisher_that_is_removed_owes_every_slot_until_the_plan_ends_it() {
     let record = after(|pair| pair.shards[0].remove_peer(PeerKey(0)));
     check(&record, END, [END - MIDDLE, 0, 0, 0, 0]);
-    // The stream is withdrawn, as a server does when its publisher is gone: nothing changes.
+    // The stream is withdrawn, as a server does when its publisher is gone. This changes nothing.
     let record = after(|pair| {
         pair.shards[0].remove_peer(PeerKey(0));
         pair.run_for(Duration::from_millis(100));
@@ -92,7 +93,7 @@ fn a_track_that_the_server_takes_stops_and_stays_owed() {
                 track,
             });
         }
-        // That nobody can watch it any more is no excuse.
+        // The frames are owed even if nobody can watch the track any more.
         pair.command(ShardCommand::SetLayers {
             key: PeerKey(0),
             track: 1,
@@ -120,7 +121,7 @@ fn whom_the_plan_has_leave_or_rest_owes_nothing() {
         pair.shards[0].remove_peer(PeerKey(0));
     });
     check(&record, MIDDLE, [0; 5]);
-    // Gone first, and to leave by plan three seconds later.
+    // The publisher is gone first, and leaves by plan three seconds later.
     let record = after(|pair| {
         pair.shards[0].remove_peer(PeerKey(0));
         pair.run_for(Duration::from_secs(3));
@@ -135,7 +136,7 @@ fn a_subscription_that_the_server_withdraws_is_owed_what_its_source_makes() {
     for (media, rate) in [(&record.audio, AUDIO_RATE), (&record.video, VIDEO_RATE)] {
         let [source, uplink, sfu, downlink, rest] = causes(media);
         assert_eq!(media.frames_expected, END * rate);
-        // One or two were under way.
+        // At most two frames were under way.
         assert_eq!((source, uplink, downlink), (0, 0, 0));
         assert_eq!(sfu, (END - MIDDLE) * rate);
         assert!(rest <= 2, "{rest}");
@@ -146,7 +147,7 @@ fn a_subscription_that_the_server_withdraws_is_owed_what_its_source_makes() {
 fn a_subscriber_that_is_thrown_out_stays_owed_and_one_that_leaves_does_not() {
     let record = after(|pair| {
         pair.shards[1].remove_peer(PeerKey(0));
-        // Its socket is closed.
+        // The subscriber's socket is closed.
         pair.set_conditions(Conditions {
             loss: 1.0,
             ..Conditions::default()

@@ -1,4 +1,5 @@
-//! What one end of a link recorded, against what it counted and what every frame says of itself.
+//! Compares what one end of a link recorded with what it counted and with the identity in every
+//! frame.
 
 use crate::common::pair;
 use std::fs;
@@ -17,7 +18,8 @@ use throng::plan::Plan;
 use throng::recording::{Recording, TappedPacket};
 use throng::units::Time;
 
-/// One publisher of both and one subscriber, as the pair's ends are.
+/// Returns a plan with one publisher of audio and video and one subscriber, like the ends of the
+/// pair.
 fn plan() -> Plan {
     let line = "throng --url ws://127.0.0.1:1 --api-key k --api-secret s --room a/room --publishers 1 --video-publishers 1 --subscribers 1";
     let args = line.split(' ').map(Into::into);
@@ -44,7 +46,7 @@ impl Recorded {
         only_file(&self.dir.join("a_room"), ending)
     }
 
-    /// The number in the note that says how many `what` were dropped.
+    /// Returns the number in the note that says how many `what` were dropped.
     fn dropped(&self, what: &str) -> u64 {
         let counts = self.notes.iter().filter_map(|note| {
             let (count, rest) = note.strip_prefix("recording dropped ")?.split_once(' ')?;
@@ -55,7 +57,7 @@ impl Recorded {
     }
 }
 
-/// Ten seconds of audio and video over a link, recorded at its far end.
+/// Records ten seconds of audio and video at the far end of a link.
 fn record(name: &str, seed: u64, conditions: Conditions) -> Recorded {
     let dir = std::env::temp_dir().join(format!("throng-recording-{}-{name}", std::process::id()));
     let (mut recording, mut taps) = Recording::new(dir.clone(), &plan());
@@ -79,7 +81,8 @@ fn record(name: &str, seed: u64, conditions: Conditions) -> Recorded {
     }
 }
 
-/// Each frame stands at its time by its own number, and follows what it builds on.
+/// Asserts that each frame is a key frame or directly follows the frame before it, and that its
+/// timestamp fits its frame number.
 fn assert_decodable(pictures: &[Picture]) {
     let first = pictures[0].identity().frame;
     assert!(pictures[0].is_key());
@@ -175,7 +178,7 @@ fn what_was_lost_is_a_hole_and_nothing_undecodable_is_kept() {
             let picture = 320 * 180 * 3 / 2;
             assert_eq!(play(&video), [pictures.len() * picture; 2], "seed {seed}");
             let (_, samples, _) = read_opus(&audio);
-            // Two channels of 16 bits, without what the codec itself delays.
+            // Two channels of 16 bits, without the delay of the codec itself.
             assert_eq!(
                 play(&audio),
                 [(samples as usize - 312) * 4; 2],
@@ -193,7 +196,7 @@ fn a_participant_who_comes_back_on_another_connection_gets_files_of_its_own() {
     let opus = [31 << 3, 1, 2, 3];
     for connection in 0..2u32 {
         tap.begin_connection();
-        // The same stream number and the same sequence numbers, on both connections.
+        // Both connections have the same stream number and the same sequence numbers.
         for at in 0..10 + connection {
             let packet = TappedPacket {
                 stream: 0,

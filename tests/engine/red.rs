@@ -1,5 +1,5 @@
-//! Audio with redundancy (RED): over links whose log is the ground truth, and through the embedded
-//! SFU.
+//! Tests of audio with redundancy (RED), over links whose log is the ground truth, and through the
+//! embedded SFU.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -31,7 +31,7 @@ fn publish(pair: &mut Pair, distance: u8) {
     }]);
 }
 
-/// What the link saw of the audio: the numbers that were sent, and those that arrived.
+/// The link's log of the audio: the sequence numbers that were sent, and those that arrived.
 #[derive(Default)]
 struct Log {
     sent: Vec<u16>,
@@ -78,7 +78,7 @@ fn loss_before_and_after_redundancy_is_that_of_the_links_log() {
         let expected = &sent[first..];
         let came = |at: usize| arrived.contains(&sent[at]);
         let lost = (first..=last).filter(|at| !came(*at)).count() as u64;
-        // A lost packet is in the next ones, unless those are lost, too.
+        // The next packets repeat a lost packet, unless they are lost, too.
         let recoverable = |at: &usize| {
             !came(*at)
                 && (1..=usize::from(distance)).any(|ahead| at + ahead <= last && came(at + ahead))
@@ -170,7 +170,7 @@ fn the_sfu_forwards_redundancy_to_those_who_take_it_and_the_primary_to_others() 
         assert_eq!(record.audio.frames_duplicate, 0);
     }
     assert_eq!((taker.tracks_live, other.tracks_live), (2, 2));
-    // Half of what the taker gets is RED, the other track is plain.
+    // Half of the packets that the taker gets are RED, because the other track is plain.
     let share = taker.packets_received_red as f64 / taker.packets_received as f64;
     assert!((0.45..0.55).contains(&share), "{share}");
     assert_eq!((other.packets_received_red, other.frames_recovered), (0, 0));

@@ -1,8 +1,8 @@
-//! Our transport and engine against an independent WebRTC stack, `rtc` (the sans-IO core of
-//! webrtc-rs): what we say must mean the same to others.
+//! Tests of our transport and engine against an independent WebRTC stack, `rtc` (the sans-IO core
+//! of webrtc-rs). What we send must mean the same to other implementations.
 //!
-//! All in memory and in virtual time; the keys and credentials are random, and no count depends on
-//! them.
+//! Everything runs in memory and in virtual time. The keys and credentials are random, and no count
+//! depends on them.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -41,16 +41,17 @@ use throng::units::Time;
 
 const VIDEO_FRAME_TICKS: u32 = 90_000 / 15;
 const AUDIO_FRAME_TICKS: u32 = 48_000 / 50;
-/// As `rtc` names them. Left alone, either end chooses the last.
+/// Names that `rtc` has for our SRTP profiles. Without a restriction, either end chooses the last
+/// one.
 const OUR_CIPHERS: [&str; 3] = [
     "SRTP_AES128_CM_HMAC_SHA1_80",
     "SRTP_AEAD_AES_128_GCM",
     "SRTP_AEAD_AES_256_GCM",
 ];
-/// From 1900 to 1970 (RFC 5905).
+/// Seconds from 1900 to 1970 (RFC 5905).
 const NTP_TO_UNIX_SECONDS: u64 = 2_208_988_800;
 
-/// What `rtc` says of a connection: its ICE role, its DTLS role, the SRTP profile.
+/// Returns what `rtc` says about a connection: its ICE role, its DTLS role and its SRTP profile.
 fn transport(world: &mut World, key: usize) -> (RTCIceRole, RTCDtlsRole, String) {
     let now = world.epoch.instant(world.now);
     let stats = world.ends[key].pc.get_stats(now, StatsSelector::None);
@@ -84,7 +85,7 @@ fn ice_and_dtls_connect_in_every_combination_of_roles() {
         let what = format!("publish {publish}, lite {ice_lite}, active {dtls_active}");
         assert_eq!(world.agreed[0].dtls_active, dtls_active, "{what}");
         let (ice_role, dtls_role, cipher) = transport(&mut world, 0);
-        // RFC 8445, section 6.1.1: the offerer controls, unless the other end is lite and it is
+        // RFC 8445, section 6.1.1: the offerer controls, unless it is lite and the other end is
         // not.
         let their_ice_role = if publish || ice_lite {
             RTCIceRole::Controlled
@@ -145,7 +146,7 @@ fn clips(world: &World) -> (&AudioClip, &VideoClip) {
     }
 }
 
-/// Packets follow one another by number, without a gap.
+/// Asserts that the sequence numbers of the packets have no gap.
 fn assert_contiguous<'a>(packets: impl IntoIterator<Item = &'a rtp::Packet>) {
     let seqs: Vec<u16> = packets
         .into_iter()
@@ -164,8 +165,8 @@ struct VideoFrame {
     rtp_time: u32,
 }
 
-/// Puts a stream's frames together as RFC 7741 has it and compares each with the clip's. The
-/// packets are complete and in order.
+/// Reassembles a stream's frames by RFC 7741 and compares each with the clip's frame. The packets
+/// are complete and in order.
 fn read_video(clip: &VideoClip, packets: &[rtp::Packet]) -> Vec<VideoFrame> {
     assert_contiguous(packets);
     let mut at = None;
@@ -226,11 +227,11 @@ fn read_video(clip: &VideoClip, packets: &[rtp::Packet]) -> Vec<VideoFrame> {
     frames
 }
 
-/// The same for audio: one packet a frame.
+/// Does the same as [`read_video`] for audio, where each packet is a frame.
 fn read_audio(clip: &AudioClip, packets: &[rtp::Packet], level_extension: Option<u8>) {
     let body = |bytes: &[u8]| bytes[..bytes.len() - AUDIO_IDENTITY_LEN].to_vec();
     assert_contiguous(packets);
-    // Silence repeats itself: only the whole says where in the loop it began.
+    // Packets of silence are alike, so only the whole sequence shows where in the loop it began.
     let clip_packets: Vec<Vec<u8>> = (0..clip.len())
         .map(|at| body(clip.packet(at).unwrap()))
         .collect();
@@ -314,14 +315,15 @@ fn our_media_is_to_rtc_what_we_meant() {
                 frames.len() as u64
             )
         );
-        // Its application was given the same.
+        // The application of `rtc` got the same number of packets.
         assert_eq!(end.delivered.len(), heard_audio.len() + heard_video.len());
 
         check_sender_reports(&world, AUDIO_SSRC, 48_000, 0..=1);
         // A slot begins on a whole millisecond, up to 90 ticks after the moment that its RTP time
         // names.
         check_sender_reports(&world, VIDEO_SSRC, 90_000, 0..=91);
-        // rtc's receiver reports answer our sender reports: there and back takes twice the delay.
+        // The receiver reports of rtc answer our sender reports, so the round trip is twice the
+        // delay.
         let rtt = &record.session.rtt_rtcp;
         assert!(
             rtt.count() >= 5 && rtt.min().unwrap() >= 19_900 && rtt.max().unwrap() <= 20_200,
@@ -346,8 +348,8 @@ fn our_media_is_to_rtc_what_we_meant() {
     }
 }
 
-/// A sender report counts what came before it, and pairs an NTP time with the RTP time of the same
-/// moment.
+/// Checks that each sender report counts the packets before it, and pairs an NTP time with the RTP
+/// time of the same moment.
 fn check_sender_reports(
     world: &World,
     ssrc: u32,
@@ -403,7 +405,7 @@ fn check_sender_reports(
     assert!(chunks.into_iter().all(is_cname));
 }
 
-/// A track of the only publisher.
+/// Returns the origin of a track of the only publisher.
 fn origin(track: u8) -> Origin {
     Origin {
         publisher: 0,
@@ -426,7 +428,7 @@ fn what_rtc_did_not_get_comes_again_over_rtx() {
     let mut count = 0;
     world.ends[0].pretend_to_lose(move |packet| {
         count += u32::from(packet.header.ssrc == VIDEO_SSRC);
-        // Single packets, and now and then two in a row.
+        // Single packets are lost, and now and then two in a row.
         packet.header.ssrc == VIDEO_SSRC
             && count < 200
             && (count.is_multiple_of(9) || count % 36 == 1 && count > 1)
@@ -454,8 +456,8 @@ fn what_rtc_did_not_get_comes_again_over_rtx() {
     );
     let mut asked = BTreeSet::new();
     for resend in &resends {
-        // RFC 4588, section 4: the original's number, then its payload; its timestamp and marker
-        // stay.
+        // RFC 4588, section 4: the payload has the original's sequence number, then the original's
+        // payload. Timestamp and marker stay the same.
         let original_seq = u16::from_be_bytes([resend.payload[0], resend.payload[1]]);
         let original = by_seq[&original_seq];
         assert!(
@@ -469,7 +471,7 @@ fn what_rtc_did_not_get_comes_again_over_rtx() {
         );
         assert!(asked.insert(original_seq), "{original_seq} came twice");
     }
-    // rtc's own reassembly of both streams is whole again.
+    // After rtc has merged both streams, no packet is missing.
     let mut delivered: Vec<_> = end
         .delivered
         .iter()
@@ -509,8 +511,8 @@ fn without_rtx_a_resend_is_the_same_datagram_again() {
             return false;
         };
         if let Some(bytes) = losing.borrow().get(&name) {
-            // Under the same key a number may only ever stand for the same bytes: else GCM's
-            // keystream is given away (RFC 7714, section 8.2).
+            // Under one key, a sequence number may only ever stand for the same bytes. Otherwise
+            // GCM's keystream is given away (RFC 7714, section 8.2).
             assert!(*bytes == datagram.bytes, "{name:?}");
             assert!(resending.borrow_mut().insert(name), "{name:?} came twice");
             return false;
@@ -567,7 +569,7 @@ fn pli_and_fir_bring_a_key_frame_at_the_next_frame_and_only_then() {
     };
     let mut asked_at = Vec::new();
     for request in 0..6u8 {
-        // Not in step with the frames.
+        // The interval keeps the requests out of step with the frames.
         world.run_for(Duration::from_millis(1_717));
         asked_at.push(world.now + DELAY);
         let now = world.now;
@@ -610,7 +612,8 @@ fn pli_and_fir_bring_a_key_frame_at_the_next_frame_and_only_then() {
     );
 }
 
-/// What the link did to `rtc`'s media: losses of first sendings, and what reached us when.
+/// The link's log of media from `rtc`: first transmissions that were lost, the number of packets
+/// sent on each SSRC, and the packets that reached us with their times.
 #[derive(Default)]
 struct Truth {
     lost: BTreeSet<(u32, u16)>,
@@ -618,7 +621,8 @@ struct Truth {
     arrived: Vec<(Time, u32, u16)>,
 }
 
-/// Loses the first sending of every `one_in`th packet of `rtc`'s, up to the 200th of each stream.
+/// Loses the first transmission of every `one_in`th packet from `rtc`, up to the 200th of each
+/// stream.
 fn lose_from_rtc(world: &mut World, one_in: u64) -> Rc<RefCell<Truth>> {
     let truth: Rc<RefCell<Truth>> = Rc::default();
     let (losing, arriving) = (truth.clone(), truth.clone());
@@ -657,8 +661,8 @@ impl Truth {
             .collect()
     }
 
-    /// Originals that had arrived by `at`: how many, and the highest number in its cycle (RFC 3550,
-    /// A.1).
+    /// Returns how many originals had arrived by `at`, and the highest sequence number among them,
+    /// extended by its cycle (RFC 3550, A.1).
     fn received(&self, ssrc: u32, at: Time) -> (u32, u32) {
         let mine = self.arrived.iter().filter(|(when, of, seq)| {
             *when <= at && *of == ssrc && !self.lost.contains(&(ssrc, *seq))
@@ -712,7 +716,7 @@ fn what_we_did_not_get_we_ask_for_and_rtc_sends_it_again() {
                 (media.frames_sent, media.frames_sent)
             );
             assert_eq!(media.loss_to_repair.count(), 20);
-            // A gap is asked for at once, and the way there and back takes 20 ms.
+            // A gap is requested at once. The request and the retransmission take 20 ms together.
             assert!(
                 media.loss_to_repair.min().unwrap() >= 19_900
                     && media.loss_to_repair.max().unwrap() <= 45_000
@@ -769,8 +773,8 @@ fn our_receiver_reports_tell_rtc_what_the_link_did() {
             }
             assert!(blocks.iter().any(|(_, block)| block.fraction_lost > 0));
             let last = u64::from(blocks.last().unwrap().1.jitter) * 1_000_000 / clock_rate;
-            // A frame leaves on a whole millisecond. Of two delays within 8 ms the mean difference
-            // is a third of that; the estimate swings about it.
+            // A frame leaves on a whole millisecond. The mean difference of two delays within 8 ms
+            // is a third of that, and the estimate varies around it.
             let plausible = if jitter.is_zero() {
                 0..1_000
             } else {
@@ -790,12 +794,13 @@ fn our_receiver_reports_tell_rtc_what_the_link_did() {
     }
 }
 
-/// When we sent what `rtc` took at `at`.
+/// Returns the time at which we sent what `rtc` received at `at`.
 fn sent_at(at: Time) -> Time {
     Time::from_nanos(at.as_nanos() - DELAY.as_nanos() as u64)
 }
 
-/// What our receiver reports said of a stream, and when we said it.
+/// Returns the blocks of our receiver reports about a stream, each with the time at which it was
+/// sent.
 fn report_blocks(world: &World, ssrc: u32) -> Vec<(Time, ReceptionReport)> {
     let reports = world.ends[1].rtcp::<ReceiverReport>(Way::ToRtc);
     let of_ssrc = |seen: &Seen<ReceiverReport>| {
@@ -811,8 +816,8 @@ fn report_blocks(world: &World, ssrc: u32) -> Vec<(Time, ReceptionReport)> {
         .collect()
 }
 
-/// LSR and DLSR name the last sender report that had reached us, and how long ago (RFC 3550,
-/// section 6.4.1).
+/// Checks that LSR and DLSR name the last sender report that had reached us, and the time since
+/// then (RFC 3550, section 6.4.1).
 fn check_last_sender_report(world: &World, at: Time, block: &ReceptionReport) {
     let reports = world.ends[1].rtcp::<SenderReport>(Way::FromRtc);
     let arrived = reports
@@ -833,7 +838,7 @@ fn check_last_sender_report(world: &World, at: Time, block: &ReceptionReport) {
 fn what_cannot_be_decoded_is_asked_for_anew_and_rtc_is_told() {
     let mut world = World::connected(&[Leg::publisher(), Leg::subscriber()]);
     world.publish(Pacing::Paced);
-    // One packet is lost for good: no resend of it comes through.
+    // One packet is lost for good, because none of its retransmissions arrives.
     let mut lost = None;
     world.loses = Box::new(move |datagram, now| match ssrc_and_seq(&datagram.bytes) {
         Some((SENT_VIDEO_RTX_SSRC, _)) => true,
@@ -862,7 +867,7 @@ fn what_cannot_be_decoded_is_asked_for_anew_and_rtc_is_told() {
     let [_, key_at] = keys[..] else {
         panic!("{} key frames", keys.len())
     };
-    // Asking ends when the key frame has come.
+    // The requests end when the key frame has arrived.
     let (first, last) = (requests[0].at, requests.last().unwrap().at);
     assert!(
         first < key_at && sent_at(last) <= key_at + DELAY + Duration::from_millis(50),

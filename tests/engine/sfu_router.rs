@@ -1,5 +1,5 @@
-//! The embedded SFU's router between our own shards: what it forwards, repairs and counts, by the
-//! link's log and the subscribers' own accounts.
+//! Tests of the embedded SFU's router between our own shards. What it forwards, repairs and counts
+//! is compared with the link's log and the subscribers' own accounts.
 
 use crate::common::relay;
 use std::collections::BTreeSet;
@@ -34,7 +34,7 @@ const PERFECT: Conditions = Conditions {
     jitter: Duration::ZERO,
 };
 
-/// Every datagram that came is counted once by what became of it.
+/// Asserts that every datagram that arrived is counted once, by what became of it.
 fn assert_all_accounted_for(statistics: &RouterStatistics) {
     let refused: u64 = statistics
         .counters()
@@ -74,7 +74,7 @@ fn every_frame_reaches_every_subscriber_once_with_either_dtls_role_and_either_wa
                     (received.packets_lost_network, received.frames_duplicate),
                     (0, 0)
                 );
-                // Twice 5 ms, and up to a millisecond of the clients' tick each.
+                // Two legs of 5 ms, and up to a millisecond for the tick of each client.
                 let latency = received.one_way_latency.quantile(0.5).unwrap();
                 assert!(send == SendMode::Gso || latency < 30_000, "{latency}");
             }
@@ -136,7 +136,7 @@ fn loss_on_both_legs_is_repaired_and_every_count_is_the_links() {
             let (subscription, ssrc, rtx_ssrc) = relay.subscribe(client, video_track, Kind::Video);
             streams.push((client, Kind::Video, subscription, ssrc, rtx_ssrc));
         }
-        // The first reports tell the round trips that repair is timed by.
+        // The first reports give the round trips that the timing of repair depends on.
         relay.link.conditions = PERFECT;
         relay.run_for(Duration::from_secs(2));
         relay.link.conditions = Conditions {
@@ -146,7 +146,7 @@ fn loss_on_both_legs_is_repaired_and_every_count_is_the_links() {
             jitter: Duration::from_millis(3),
         };
         relay.run_for(Duration::from_secs(8));
-        // What is lost last, nobody would notice.
+        // Nobody would notice the loss of the last packets, so none of them is lost.
         relay.link.conditions = PERFECT;
         relay.run_for(Duration::from_millis(500));
         let records = relay.finish();
@@ -163,7 +163,7 @@ fn loss_on_both_legs_is_repaired_and_every_count_is_the_links() {
         ] {
             let encoding = relay.router.track_statistics(track).unwrap()[0];
             let leg = relay.leg(0, true, Ssrc(ssrc));
-            // Audio is resent on its own SSRC.
+            // Audio is retransmitted on its own SSRC.
             let resent = if kind == Kind::Audio {
                 sent.rtx_sent
             } else {
@@ -233,8 +233,8 @@ fn a_subscriber_who_comes_late_asks_for_a_key_frame_and_gets_nothing_before_it()
     relay.run_for(Duration::from_secs(2));
     let records = relay.finish();
     let video = &records[1].video;
-    // One way for the request, a frame interval of 66.7 ms, two ways for the key frame, and the
-    // paced length of it.
+    // The delay is one way for the request, a frame interval of 66.7 ms, two ways for the key
+    // frame, and the time over which the key frame is paced.
     let first = video.first_frame.max().unwrap();
     assert!(
         relay.kept[0].0.since(subscribed_at) < Duration::from_millis(90),
@@ -250,7 +250,7 @@ fn a_subscriber_who_comes_late_asks_for_a_key_frame_and_gets_nothing_before_it()
     assert!(relay.router.statistics().withheld_key_frame > 0);
 }
 
-// By hand, from here on.
+// From here on, the packets are made by hand.
 
 const AUDIO: TrackId = TrackId(1);
 const VIDEO: TrackId = TrackId(2);
@@ -324,8 +324,8 @@ const fn wants(layer: u8) -> Selection {
     }
 }
 
-/// A publisher of simulcast by hand: 30 frames a second, `packets` a frame on each layer, key
-/// frames when told.
+/// A publisher of simulcast whose packets are made by hand: 30 frames a second, `packets` a frame
+/// on each layer, and key frames when told.
 struct Camera {
     frame: u32,
     seqs: [u16; 3],
@@ -335,7 +335,7 @@ struct Camera {
     /// Layers that are sent.
     on: [bool; 3],
     key: [bool; 3],
-    /// Packets `(layer, seq)` that get lost, and those that were.
+    /// Packets `(layer, seq)` that are to be lost. `lost` has those that were.
     lose: BTreeSet<(usize, u16)>,
     lost: Vec<(usize, u16, u32, bool, Vec<u8>)>,
 }
@@ -363,7 +363,8 @@ impl Camera {
         self.rtp_offsets[layer].wrapping_add(self.frame * 3_000)
     }
 
-    /// The bytes behind the descriptor say layer, frame and packet.
+    /// Sends a frame on each layer that is on. The bytes behind the descriptor say whether it is a
+    /// key frame, and name layer, packet and frame.
     fn shoot(&mut self, hands: &mut Hands) {
         for (layer, rid) in RIDS.into_iter().enumerate() {
             if !self.on[layer] {
@@ -456,8 +457,9 @@ fn layer_frame_packet(got: &Got) -> (u8, u32, u8) {
     )
 }
 
-/// Sequence numbers without a hole, picture ids and TL0PICIDX one a picture, timestamps that grow
-/// by whole frames, or by the least where a switch brings one frame from two layers.
+/// Asserts that sequence numbers have no hole, that picture ids and TL0PICIDX advance by one a
+/// picture, and that timestamps advance by whole frames, or by 1 where a switch brings one frame
+/// from two layers.
 fn assert_continuous(got: &[Got]) {
     for pair in got.windows(2) {
         let [before, after] = pair else {
@@ -558,8 +560,8 @@ fn a_stream_goes_on_without_a_seam_over_switches_between_simulcast_layers() {
     }
     let got = &hands.hands[1].got;
     assert_continuous(got);
-    // Each frame came whole; one that brought a higher layer's key frame came from the lower layer
-    // first.
+    // Each frame arrived whole. If a frame brought a higher layer's key frame, it arrived from the
+    // lower layer first.
     assert!(
         got.iter()
             .enumerate()
@@ -817,8 +819,8 @@ fn padding_leaves_no_hole_and_padding_that_comes_late_fills_its_own() {
         .iter()
         .map(|got| (got.index - first, got.payload.len()))
         .collect();
-    // 65533, 65534, 2, 4, 3 (padding, late), 5, 7: the padding in order is gone, its numbers with
-    // it.
+    // The packets are 65533, 65534, 2, 4, 3 (late padding), 5, 7. Padding that came in order was
+    // dropped, and its numbers with it.
     assert_eq!(
         seen,
         [(0, 4), (1, 4), (2, 4), (4, 4), (3, 0), (5, 4), (6, 4)]
@@ -869,8 +871,8 @@ fn a_nack_is_answered_three_times_never_in_haste_and_always_with_the_same_packet
         );
         let mut answers = Vec::new();
         for round in 0..6 {
-            // Until it is known, a round trip counts as 70 ms: twice that is more than the 100 ms
-            // that are enough.
+            // Until a round trip is measured, it counts as 70 ms. Two of them are longer than 100
+            // ms, which is enough between two retransmissions.
             hands.run_for(Duration::from_millis(99));
             let answer = ask(&mut hands, lost.index as u16);
             assert_eq!(
@@ -988,7 +990,7 @@ fn a_pause_leaves_no_seam_and_a_restart_of_the_publisher_no_leap() {
     talk(&mut hands, 0);
     set(&mut hands, true);
     talk(&mut hands, 0);
-    // The publisher begins anew, with other numbers and another clock.
+    // The publisher starts over with other sequence numbers and another clock.
     talk(&mut hands, 30_000);
     let got = &hands.hands[1].got;
     assert_eq!(
@@ -1059,7 +1061,7 @@ fn key_frames_are_asked_for_at_once_then_at_most_twice_a_second_until_one_comes(
     send(&mut hands, &key_frame);
     hands.run_for(Duration::from_secs(1));
     assert_eq!(plis(&hands).len(), 5);
-    // A subscriber's own wishes come through, of either kind, as often as that and no more.
+    // A subscriber's own requests are passed on, both PLI and FIR, but no more often than that.
     for round in 0..100 {
         if round % 2 == 0 {
             hands.say(1, |writer| writer.pli(Ssrc(9), Ssrc(OUT_SSRC)).unwrap());
@@ -1084,8 +1086,8 @@ fn sender_reports_tell_the_publishers_clock_in_ours() {
     let mut hands = Hands::connected(2, SendMode::Plain);
     add_track(&mut hands, AUDIO, Kind::Audio, plain(Ssrc(0x55), false));
     subscribe(&mut hands, AUDIO, false, wants(0));
-    // The publisher's wall clock is 1,000 s ahead of ours, and its samples are what they are at
-    // that moment.
+    // The publisher's wall clock is 1,000 s ahead of ours. Its sender reports pair that clock with
+    // the RTP time of the same moment.
     let start = hands.now;
     let rtp_time_at = |at: Time| (at.since(start).as_micros() as u64 * 48 / 1_000) as u32 + 7;
     for seq in 0..400u16 {
@@ -1175,13 +1177,13 @@ fn round_trips_are_learnt_from_reports_and_told_to_receivers_that_ask() {
     });
     let counted = hands.router.subscription_statistics(SUBSCRIPTION).unwrap();
     assert_eq!(counted.reported_lost, 12);
-    // 50 ms less 20, in units of 1/65,536 s.
+    // The round trip is 50 ms less the 20 ms of DLSR, which is in units of 1/65,536 s.
     let rtt = counted.rtt.unwrap();
     assert!(
         rtt.abs_diff(Duration::from_millis(30)) < Duration::from_micros(50),
         "{rtt:?}"
     );
-    // Answers to other questions than ours are nobody's round trip.
+    // An answer to a question that we did not ask gives no round trip.
     let stray = DlrrBlock {
         ssrc: Ssrc(1),
         last_rr: lsr,
@@ -1370,11 +1372,11 @@ fn hostile_datagrams_are_counted_and_do_no_harm() {
                 .unwrap()
         };
         let mut bytes: Vec<u8> = match round % 3 {
-            // Of every kind that a first byte can announce.
+            // Random bytes, of every kind that a first byte can announce.
             0 => (0..random.next() % 300)
                 .map(|_| random.next() as u8)
                 .collect(),
-            // What was good once, damaged or cut.
+            // A good packet, damaged or cut short.
             1 => {
                 let mut bytes = good[(random.next() % 40) as usize].clone();
                 let at = (random.next() % bytes.len() as u64) as usize;
@@ -1385,7 +1387,7 @@ fn hostile_datagrams_are_counted_and_do_no_harm() {
                 );
                 bytes
             }
-            // Checks for nobody.
+            // A STUN check for an unknown user name.
             _ => binding_request(&format!("{:08x}:abcd", random.next() as u32)),
         };
         if let (Some(first), 0) = (bytes.first_mut(), round % 5) {
@@ -1410,7 +1412,7 @@ fn hostile_datagrams_are_counted_and_do_no_harm() {
         assert!(refused > 100, "{statistics:?}");
     }
     assert_eq!(statistics.media_in, 0);
-    // And the publisher is heard as if nothing had been.
+    // The publisher's packets arrive as if nothing had happened.
     for mut bytes in good {
         let now = hands.now;
         hands
@@ -1425,8 +1427,8 @@ fn hostile_datagrams_are_counted_and_do_no_harm() {
     );
 }
 
-/// A check as any stranger can make it: well formed, for a user name of his choice, its integrity
-/// made up.
+/// Returns a STUN check as any stranger can make it: well formed, for a user name of its choice,
+/// with an invented integrity attribute.
 fn binding_request(username: &str) -> Vec<u8> {
     let mut bytes = vec![0, 1, 0, 0, 0x21, 0x12, 0xA4, 0x42];
     bytes.extend([7; 12]);
@@ -1536,8 +1538,8 @@ fn a_check_that_overtakes_the_description_is_answered_when_that_comes() {
     );
 }
 
-/// Under SRTP's keys one SSRC and index may seal one packet only: whatever publisher, network and
-/// subscriber do.
+/// Under SRTP's keys, one SSRC and index may seal only one packet, whatever the publisher, the
+/// network and the subscriber do.
 #[test]
 fn no_number_is_ever_given_to_two_packets() {
     let mut all = RouterStatistics::default();
@@ -1574,11 +1576,11 @@ fn no_number_is_ever_given_to_two_packets() {
             };
             match random.next() % 200 {
                 0 => {
-                    // A new stream under the same name.
+                    // A new stream with the same mid and rid.
                     ssrcs[layer] += 1;
                     seqs[layer] = random.next() as u16 & 0x7FFF;
                 }
-                // The same stream with other numbers.
+                // The same stream goes on with other sequence numbers.
                 1 => seqs[layer] = seqs[layer].wrapping_add(random.next() as u16 % 20_000),
                 2 => seqs[layer] = seqs[layer].wrapping_add(random.next() as u16 % 200),
                 3..8 => hands.command(MediaCommand::SetSelection {

@@ -1,5 +1,5 @@
-//! The wire code against an independent implementation, the webrtc-rs family's `rtc-rtp`,
-//! `rtc-rtcp` and `rtc-srtp`, and against hostile bytes.
+//! Tests of the wire code against an independent implementation (the crates `rtc-rtp`, `rtc-rtcp`
+//! and `rtc-srtp` of the webrtc-rs family), and against hostile bytes.
 //!
 //! Every test draws from a seed, so that a failure replays.
 
@@ -41,7 +41,7 @@ use throng::units::Bitrate;
 
 type Peer = Box<dyn rtc_rtcp::Packet>;
 
-/// xorshift64*: enough chance for tests, and the same everywhere.
+/// Random numbers by xorshift64*. They are random enough for tests, and the same everywhere.
 struct Chance(u64);
 
 impl Chance {
@@ -267,7 +267,8 @@ fn peer_cname(chance: &mut Chance) -> SourceDescriptionChunk {
     }
 }
 
-/// Stays below the wrap, where the peer begins another pair than it must.
+/// Returns a NACK whose numbers stay below the wrap, because at the wrap the peer begins a new pair
+/// where it need not.
 fn peer_nack(chance: &mut Chance) -> TransportLayerNack {
     let (mut seq, gap) = (chance.below(60_000) as u16, 1 + chance.below(40));
     let lost: Vec<u16> = (0..1 + chance.below(60))
@@ -310,7 +311,7 @@ fn peer_xr(chance: &mut Chance) -> ExtendedReport {
     }
 }
 
-/// One packet of every kind that we write.
+/// Returns a random packet of this kind. There is a kind for every packet that we write.
 fn peer_rtcp(chance: &mut Chance, kind: usize) -> Peer {
     let (sender_ssrc, media_ssrc) = (chance.u32(), chance.u32());
     match kind {
@@ -397,7 +398,7 @@ fn report_from_peer(report: &ReceptionReport) -> ReportBlock {
     }
 }
 
-/// What we read, in the peer's types.
+/// Converts a packet that we read into the peer's types.
 fn to_peer(packet: RtcpPacket<'_>) -> Peer {
     match packet {
         RtcpPacket::SenderReport { sender, reports } => Box::new(SenderReport {
@@ -499,7 +500,7 @@ fn to_peer(packet: RtcpPacket<'_>) -> Peer {
     }
 }
 
-/// Writes with our writer what the peer's packet says.
+/// Writes the content of the peer's packet with our writer.
 fn write_like(writer: &mut RtcpWriter<'_>, packet: &Peer) -> Result<(), WriteError> {
     let any: &dyn Any = packet.as_any();
     if let Some(p) = any.downcast_ref::<SenderReport>() {
@@ -595,7 +596,8 @@ fn rtcp_compounds_read_and_written_agree_with_the_peer() {
             .iter()
             .for_each(|packet| write_like(&mut writer, packet).unwrap());
         let len = writer.len();
-        // Behind CNAME and BYE the peer leaves other padding than the zeros that RFC 3550 asks for.
+        // Behind CNAME and BYE, the peer pads with other bytes than the zeros that RFC 3550 asks
+        // for.
         let own_padding = |packet: &Peer| {
             packet.as_any().is::<SourceDescription>() || packet.as_any().is::<Goodbye>()
         };
@@ -642,7 +644,8 @@ const PROFILES: [(Profile, ProtectionProfile); 3] = [
     ),
 ];
 
-/// Our two directions as DTLS client, and the peer's two as server, from the same keying material.
+/// Returns our two directions as DTLS client, and the peer's two as server, from the same keying
+/// material.
 fn facing_the_peer(
     chance: &mut Chance,
     ours: Profile,
@@ -731,8 +734,8 @@ fn srtcp_works_both_ways_with_the_peer() {
 
 // ---- Hostile bytes ----
 
-/// Reads everything that can be read from bytes that anyone may have sent. Returns how much was
-/// found, so that nothing is optimized away.
+/// Runs every reader on bytes that anyone may have sent. Returns how much was found, so that
+/// nothing is optimized away.
 fn read_everything(bytes: &[u8]) -> usize {
     let mut found = rtp::classify(bytes) as usize;
     if let Some(header) = Header::parse(bytes) {
@@ -778,7 +781,7 @@ fn damage(chance: &mut Chance, packet: &mut Vec<u8>) {
         match chance.below(5) {
             0 => packet.truncate(at),
             1 => packet.extend_from_slice(&chance.bytes(at % 9)),
-            // Counts and lengths live up front.
+            // Counts and lengths are in the first bytes.
             2 if packet.len() > 4 => packet[at % 4] = chance.u32() as u8,
             _ if at < packet.len() => {
                 packet[at] = [0, 1, 0x7F, 0x80, 0xFF, chance.u32() as u8][chance.below(6)]

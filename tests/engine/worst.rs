@@ -1,4 +1,5 @@
-//! One ruined user among two hundred: percentiles do not show him, the report does.
+//! One participant of two hundred has a ruined connection. Percentiles do not show it, and the
+//! report does.
 
 use std::time::Duration;
 
@@ -48,7 +49,7 @@ fn one_ruined_among_two_hundred_is_named_first() {
             ..ParticipantOutcome::default()
         })
         .collect();
-    // Over everybody nothing is to be seen.
+    // The figures of all participants together show nothing.
     let audio = &all.audio;
     assert!(audio.one_way_latency.quantile(0.99).unwrap() < 60_000);
     assert!(
@@ -73,8 +74,8 @@ fn one_ruined_among_two_hundred_is_named_first() {
         "{:?}",
         ranked[1].wrong
     );
-    // What he misses or gets after 400 ms makes him unhealthy; what is repaired too late for its
-    // playout alone is the model's word.
+    // Frames that are missing or arrive after 400 ms make the participant unhealthy. A repair that
+    // is too late only for playout does not, because that is an estimate of the model.
     let healthy = participants
         .iter()
         .filter(|participant| is_healthy(participant, 1.0))

@@ -1,6 +1,7 @@
-//! Counters that wrap, and packets out of order, as properties: what a stream makes of its packets
-//! does not depend on what its clocks and counters show when it begins. Sequence numbers wrap at 16
-//! bits, RTP times at 32, microseconds at 32 bits after 71 minutes, SRTP's index at 48.
+//! Property tests for counters that wrap and for packets out of order. What a stream makes of its
+//! packets must not depend on the values of its clocks and counters at the start. Sequence numbers
+//! wrap at 16 bits, RTP times at 32 bits, microseconds at 32 bits (after 71 minutes), and SRTP's
+//! index at 48 bits.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -16,8 +17,8 @@ use throng::transport::sequence::{ReplayWindow, Seq, SeqExtender};
 use throng::transport::srtp::{DtlsRole, Profile, session};
 use throng::units::{Bitrate, Epoch, Time, ntp_middle};
 
-/// Where 32 bits of microseconds are used up, less a little more than half a script: in whole
-/// seconds, which all RTP clocks count alike.
+/// Start time of a script that is about half over when 32 bits of microseconds wrap. It is a whole
+/// number of seconds, which all RTP clocks count alike.
 const BEFORE_MICROS_WRAP: Duration = Duration::from_secs(4_290);
 
 const ROUND_TRIP: RoundTrip = RoundTrip {
@@ -25,7 +26,7 @@ const ROUND_TRIP: RoundTrip = RoundTrip {
     least: Some(Duration::from_millis(30)),
 };
 
-/// Where counters begin.
+/// Start values of the counters.
 #[derive(Clone, Copy, Default)]
 struct Origin {
     time: Duration,
@@ -40,7 +41,7 @@ impl Origin {
         rtp_time: 0,
     };
 
-    /// Each of the counters is about to wrap, or anywhere.
+    /// Draws start values. Each counter is either about to wrap or anywhere in its range.
     fn drawn(chance: &mut Seeded) -> Origin {
         let about = |chance: &mut Seeded, end: u64, before: u64| match chance.below(3) {
             0 => chance.below(end),
@@ -58,8 +59,8 @@ impl Origin {
     }
 }
 
-/// A packet on its way: how long after the script's start it comes, its number from the start, and
-/// whether it comes over RTX.
+/// A packet on its way: the time since the start of the script at which it arrives, its number
+/// since the start, whether it arrives over RTX, and whether NACKs are polled after it.
 #[derive(Clone, Copy)]
 struct Step {
     micros: u64,
@@ -68,7 +69,7 @@ struct Step {
     poll: bool,
 }
 
-/// 10 s of a stream with loss, reordering, duplicates, repairs and a pause.
+/// Returns 10 s of a stream with loss, reordering, duplicates and repairs.
 fn script(chance: &mut Seeded) -> Vec<Step> {
     let mut steps = Vec::new();
     let (mut micros, mut lost) = (0, Vec::new());
@@ -169,7 +170,7 @@ fn frames_are_put_together_alike_wherever_numbers_and_clocks_begin() {
         let mut events: Vec<(u64, bool, bool, Option<Duration>)> = Vec::new();
         for step in steps {
             let now = Time::ZERO + origin.time + Duration::from_micros(step.micros);
-            // Three packets a frame, and each fiftieth frame a key frame.
+            // Each frame has three packets. Every fiftieth frame is a key frame.
             let (frame, place) = (step.number / 3, step.number % 3);
             let packet = PacketInfo {
                 ext_seq: first_seq + step.number as u64,
@@ -222,8 +223,8 @@ fn frames_are_put_together_alike_wherever_numbers_and_clocks_begin() {
     );
 }
 
-/// Sealed by one end and opened by the other as a worker does it, with only 16 bits of the index on
-/// the wire.
+/// One end seals the packets, and the other opens them as a worker does, with only 16 bits of the
+/// index on the wire.
 #[test]
 fn every_packet_is_opened_once_over_many_rollovers_and_whatever_its_order() {
     let mut chance = Seeded::new(13);
@@ -241,7 +242,8 @@ fn every_packet_is_opened_once_over_many_rollovers_and_whatever_its_order() {
         let (mut opened, mut newest, mut sent) =
             (BTreeSet::new(), None, 65_000 + chance.below(500));
         for _ in 0..6_000 {
-            // Ahead in leaps, so that four rollovers pass; and behind, within the window mostly.
+            // The index leaps ahead, so that four rollovers pass. Some packets lie behind it,
+            // mostly within the window.
             sent += 1 + chance.below(80);
             let index = if chance.chance(25) {
                 sent.saturating_sub(chance.below(1_300)).max(65_000)
@@ -283,7 +285,7 @@ fn round_trips_survive_the_wrap_of_short_ntp_stamps() {
             Duration::from_micros(chance.below(5_000_000)),
             Duration::from_micros(chance.below(60_000_000)),
         );
-        // Any moment, and above all those in which 16 bits of seconds are used up.
+        // Any moment. Half of them are moments at which 16 bits of seconds are about to wrap.
         let sent = (chance.draw() as u32) | if chance.chance(50) { 0xFFFF_0000 } else { 1 };
         let back =
             (u64::from(sent) + u64::from(dlsr_units(rtt)) + u64::from(dlsr_units(held))) as u32;
@@ -293,7 +295,7 @@ fn round_trips_survive_the_wrap_of_short_ntp_stamps() {
             "{told:?} of {rtt:?}"
         );
     }
-    // Whatever is made up is below nine hours, or nothing.
+    // Invented values give at most 2^15 s (about nine hours), or no round trip.
     for _ in 0..20_000 {
         let [now, lsr, dlsr] = [(); 3].map(|()| chance.draw() as u32);
         assert!(
@@ -337,7 +339,7 @@ fn what_may_be_resent_is_found_alike_wherever_sequence_numbers_begin() {
     }
 }
 
-/// A stamp of 32 bits in units of 100 us wraps after five days.
+/// A 32-bit timestamp in units of 100 us wraps after five days.
 #[test]
 fn resends_keep_their_distance_over_five_days() {
     let mut limiter = ResendLimiter::new(Bitrate::from_bps(1_000_000_000), 1 << 20);
