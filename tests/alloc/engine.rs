@@ -1,7 +1,8 @@
-//! The steady state allocates nothing: not for a packet sent or received, nor for its repair.
+//! In the steady state nothing is allocated: neither for a packet that is sent or received, nor for
+//! its repair.
 //!
-//! ICE's keep-alives are a library's and do allocate, once in some seconds: they are counted apart,
-//! and bounded.
+//! ICE keep-alives come from a library and allocate, once every few seconds. They are counted
+//! separately, and bounded.
 
 use crate::common::link;
 use crate::common::pair;
@@ -16,13 +17,13 @@ use throng::engine::publisher::{Pacing, Redundancy, SendParameters};
 use throng::engine::{PeerKey, ShardCommand, VIDEO_TRACK};
 use throng::recording::Recording;
 
-/// Allocations of ten seconds of audio and video, after two seconds to settle; those of
-/// milliseconds with ICE traffic apart.
+/// Counts the allocations of ten seconds of audio and video, after two seconds to settle.
+/// Milliseconds with ICE traffic are counted separately.
 fn allocations(conditions: Conditions) -> (u64, u64, [throng::measure::Record; 2]) {
     allocations_of(Pair::connected(6), conditions, || {})
 }
 
-/// The same of a pair, with other work after each millisecond.
+/// Does the same for a given pair, with other work after each millisecond.
 fn allocations_of(
     mut pair: Pair,
     conditions: Conditions,
@@ -145,7 +146,8 @@ fn a_recorded_subscriber_allocates_no_more_than_others() {
         delay: Duration::from_millis(20),
         ..Conditions::default()
     };
-    // The recorder allocates as it likes: on a thread of its own, or here between two ticks.
+    // The recorder may allocate, because it runs on a thread of its own. Here it runs between two
+    // ticks.
     let (of_media, _, [_, receiver]) =
         allocations_of(pair, conditions, || assert!(recording.drain()));
     let notes = recording.finish();

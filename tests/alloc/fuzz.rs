@@ -1,7 +1,8 @@
-//! The fuzz targets on stable: each replays its seeds and its corpus (`fixtures/fuzz`), and a fixed
-//! number of mutations of them, the same ones every time. What the fuzzers of `fuzz/` found once is
-//! among them. `FUZZ_MUTATIONS=1000` in the environment tries so many times as many;
-//! `FUZZ_SEEDS=folder` writes the seeds there, for a fuzzer to begin with.
+//! Fuzz targets on stable Rust. Each test replays a target's seeds and corpus (`fixtures/fuzz`),
+//! and a fixed number of mutations of them, which are the same every time. The corpora include what
+//! the fuzzers of `fuzz/` once found. `FUZZ_MUTATIONS=1000` in the environment multiplies the
+//! number of mutations by 1,000. `FUZZ_SEEDS=folder` writes the seeds to that folder, for a fuzzer
+//! to begin with.
 
 use std::path::{Path, PathBuf};
 
@@ -9,9 +10,9 @@ use crate::common::counting::{HELD, HELD_MAX};
 use crate::targets::{self, Target};
 use throng::seeded::Seeded;
 
-/// A mutated input grows no longer than this.
+/// Maximum length of a mutated input.
 const INPUT_BYTES_MAX: usize = 16 << 10;
-/// All corpora together.
+/// Maximum size of all corpora together.
 const CORPORA_BYTES_MAX: u64 = 300 << 10;
 
 macro_rules! replayed {
@@ -90,7 +91,8 @@ fn corpus(target: &Target) -> Vec<PathBuf> {
     files
 }
 
-/// Prints the input where the target does not hold, as a file that the fuzzer takes.
+/// Runs a target on an input. If the target fails, the input is written to a file that the fuzzer
+/// takes.
 fn run(target: &Target, input: &[u8]) {
     struct Reproducer<'a>(&'a Target, &'a [u8]);
     impl Drop for Reproducer<'_> {
@@ -121,8 +123,8 @@ fn run(target: &Target, input: &[u8]) {
     }
 }
 
-/// One of the inputs, changed in a few places: bits, numbers at their limits, pieces taken out,
-/// repeated, or taken from another input.
+/// Returns one of the inputs, changed in a few places: changed bits and bytes, numbers at their
+/// limits, and pieces that are removed, repeated, or taken from another input.
 fn mutated(inputs: &[Vec<u8>], chance: &mut Seeded) -> Vec<u8> {
     let pick = |chance: &mut Seeded| &inputs[chance.below(inputs.len() as u64) as usize];
     let mut input = pick(chance).clone();
@@ -157,12 +159,12 @@ fn mutated(inputs: &[Vec<u8>], chance: &mut Seeded) -> Vec<u8> {
     input
 }
 
-/// Two bytes are an empty entry of a list, which takes up to some hundred in memory: a message of
-/// 16 MB would take a gigabyte.
+/// Two bytes encode an empty entry of a list. In memory, the entry takes up to a few hundred bytes,
+/// so a message of 16 MB would take a gigabyte.
 #[test]
 fn lists_of_nothing_are_not_decoded_however_long_they_are() {
-    // Join's and Reconnect's ICE servers, TrackPublished's codecs, Leave's regions, speakers,
-    // qualities, and the mids of an offer.
+    // Field numbers of the lists: ICE servers of Join and Reconnect, codecs of TrackPublished,
+    // regions of Leave, speakers, qualities, and the mids of an offer.
     for path in [
         &[1u32, 5][..],
         &[19, 1],
@@ -185,7 +187,7 @@ fn lists_of_nothing_are_not_decoded_however_long_they_are() {
             matches!(event, throng::signal::client::SignalEvent::Malformed { .. }),
             "{path:?}"
         );
-        // A copy at most, of a vector that grew.
+        // At most one copy is held, in a vector that grew.
         assert!(
             HELD_MAX.get() < 3 * message.len() as i64,
             "{path:?}: {} bytes",

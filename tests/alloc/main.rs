@@ -1,5 +1,5 @@
-//! What the code under test allocates. A binary of its own, because the counter is the process's
-//! allocator; it counts on each thread for itself.
+//! Tests of what the code under test allocates. They have a binary of their own, because the
+//! counter is the allocator of the process. It counts each thread separately.
 
 #[path = "../common/mod.rs"]
 mod common;

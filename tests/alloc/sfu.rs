@@ -1,8 +1,8 @@
-//! A router in its steady state allocates nothing: not for a packet that is forwarded, nor for its
-//! repair, nor for reports and feedback.
+//! In its steady state a router allocates nothing: neither for a packet that is forwarded, nor for
+//! its repair, nor for reports and feedback.
 //!
-//! ICE's keep-alives are a library's and do allocate, once in some seconds, and so do events:
-//! milliseconds with either are counted apart, and bounded.
+//! ICE keep-alives come from a library and allocate, once every few seconds. Events allocate, too.
+//! Milliseconds with either are counted separately, and bounded.
 
 use crate::common::link;
 use std::time::Duration;
@@ -16,8 +16,8 @@ use throng::measure::Kind;
 use throng::sfu::SendMode;
 use throng::sfu::statistics::RouterStatistics;
 
-/// Allocations of ten seconds of audio and video to two subscribers, after two seconds to settle;
-/// those of milliseconds with ICE or events apart.
+/// Counts the allocations of ten seconds of audio and video to two subscribers, after two seconds
+/// to settle. Milliseconds with ICE or events are counted separately.
 fn allocations(conditions: Conditions, send: SendMode) -> (u64, u64, RouterStatistics) {
     let mut relay = Relay::connected(3, send, false, 6);
     relay.link.conditions = conditions;

@@ -19,7 +19,7 @@ use throng::transport::sequence::{ReplayWindow, Seq, SeqExtender};
 use throng::transport::srtp::{DtlsRole, Profile, session};
 use throng::units::Bitrate;
 
-/// How often this thread allocates while `work` runs.
+/// Returns the number of allocations of this thread while `work` runs.
 fn allocations(work: impl FnOnce()) -> u64 {
     let before = ALLOCATIONS.get();
     under_test(true, work);
@@ -31,10 +31,10 @@ fn the_counter_counts() {
     assert_eq!(allocations(|| drop(black_box(vec![1, 2, 3]))), 1);
 }
 
-/// The other end of a relay's link.
+/// Function that sends a frame from the other end of a relay's link.
 type SayFrame = Box<dyn Fn(&[u8])>;
 
-/// A relay's link, and its other end.
+/// Returns a relay's link over UDP and one over a stream, each with its other end.
 fn links() -> [(RelayLink, SayFrame); 2] {
     let relay = UdpSocket::bind("127.0.0.1:0").unwrap();
     let socket = net::open_relay_socket([127, 0, 0, 1].into(), 1 << 20).unwrap();
@@ -120,7 +120,7 @@ fn sealing_and_opening_allocate_nothing() {
             assert_eq!(opener.open_rtcp(&mut buf[..len]), Ok(12));
         };
         let mut buf = [0; 1_500];
-        // The first SRTCP packet of a sender makes its replay window.
+        // The first SRTCP packet of a sender allocates its replay window.
         media(65_000, &mut buf);
         assert_eq!(
             allocations(|| (65_001..68_000).for_each(|index| media(index, &mut buf))),
