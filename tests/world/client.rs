@@ -1,7 +1,7 @@
-//! A participant's signalling, sans-IO: what `signal::session` does in a real run. Messages go in;
-//! requests, and what is to be done with its media, come out.
+//! A participant's signalling, sans-IO: what `signal::session` does in a real run. Messages go in.
+//! Requests, and what is to be done with the participant's media, come out.
 
-// LiveKit calls the layers of a track's description deprecated, and fills them all the same.
+// LiveKit calls the layers of a track's description deprecated, but fills them all the same.
 #![allow(deprecated)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,7 +26,7 @@ use crate::plan::{Act, Person, Settings};
 /// Layers of a simulcast track, from low to high.
 pub const RIDS: [&str; 3] = ["q", "h", "f"];
 
-/// One of the two peer connections; the only one of a single connection is the publisher's.
+/// One of the two peer connections. A single connection is the publisher's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Half {
     Publisher,
@@ -37,14 +37,14 @@ impl Half {
     pub const BOTH: [Half; 2] = [Half::Publisher, Half::Subscriber];
 }
 
-/// What a message brought about.
+/// Something to do because of a message or an act.
 pub enum Todo {
     Send(Box<Request>),
     AddPeer {
         half: Half,
         parameters: PeerParameters,
     },
-    /// Streams of the server that ended and began.
+    /// Streams of the server that ended, and streams that began.
     Streams {
         half: Half,
         removed: Vec<RemoteTrack>,
@@ -70,7 +70,7 @@ pub enum Todo {
         track_sid: String,
         layer: Option<u8>,
     },
-    /// The signalling connection breaks, and is opened again after this.
+    /// The signalling connection breaks, and is opened again after this time.
     LoseSignal(Duration),
     /// The server has ended the session, for this reason.
     Gone(String),
@@ -84,7 +84,7 @@ impl Todo {
 
 pub struct Track {
     pub local: LocalTrack,
-    /// By layer, from low to high: media and retransmissions.
+    /// SSRCs of each layer, from low to high: media and retransmissions.
     pub ssrcs: Vec<(Ssrc, Option<Ssrc>)>,
     pub sid: Option<String>,
     pub negotiated: Option<NegotiatedMedia>,
@@ -101,7 +101,8 @@ struct Other {
 pub struct Client {
     pub person: Person,
     pub tracks: Vec<Track>,
-    /// Sids of tracks for which it asked something: what comes of them is not what came by itself.
+    /// Sids of tracks for which it sent a request. What it then gets of them is not what it would
+    /// get by itself.
     pub touched: BTreeSet<String>,
     sid: String,
     locals: [LocalTransport; 2],
@@ -154,7 +155,7 @@ impl Client {
         }
     }
 
-    /// What the server learns from its token and from the first request.
+    /// Returns what the server learns from its token and from the first request.
     pub fn entry(&mut self) -> Entrant {
         let mut entry = self.token();
         if self.person.single {
@@ -168,7 +169,8 @@ impl Client {
         entry
     }
 
-    /// The same with a new signalling connection in the broken one's place.
+    /// Returns what the server learns when a new signalling connection takes the broken one's
+    /// place.
     pub fn resume(&self) -> Entrant {
         Entrant {
             resume: Some(self.sid.clone()),
@@ -196,8 +198,8 @@ impl Client {
     fn next_offer(&mut self) -> proto::SessionDescription {
         if self.person.single {
             let (audio, video) = self.wanted.take().unwrap_or_default();
-            // A connection needs a section to come up with, even where nothing is to be sent or
-            // received yet.
+            // A connection needs a section to come up, even if nothing is to be sent or received
+            // yet.
             let nothing =
                 (audio, video) == (0, 0) && self.offerer.is_empty() && self.tracks.is_empty();
             self.offerer
@@ -256,7 +258,7 @@ impl Client {
         }
     }
 
-    /// What was under way when the signalling broke is lost: it is said again.
+    /// Sends again what was under way when the signalling connection broke, because that is lost.
     fn handle_reconnect(&mut self, todo: &mut Vec<Todo>) {
         todo.push(Todo::send(Request::SyncState(proto::SyncState::default())));
         let unknown = self.tracks.iter().filter(|track| track.sid.is_none());
@@ -467,7 +469,7 @@ impl Client {
         });
     }
 
-    /// Asks for what the plan has it ask.
+    /// Turns an act of the plan into requests to the server and whatever else is to be done.
     pub fn act(&mut self, act: Act, todo: &mut Vec<Todo>) {
         match act {
             Act::Subscribe { choice, on } => {
@@ -528,7 +530,8 @@ impl Client {
         }
     }
 
-    /// One of the tracks that it knows of, and its participant's sid.
+    /// Chooses one of the tracks that it knows of, and marks it as touched. Returns the track and
+    /// its participant's sid.
     fn choose(&mut self, choice: u64, fits: impl Fn(Kind) -> bool) -> Option<(String, Other)> {
         let tracks = |(participant, tracks): (&String, &Vec<Other>)| -> Vec<(String, Other)> {
             let fitting = tracks.iter().filter(|track| fits(track.kind));
@@ -545,13 +548,13 @@ impl Client {
     }
 }
 
-/// The layer that settings ask for, of layers of these heights.
+/// Returns the layer that settings ask for, among layers of these heights.
 fn layer(settings: Settings, heights: &[u32]) -> Option<u8> {
     let highest = heights.len().saturating_sub(1);
     let layer = match settings {
         Settings::Disabled => return None,
         Settings::Quality(quality) => usize::from(quality),
-        // The server takes a layer that is a tenth too small.
+        // The server accepts a layer that is up to a tenth too small.
         Settings::Height(asked) => heights
             .iter()
             .position(|height| *height as f32 >= asked as f32 * 0.9)
@@ -575,7 +578,7 @@ fn push_streams(
     }
 }
 
-/// Every third one takes no redundancy.
+/// Returns what a participant can receive. Every third one takes no redundancy.
 fn subscriber(person: &Person) -> Capabilities {
     Capabilities {
         codecs: if person.index % 3 == 2 {
@@ -610,7 +613,7 @@ fn track(person: &Person, kind: Kind) -> Track {
     Track {
         local: LocalTrack {
             codec: match kind {
-                // Every other one speaks with redundancy.
+                // Every other one sends with redundancy.
                 Kind::Audio if person.index % 2 == 1 => Codec::Red,
                 kind => Codec::default_of(kind),
             },

@@ -1,13 +1,13 @@
 //! The seeded world: participants and the embedded SFU over emulated links in virtual time, in one
 //! process.
 //!
-//! A seed draws rooms, participants, what each of them does, and the weather on every link
-//! (`world/plan.rs`); `world/simulation.rs` lives it; `world/verdict.rs` says what must hold
-//! afterwards. One seed is one run: a failing one is printed, kept under `target/`, and worth a
-//! line in [`PAST_FAILURES`].
+//! A seed determines rooms, participants, what each of them does, and the conditions on every link
+//! (`world/plan.rs`). `world/simulation.rs` runs the world, and `world/verdict.rs` checks what must
+//! hold afterwards. One seed is one run. A failing seed is printed, kept under `target/`, and worth
+//! a line in [`PAST_FAILURES`].
 //!
-//! `WORLD_SEEDS=1000..20000 cargo test --test world hold` is a longer hunt; `WORLD_SEEDS=17` runs
-//! one.
+//! `WORLD_SEEDS=1000..20000 cargo test --test world hold` tries many more seeds. `WORLD_SEEDS=17`
+//! runs one.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -29,10 +29,10 @@ use simulation::{Defect, Rule, World};
 use verdict::Account;
 use witness::Tampering;
 
-/// Seeds that have found something: a first frame timed of a stream that nobody had asked for (42),
-/// and switches to a picture of more than a second ago.
+/// Seeds that have found a defect: a first frame that was timed for a stream that nobody had asked
+/// for (42), and switches to a picture of more than a second ago.
 const PAST_FAILURES: &[u64] = &[42, 51, 547];
-/// Run with every test.
+/// Seeds that every test run tries.
 const SEEDS: Range<u64> = 1..301;
 
 struct Outcome {
@@ -55,7 +55,7 @@ fn live(seed: u64, defect: Option<Defect>) -> Outcome {
     }
 }
 
-/// What is wrong with a seed's world, if anything is.
+/// Returns what is wrong with a seed's world, if anything is.
 fn verdict_on(seed: u64) -> Option<String> {
     match catch_unwind(AssertUnwindSafe(|| live(seed, None))) {
         Ok(outcome) if outcome.violations.is_empty() => None,
@@ -78,7 +78,7 @@ fn told(violations: &BTreeMap<Rule, String>) -> String {
     lines.join("\n  ")
 }
 
-/// Runs worlds on as many threads as there are cores, each world on one.
+/// Runs worlds on as many threads as there are cores. Each world runs on one thread.
 fn run_all(seeds: Vec<u64>) {
     let (next, failures) = (AtomicU64::new(0), std::sync::Mutex::new(Vec::new()));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -109,10 +109,10 @@ fn run_all(seeds: Vec<u64>) {
     );
 }
 
-/// A failing seed is kept where the next run of a developer finds it.
+/// Keeps a failing seed in a file, where the developer finds it.
 fn keep(seed: u64, wrong: &str) {
     let directory = concat!(env!("CARGO_TARGET_TMPDIR"), "/failing-worlds");
-    // The seed is printed all the same.
+    // Errors are ignored, because the seed is printed, too.
     let _ = std::fs::create_dir_all(directory);
     let _ = std::fs::write(format!("{directory}/{seed}.txt"), wrong);
 }
@@ -158,7 +158,7 @@ fn two_runs_of_a_seed_are_identical_and_two_seeds_are_not() {
 
 #[test]
 fn what_is_wrong_on_purpose_is_noticed() {
-    // Two rooms on one router at least, so that everything can go wrong.
+    // At least two rooms share a router, so that everything can go wrong.
     let seed = (1..)
         .find(|seed| Plan::draw(*seed).rooms > Plan::draw(*seed).routers)
         .unwrap();
@@ -209,7 +209,8 @@ fn what_is_wrong_on_purpose_is_noticed() {
     }
 }
 
-/// What a world is for: all of this happens in some of them.
+/// Counters that must be above 0 in at least one world, because worlds exist to make these things
+/// happen.
 const EXPECTED: &[&str] = &[
     "world.sessions resumed",
     "world.sessions replaced",

@@ -1,5 +1,5 @@
-//! The clips that every world's publishers play, and the way back from the bytes of a frame to its
-//! place in them.
+//! The clips that the publishers of every world play, and the lookup of a frame's place in them by
+//! its bytes.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, OnceLock};
@@ -13,11 +13,11 @@ use throng::media::vp8::{VideoClip, Vp8Spec};
 use throng::units::Bitrate;
 
 /// Width, height and bitrate of the simulcast layers, from low to high. A video without simulcast
-/// is as the highest.
+/// is like the highest.
 const LAYERS: [(u32, u32, u64); 3] = [(96, 54, 40_000), (160, 90, 80_000), (320, 180, 150_000)];
 const FPS: u32 = 15;
 
-/// Where a frame is from.
+/// Place of a frame in the clips.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     pub layer: u8,
@@ -29,17 +29,17 @@ pub struct Clips {
     audio: Arc<AudioClip>,
     videos: Vec<Arc<VideoClip>>,
     frames: HashMap<Vec<u8>, Place>,
-    /// Packets without the bytes that hold an identity.
+    /// Audio packets without the bytes that hold an identity.
     audio_bodies: HashSet<Vec<u8>>,
 }
 
-/// Made once a process: a clip takes longer than a world.
+/// Returns the clips. They are made once a process, because that takes longer than a world.
 pub fn clips() -> &'static Clips {
     static CLIPS: OnceLock<Clips> = OnceLock::new();
     CLIPS.get_or_init(Clips::generate)
 }
 
-/// Sizes of a track's layers, from low to high.
+/// Returns the sizes of a track's layers, from low to high.
 pub fn sizes(simulcast: bool) -> Vec<(u32, u32)> {
     let layers = if simulcast { &LAYERS[..] } else { &LAYERS[2..] };
     layers
@@ -98,7 +98,7 @@ impl Clips {
         }
     }
 
-    /// What a track's layer plays.
+    /// Returns what a track's layer plays.
     pub fn source(&self, kind: Kind, simulcast: bool, layer: usize) -> MediaSource {
         match kind {
             Kind::Audio => MediaSource::Audio(self.audio.clone()),
@@ -107,17 +107,17 @@ impl Clips {
         }
     }
 
-    /// The frame of exactly these bytes.
+    /// Returns the place of the frame with exactly these bytes.
     pub fn find_video(&self, bytes: &[u8]) -> Option<Place> {
         self.frames.get(bytes).copied()
     }
 
-    /// Frames until a loop of video begins again.
+    /// Returns the number of frames after which a loop of video begins again.
     pub fn video_len(&self, layer: u8) -> usize {
         self.videos[usize::from(layer)].len()
     }
 
-    /// Whether the audio clip holds this packet, whatever identity it carries.
+    /// Returns whether the audio clip holds this packet, whatever identity it carries.
     pub fn has_audio(&self, packet: &[u8]) -> bool {
         self.audio_bodies.contains(body(packet))
     }

@@ -1,4 +1,4 @@
-//! What a seed draws: rooms, participants, what each of them does and when, and the weather on
+//! What a seed draws: rooms, participants, what each of them does and when, and the conditions on
 //! every link.
 
 use std::time::Duration;
@@ -10,12 +10,13 @@ use throng::units::Time;
 
 use crate::common::link::Conditions;
 
-/// Participants join, act and leave in this time; then the publishers stop.
+/// Time in which participants join, act and leave. At its end the publishers stop.
 pub const ACTIVE: Duration = Duration::from_millis(6_000);
-/// From then on every link is perfect, and what is missing may still be repaired.
+/// Time after [`ACTIVE`] in which every link is perfect, so that what is missing may still be
+/// repaired.
 pub const DRAIN: Duration = Duration::from_millis(2_500);
-/// A publisher's first connection, and what depends on it, should be there after this, whatever the
-/// links are like.
+/// Time after which a publisher's first connection, and what depends on it, should be there,
+/// whatever the links are like.
 const SETTLED: Duration = Duration::from_millis(1_500);
 
 #[derive(Clone, Debug)]
@@ -25,7 +26,8 @@ pub struct Plan {
     pub shards: usize,
     pub send: SendMode,
     pub rooms: usize,
-    /// One for each session: whoever comes back is another one with the same identity.
+    /// One person for each session. A participant that comes back is another person with the same
+    /// identity.
     pub people: Vec<Person>,
 }
 
@@ -45,18 +47,18 @@ pub struct Person {
     pub leaves: Option<Leave>,
     pub up: Weather,
     pub down: Weather,
-    /// One way, of its signalling connection.
+    /// One-way delay of its signalling connection.
     pub signal_delay: Duration,
     pub signal_jitter: Duration,
     pub acts: Vec<(Time, Act)>,
 }
 
-/// Who receives what a participant gets.
+/// Receiver of a participant's media.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// The engine, as in every real run.
     Engine,
-    /// The test's own receiver, which keeps every packet to be looked at.
+    /// The test's own receiver, which keeps every packet for inspection.
     Witness,
 }
 
@@ -68,16 +70,16 @@ pub struct Leave {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parting {
-    /// It says so.
+    /// It says goodbye.
     Goodbye,
     /// It just falls silent.
     Silence,
-    /// The server throws it out, though nobody had planned that.
+    /// The server throws it out, although nobody had planned that.
     ThrownOut,
 }
 
-/// What a participant does in between. Tracks are chosen by a draw from those that it then knows
-/// of.
+/// What a participant does between joining and leaving. Tracks are chosen by a draw from those that
+/// it knows of at that time.
 #[derive(Clone, Copy, Debug)]
 pub enum Act {
     Subscribe {
@@ -92,7 +94,7 @@ pub enum Act {
         video: bool,
         on: bool,
     },
-    /// Its signalling connection breaks; it resumes after so long.
+    /// Its signalling connection breaks. It resumes after this time.
     LoseSignal {
         away: Duration,
     },
@@ -101,12 +103,12 @@ pub enum Act {
 #[derive(Clone, Copy, Debug)]
 pub enum Settings {
     Disabled,
-    /// 0 low, 1 medium, 2 high.
+    /// 0 is low, 1 medium, 2 high.
     Quality(u8),
     Height(u32),
 }
 
-/// What a link does over time: what it is like, and spells in which it is worse.
+/// Conditions of a link over time: the usual ones, and spells in which they are worse.
 #[derive(Clone, Debug)]
 pub struct Weather {
     pub usual: Conditions,
@@ -119,7 +121,7 @@ impl Weather {
         self.spells.is_empty() && is_perfect(&self.usual)
     }
 
-    /// For how long something is wrong with it, all in all.
+    /// Returns for how long, in total, the link is worse than usual.
     pub fn worse_for(&self) -> Duration {
         self.spells
             .iter()
@@ -135,7 +137,7 @@ impl Weather {
         spell.map_or(self.usual, |(.., conditions)| *conditions)
     }
 
-    /// As it is once the drain has begun.
+    /// Returns the conditions of the link once the drain has begun.
     pub fn calm(&self) -> Conditions {
         Conditions {
             delay: self.usual.delay,
@@ -151,7 +153,8 @@ fn is_perfect(conditions: &Conditions) -> bool {
 impl Plan {
     pub fn draw(seed: u64) -> Plan {
         let mut chance = Seeded::new(seed);
-        // Every fifth world has perfect links and nothing but joins: there every frame must arrive.
+        // Every fifth world has perfect links and nothing but joins, so every frame must arrive in
+        // it.
         let calm = seed.is_multiple_of(5);
         let rooms = 1 + chance.below(3) as usize;
         let mut plan = Plan {
@@ -182,8 +185,8 @@ impl Plan {
         plan
     }
 
-    /// Some who were to stay are thrown out. Drawn apart, so that worlds without them stay what
-    /// they were.
+    /// Throws out some participants that were to stay. It has a draw of its own, so that worlds
+    /// without such participants stay what they were.
     fn throw_out(&mut self, calm: bool) {
         let mut chance = Seeded::new(!self.seed);
         let identities: Vec<String> = self.people.iter().map(|one| one.identity.clone()).collect();
@@ -223,7 +226,7 @@ impl Plan {
 
     fn add_subscriber(&mut self, room: u32, role: Role, calm: bool, chance: &mut Seeded) {
         let mut person = self.person(room, role, calm, chance);
-        // What a witness sees on a perfect link is all that the router sent.
+        // On a perfect link, a witness sees all that the router sent.
         if role == Role::Witness && chance.chance(60) {
             person.down = Weather {
                 usual: Conditions {
@@ -267,8 +270,8 @@ impl Plan {
         }
     }
 
-    /// Some leave before the end, and some of these come back: after they have left, or while the
-    /// server still has them.
+    /// Adds a participant. Some leave before the end, and some of these come back, either after
+    /// they have left or while the server still has them.
     fn add(&mut self, mut person: Person, calm: bool, chance: &mut Seeded) {
         if calm || !chance.chance(35) {
             return self.people.push(person);
@@ -281,13 +284,13 @@ impl Plan {
         };
         let mut again = person.clone();
         let comes_back = chance.chance(50) && at < Time::from_millis(4_500);
-        // Some do not leave at all: the server ends the session whose place another takes.
+        // Some do not leave at all: the server ends their session when another one takes its place.
         let is_replaced = comes_back && chance.chance(40);
         person.leaves = (!is_replaced).then_some(Leave { at, how });
         self.people.push(person);
         if comes_back {
             again.index = self.people.len() as u32;
-            // A polite one may be in again before its goodbye is heard.
+            // A participant that says goodbye may be in again before its goodbye is heard.
             again.joins_at = at + Duration::from_millis(chance.below(400));
             again.single = chance.chance(50);
             again
@@ -302,7 +305,8 @@ fn moment(chance: &mut Seeded, from_ms: u64, to_ms: u64) -> Time {
     Time::from_micros(from_ms * 1_000 + chance.below((to_ms - from_ms) * 1_000))
 }
 
-/// Not before it is in: who loses its signalling earlier joins anew.
+/// Draws a loss of the signalling connection. It does not come before the participant is in,
+/// because one that loses its signalling earlier joins anew.
 fn draw_loss_of_signal(person: &mut Person, calm: bool, chance: &mut Seeded) {
     if !calm && chance.chance(20) {
         let at = moment(chance, 1_500, 4_500).max(person.joins_at + SETTLED);
@@ -357,7 +361,7 @@ fn draw_weather(calm: bool, chance: &mut Seeded) -> Weather {
     }
 }
 
-/// Bursts of loss and spikes of delay, and now and then a link that is dead for a while.
+/// Draws bursts of loss, spikes of delay, and now and then a time in which the link is dead.
 fn draw_spells(usual: Conditions, chance: &mut Seeded) -> Vec<(Time, Time, Conditions)> {
     let mut spells: Vec<(Time, Time, Conditions)> = (0..chance.below(4))
         .map(|_| {

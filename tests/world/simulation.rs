@@ -38,66 +38,66 @@ use crate::witness::{Tampering, Witness};
 
 pub const TICK: Duration = Duration::from_millis(1);
 pub const RUN: u32 = 77;
-/// After the last goodbye: what is under way still arrives.
+/// Time after the last goodbye in which packets that are under way still arrive.
 const GOODBYE: Duration = Duration::from_millis(500);
-/// Rooms and silent participants are gone after this, by the lobby's own limits (20 s each, and 15
-/// s for a silent connection).
+/// Time after which rooms and silent participants are gone by the lobby's own limits (20 s each,
+/// and 15 s for a silent connection).
 const FORGOTTEN: Duration = Duration::from_secs(60);
 
-/// Something that is wrong on purpose: the invariants must notice.
+/// Something that is wrong on purpose. The invariants must notice it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Defect {
-    /// A link drops datagrams and does not say so.
+    /// A link drops datagrams and does not log it.
     LinkSwallows,
-    /// A byte changes under way.
+    /// A byte changes on a link.
     LinkCorrupts,
-    /// The lobby's wish to end a subscription, or a connection, never reaches its router.
+    /// The lobby's command to end a subscription or a connection never reaches its router.
     RemovalForgotten,
     SubscribeForgotten,
     /// A router gives a subscriber a track of another room.
     RoomsMixed,
     /// A router is not told that time has passed.
     TimerForgotten,
-    /// What a router might do to the media that a witness gets.
+    /// Something that a router might do to the media that a witness gets.
     Media(Tampering),
 }
 
-/// What must hold in every world.
+/// Rule that must hold in every world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rule {
-    /// What enters a link comes out, is lost by its log, or is under way.
+    /// What enters a link comes out, is logged as lost, or is under way.
     LinksConserve,
-    /// Each datagram that reaches a router has one fate, and one that befits it.
+    /// Each datagram that reaches a router has one fate, and the fate fits its kind.
     RoutersAccount,
     /// Each packet that a router takes is sent to each subscriber of its track, or withheld for a
     /// stated reason.
     RoutersForwardAll,
-    /// What publishers and subscribers count is what links carried.
+    /// What publishers and subscribers count is what the links carried.
     EnginesAccount,
     WitnessesAccount,
     NobodyForges,
     CommandsAreTaken,
     /// Routers have what the lobby asked for, and everybody is connected.
     AllArePresent,
-    /// No session is ended by the server, and no connection fails, but for a reason.
+    /// The server ends no session, and no connection fails, without a reason.
     SessionsLast,
     RoomsAreApart,
-    /// A source that was thrown out owes what it does not make, slot by slot.
+    /// A source that was thrown out owes each frame that it does not make, slot by slot.
     SourcesOwe,
-    /// What a description announces comes.
+    /// Every stream that a description announces arrives.
     StreamsFlow,
-    /// Where nothing is lost, every frame arrives.
+    /// If nothing is lost, every frame arrives.
     PerfectLinksDeliver,
-    /// Bytes are those that were published, and everything needed before them is there; numbers,
-    /// picture ids and timestamps go on.
+    /// The bytes of frames are those that were published, and everything that a frame needs is
+    /// there before it. Numbers, picture ids and timestamps go on.
     FramesDecode,
     HistogramsCount,
     NothingIsOverdue,
-    /// Of those who have gone nothing is left.
+    /// Nothing is left of those who have gone.
     AllIsForgotten,
 }
 
-/// A reliable connection that keeps order: what WebSockets are.
+/// A reliable connection that keeps order, as a WebSocket does.
 pub struct Pipe<T> {
     queue: VecDeque<(Time, T)>,
     last: Time,
@@ -141,8 +141,7 @@ pub enum Stage {
 }
 
 pub enum Receiver {
-    /// The shard, and the key of the publisher connection; the subscriber connection has the next
-    /// one.
+    /// Shard, and key of the publisher connection. The subscriber connection has the next key.
     Engine {
         shard: usize,
         key: PeerKey,
@@ -150,16 +149,16 @@ pub enum Receiver {
     Witness(Box<Witness>),
 }
 
-/// What became of RTP datagrams that reached an engine participant, by what the world knows.
+/// What became of the RTP datagrams that reached an engine participant, as far as the world knows.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct EngineArrivals {
-    /// For a stream that it expects, on a connection that is up.
+    /// Datagrams of a stream that it expects, on a connection that is up.
     pub expected: u64,
-    /// Before either was so, or after.
+    /// Datagrams that came before the stream was expected or the connection up, or after that.
     pub early: u64,
 }
 
-/// What a description said of one stream.
+/// What a description said about a stream.
 pub struct Announced {
     pub track_sid: String,
     pub at: Time,
@@ -178,10 +177,10 @@ pub struct Session {
     pub to_client: Pipe<ToClient>,
     connection: Option<ConnectionId>,
     pub addresses: [SocketAddr; 2],
-    /// The socket is open.
+    /// Whether each socket is open.
     open: [bool; 2],
     pub connected: [Option<Time>; 2],
-    /// SSRCs that each half expects now.
+    /// SSRCs that each connection expects now.
     expects: [BTreeSet<Ssrc>; 2],
     /// Every stream that was ever announced, by media SSRC.
     pub announced: BTreeMap<Ssrc, Announced>,
@@ -191,26 +190,26 @@ pub struct Session {
     signal_chance: throng::seeded::Seeded,
 }
 
-/// Counts of the world's own, to hold against those of everybody else.
+/// The world's own counts, for comparison with those of everybody else.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Datagrams that came out of uplinks at a router, and their bytes.
     pub at_routers: u64,
     pub at_routers_bytes: u64,
-    /// .. and that routers sent.
+    /// Datagrams that routers sent, and their bytes.
     pub by_routers: u64,
     pub by_routers_bytes: u64,
-    /// Came out of a downlink, and nobody had its socket open any more.
+    /// Datagrams that came out of a downlink when nobody had their socket open any more.
     pub to_closed: u64,
     pub to_engines: u64,
     pub to_engines_bytes: u64,
     pub rtp_to_engines: u64,
     pub to_witnesses: u64,
     pub rtp_to_witnesses: u64,
-    /// What engine participants sent.
+    /// Bytes that engine participants sent, and the RTP packets among their datagrams.
     pub by_engines_bytes: u64,
     pub rtp_by_engines: u64,
-    /// Packets that a router took, times the subscribers of their track.
+    /// Packets that routers took, each times the number of subscribers of its track.
     pub fan_out: u64,
     pub sessions_resumed: u64,
     pub sessions_replaced: u64,
@@ -218,7 +217,7 @@ pub struct Tally {
     pub ice_restarts: u64,
 }
 
-/// Where a track came from, by the lobby's commands.
+/// Origin and subscribers of a track, by the lobby's commands.
 pub struct KnownTrack {
     pub session: usize,
     pub transport: TransportId,
@@ -239,13 +238,13 @@ pub struct World {
     router_outlets: Vec<RouterOutlet>,
     identity: Identity,
     connections: BTreeMap<ConnectionId, usize>,
-    /// Which session a connection belongs to, by the lobby's commands.
+    /// Router and session of each connection, by the lobby's commands.
     transports: BTreeMap<TransportId, (usize, usize)>,
     pub tracks: BTreeMap<TrackId, KnownTrack>,
     pub subscriptions: BTreeMap<SubscriptionId, (TrackId, TransportId)>,
     pub tally: Tally,
     pub violations: BTreeMap<Rule, String>,
-    /// A digest of everything that happened, keys and their lengths apart.
+    /// Digest of everything that happened, except keys and their lengths.
     pub digest: u64,
     defect: Option<Defect>,
     draining: bool,
@@ -359,8 +358,7 @@ impl World {
         }
     }
 
-    /// Up to the moment when everything that could arrive has arrived, and everybody is still
-    /// there.
+    /// Runs the world until everything that could arrive has arrived. Everybody is still there.
     pub fn run(&mut self) {
         self.run_until(Time::ZERO + ACTIVE);
         self.draining = true;
@@ -370,7 +368,7 @@ impl World {
         self.run_until(Time::ZERO + ACTIVE + DRAIN);
     }
 
-    /// Everybody leaves, and the server forgets them.
+    /// Lets everybody leave, and the server forget them.
     pub fn empty(&mut self) {
         for index in 0..self.sessions.len() {
             if self.sessions[index].stage == Stage::In {
@@ -388,7 +386,8 @@ impl World {
             if next.max(self.now) > end {
                 break;
             }
-            // A timer that stays due is told of, and not waited for.
+            // Time advances by at least one tick, so that a timer that stays due does not stop the
+            // loop.
             self.now = next.max(self.now + TICK);
             self.server_turn();
         }
@@ -412,7 +411,7 @@ impl World {
         }
     }
 
-    /// Something that must hold. Of each kind that does not, the first case is kept.
+    /// Checks something that must hold. The first violation of each rule is kept.
     pub fn check(&mut self, rule: Rule, holds: bool, what: impl FnOnce() -> String) {
         if !holds {
             let now = self.now;
@@ -427,7 +426,7 @@ impl World {
             throng::seeded::mixed(self.digest.rotate_left(7) ^ word.wrapping_add(0x9E37_79B9));
     }
 
-    /// One millisecond.
+    /// Advances the world by one millisecond.
     fn tick(&mut self) {
         self.now += TICK;
         self.set_weather();
@@ -491,7 +490,7 @@ impl World {
             }
             Parting::Silence => ToServer::Lost,
             Parting::ThrownOut => {
-                // The server's word is on its way; the participant goes when it has come.
+                // The server's message is on its way. The participant goes when it has come.
                 let person = &self.sessions[index].person;
                 let room = format!("room-{}", person.room);
                 let identity = person.identity.clone();
@@ -507,7 +506,7 @@ impl World {
         self.close(index, true);
     }
 
-    /// The participant's sockets are closed.
+    /// Closes the participant's sockets.
     fn close(&mut self, index: usize, by_plan: bool) {
         let session = &mut self.sessions[index];
         session.stage = Stage::Gone;
@@ -639,7 +638,7 @@ impl World {
         }
     }
 
-    /// Tells the shard of an engine participant.
+    /// Gives a command to the shard of an engine participant.
     fn command(&mut self, index: usize, half: Half, command: impl FnOnce(PeerKey) -> ShardCommand) {
         if let Receiver::Engine { shard, key } = self.sessions[index].receiver {
             let command = command(key_of(key, half));
@@ -669,7 +668,7 @@ impl World {
 
     fn watch(&mut self, index: usize, track_sid: &str, layer: Option<u8>) {
         let announced = self.sessions[index].announced.iter();
-        // A track that was given up and asked for again has come on more than one SSRC: the latest
+        // A track that was given up and asked for again has come on more than one SSRC. The latest
         // counts.
         let latest = announced
             .filter(|(_, stream)| stream.track_sid == track_sid)
@@ -686,7 +685,7 @@ impl World {
         });
     }
 
-    /// What is under way in either direction is lost with the connection.
+    /// Breaks the signalling connection. What is under way in either direction is lost.
     fn lose_signal(&mut self, index: usize, away: Duration) {
         let session = &mut self.sessions[index];
         session.to_server.queue.clear();
@@ -699,7 +698,8 @@ impl World {
             .push(at + away, ToServer::Entry(Box::new(resume)));
     }
 
-    /// The server ends a session that is replaced by another of the same identity, and no other.
+    /// Handles the end of a session by the server. The server may only end a session that it has
+    /// thrown out, or that another one of the same identity replaces.
     fn handle_end(&mut self, index: usize, reason: &str) {
         if self.sessions[index].is_thrown_out {
             return self.close(index, false);
@@ -798,7 +798,7 @@ impl World {
 
     // The server.
 
-    /// Time, for the routers and the lobby, and what they have to say to each other.
+    /// Advances the routers and the lobby, and carries what they have to say to each other.
     fn server_turn(&mut self) {
         for index in 0..self.routers.len() {
             let (router, outlet) = (&mut self.routers[index], &mut self.router_outlets[index]);
@@ -870,7 +870,7 @@ impl World {
         let now = self.now;
         let session = &mut self.sessions[index];
         if session.connection != Some(connection) {
-            // Its client knows nothing of this connection any more.
+            // The client knows nothing of this connection any more.
             return;
         }
         let at = now + session.signal_delay();
@@ -878,8 +878,8 @@ impl World {
     }
 
     fn take_command(&mut self, router: usize, mut command: MediaCommand) {
-        // A connection that has failed is gone with all that it carried: what the lobby says of it
-        // then comes too late.
+        // A connection that has failed is gone with all that it carried. Commands of the lobby
+        // about it come too late, and are refused.
         let expected = u64::from(!self.is_about_something(&command));
         self.learn(router, &command);
         if let (Some(Defect::RoomsMixed), MediaCommand::Subscribe { track, .. }) =
@@ -934,8 +934,8 @@ impl World {
         }
     }
 
-    /// Keeps account of what the lobby has asked for, and sees to it that it asks for nothing
-    /// across rooms.
+    /// Keeps account of what the lobby has asked for, and checks that it asks for nothing across
+    /// rooms.
     fn learn(&mut self, router: usize, command: &MediaCommand) {
         match command {
             MediaCommand::AddTransport {
@@ -1039,8 +1039,8 @@ impl World {
         }
     }
 
-    /// What the routers ought to have: connections, tracks and subscriptions, by the lobby's
-    /// commands and their own failures.
+    /// Returns how many connections, tracks and subscriptions the routers ought to have, by the
+    /// lobby's commands and the failures that the routers reported.
     pub fn expected_in_routers(&self) -> (u64, u64, u64) {
         (
             self.transports.len() as u64,
@@ -1100,7 +1100,8 @@ impl World {
         }
     }
 
-    /// Returns how many subscribers are to get something of it.
+    /// Hands a datagram to a router. Returns the number of subscribers that are to get something of
+    /// it.
     fn hand_to_router(
         &mut self,
         router: usize,
@@ -1167,7 +1168,7 @@ impl World {
         track.map_or(0, |track| self.tracks[&track].subscribers.len() as u64)
     }
 
-    /// The track that a session sends under an SSRC.
+    /// Returns the track that a session sends under an SSRC.
     fn track_of(&self, index: usize, ssrc: Ssrc) -> Option<TrackId> {
         let tracks = &self.sessions[index].client.tracks;
         let place = tracks.iter().position(|track| {
@@ -1190,7 +1191,7 @@ impl World {
                 let length = datagram.bytes.len() as u64;
                 u64::from(header.ssrc.0) << 32 | u64::from(header.seq.0) << 16 | length
             }
-            // Lengths of set-up datagrams vary with the keys, by a byte.
+            // The length of a set-up datagram varies by a byte with the keys, so it is left out.
             (Class::Rtcp, _) => datagram.bytes.len() as u64,
             _ => 0,
         };
@@ -1388,7 +1389,7 @@ impl World {
         self.shards[shard].handle_command(command, self.now, &mut self.outlets[shard]);
     }
 
-    /// What was sent in this turn goes on its way.
+    /// Puts what was sent in this turn on its way.
     fn send_off(&mut self) {
         let now = self.now;
         for shard in 0..self.outlets.len() {
@@ -1421,7 +1422,7 @@ impl World {
         }
     }
 
-    /// After a turn nothing that was due is still due.
+    /// Checks that nothing that was due is still due after a turn.
     fn check_timers(&mut self) {
         let now = self.now;
         for index in 0..self.routers.len() {
@@ -1457,7 +1458,8 @@ impl Session {
     }
 }
 
-/// The key of one of a participant's connections, by that of the publisher connection.
+/// Returns the key of one of a participant's connections. `first` is the key of the publisher
+/// connection.
 fn key_of(first: PeerKey, half: Half) -> PeerKey {
     PeerKey(first.0 + half as usize)
 }
@@ -1502,8 +1504,8 @@ fn new_session(
     }
 }
 
-/// What became of one datagram: the one counter of fates that has grown by one; `None` where it was
-/// another number of them.
+/// Returns what became of a datagram: the name of the one counter of fates that has grown by one.
+/// Returns `None` if the counters have grown in any other way.
 fn fate(before: &RouterStatistics, after: &RouterStatistics) -> Option<&'static str> {
     let is_fate = |name: &str| {
         matches!(
@@ -1522,8 +1524,8 @@ fn fate(before: &RouterStatistics, after: &RouterStatistics) -> Option<&'static 
     }
 }
 
-/// What was done with packets for subscribers when they came: sent, or withheld for a stated
-/// reason.
+/// Returns the number of packets for subscribers that were sent, or withheld for a stated reason,
+/// when they came.
 fn forwarded(statistics: &RouterStatistics) -> u64 {
     let withheld = statistics
         .counters()

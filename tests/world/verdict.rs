@@ -1,5 +1,5 @@
 //! What must hold after a run, whatever the seed: the sums of all accounts, and what every receiver
-//! was able to do with what it got.
+//! could do with what it got.
 
 use std::time::Duration;
 use throng::transport::rtp::Ssrc;
@@ -20,13 +20,16 @@ use crate::witness::{Fates, Kept, Stream};
 /// RTP ticks of video and audio in a millisecond.
 const VIDEO_TICKS_PER_MS: i64 = 90;
 const AUDIO_TICKS_PER_MS: i64 = 48;
-/// A frame's slot is rounded up to the engine's beat; its timestamp is not.
+/// Largest rounding of a slot. A frame's slot is rounded up to the engine's tick; its timestamp is
+/// not.
 const SLOT_ROUNDING_MS: i64 = 1;
-/// Over a switch the clocks of two layers meet by way of their sender reports, or of arrival times
-/// before there are any. A router may begin with a key frame that is half a second old.
+/// Largest error of timestamps over a layer switch. The clocks of the two layers are related by
+/// their sender reports, or by arrival times before there are any. A router may begin with a key
+/// frame that is half a second old.
 const SWITCH_ERROR_MS: i64 = 600;
 
-/// Counters of a router that stay at 0 where everybody is honest and links lose, repeat and delay.
+/// Counters of a router that stay at 0 if everybody is honest and links only lose, repeat and
+/// delay.
 const HARM: [&str; 6] = [
     "refused_unauthentic",
     "refused_malformed",
@@ -36,17 +39,18 @@ const HARM: [&str; 6] = [
     "socket_drops",
 ];
 
-/// From the moment that a stream could flow to its first frame, where the link is not dead.
+/// Longest time from the moment that a stream could flow to its first frame, on a link that is not
+/// dead.
 ///
 /// A publisher drops requests for key frames that come within 300 ms of the last one, and a router
-/// repeats them after 500 ms: one loss may cost a second.
+/// repeats them after 500 ms. So one loss may cost a second.
 const PATIENCE: Duration = Duration::from_millis(2_000);
 
-/// From a join to its connections. Checks and handshakes are repeated ever more rarely, so that a
-/// dead link costs up to thrice its time.
+/// Longest time from a join to its connections. Checks and handshakes are repeated less and less
+/// often, so a dead link costs up to three times the time that it is dead.
 const CONNECT_PATIENCE: Duration = Duration::from_millis(2_500);
 
-/// What a run comes to, for the comparison of two.
+/// Result of a run, for the comparison of two runs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Account {
     pub digest: u64,
@@ -112,7 +116,7 @@ pub fn check_empty(world: &mut World) {
     );
 }
 
-/// Datagrams between the links and the routers: none is lost without a reason.
+/// Checks the datagrams between the links and the routers: none is lost without a reason.
 fn check_links(world: &mut World) {
     let (mut out_of_uplinks, mut into_downlinks, mut out_of_downlinks) = (0, 0, 0);
     for index in 0..world.sessions.len() {
@@ -176,7 +180,7 @@ fn check_links(world: &mut World) {
     world.check(Rule::EnginesAccount, out_of_downlinks == taken, || {
         format!("links delivered {out_of_downlinks} datagrams to participants: {tally:?}")
     });
-    // What was sent after everybody had left is in the routers' account only.
+    // Datagrams that were sent after everybody had left are in the routers' account only.
     world.check(
         Rule::RoutersAccount,
         tally.by_routers == into_downlinks,
@@ -225,8 +229,8 @@ fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
         processed == tally.rtp_to_engines + tally.rtp_by_engines,
         || format!("{processed} packets processed: {tally:?}"),
     );
-    // A replay is told from a repair that was not needed by what the streams themselves have
-    // counted.
+    // The streams themselves have counted the repairs that were not needed. All other duplicates
+    // are replays.
     let needless: u64 = outcomes
         .iter()
         .flat_map(|peer| &peer.streams)
@@ -239,8 +243,8 @@ fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
         arrivals.expected += session.arrivals.expected;
         arrivals.early += session.arrivals.early;
     }
-    // What comes before its announcement, or before the keys, may be kept until then; what is not
-    // is refused.
+    // A packet that comes before its announcement or before the keys may be kept until then. If it
+    // is not kept, it is refused.
     let arrived = arrivals.expected + arrivals.early;
     let fits = (arrivals.expected..=arrived).contains(&taken)
         && arrived - taken <= session.packets_rejected;
@@ -286,7 +290,7 @@ fn check_engines(world: &mut World, record: &Record, outcomes: &[PeerOutcome]) {
     }
 }
 
-/// Source, uplink, SFU, downlink, unattributed.
+/// Returns the lost frames by place: source, uplink, SFU, downlink, unattributed.
 fn places_of_loss(media: &Media) -> [u64; 5] {
     [
         media.frames_lost_source,
@@ -297,8 +301,8 @@ fn places_of_loss(media: &Media) -> [u64; 5] {
     ]
 }
 
-/// The same sums over the streams and in the record: frames delivered, frames expected, packets
-/// lost, repaired.
+/// Returns the same sums over the streams and from the record: frames delivered, frames expected,
+/// packets lost, packets repaired, live streams.
 fn streams_and_record(
     outcomes: &[PeerOutcome],
     record: &Record,
@@ -336,7 +340,7 @@ fn streams_and_record(
     (sums, counted)
 }
 
-/// What is timed is timed once each time that it is counted.
+/// Checks that everything that is timed has as many times as it was counted.
 fn check_histograms(world: &mut World, record: &Record) {
     let (audio, video) = (&record.audio, &record.video);
     for (name, media) in [("audio", audio), ("video", video)] {
@@ -399,7 +403,7 @@ fn check_histograms(world: &mut World, record: &Record) {
     });
 }
 
-/// Where nothing was lost and nobody intervened, every frame has arrived.
+/// Checks that every frame has arrived where nothing was lost and nobody intervened.
 fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
     for peer in outcomes {
         let index = peer.participant as usize;
@@ -439,8 +443,9 @@ fn check_streams(world: &mut World, outcomes: &[PeerOutcome]) {
     }
 }
 
-/// Of every subscription: what came, and what was lost at each place, is what was expected. Of a
-/// source that was thrown out: what it made, and what it owes, is what it would have made.
+/// Checks that for every subscription, the frames that came and those that were lost at each place
+/// add up to what was expected. For a source that was thrown out, the frames that it made and those
+/// that it owes must add up to what it would have made.
 fn check_sources(world: &mut World, outcomes: &[PeerOutcome]) {
     for peer in outcomes {
         for stream in &peer.streams {
@@ -485,8 +490,8 @@ fn check_sources(world: &mut World, outcomes: &[PeerOutcome]) {
     }
 }
 
-/// Whether something of a stream ought to have come by now: all that it takes has been there for
-/// longer than links can be dead.
+/// Returns whether something of a stream ought to have come by now: everything that it needs has
+/// been there for longer than links can be dead.
 fn is_awaited(world: &World, receiver: &Session, ssrc: Ssrc, kind: Kind) -> bool {
     let Some(announced) = receiver.announced.get(&ssrc) else {
         return false;
@@ -505,7 +510,7 @@ fn is_awaited(world: &World, receiver: &Session, ssrc: Ssrc, kind: Kind) -> bool
     ready <= Time::ZERO + ACTIVE && is_undisturbed(receiver, ssrc) && is_steady(publisher, kind)
 }
 
-/// It was there to the end, and asked for nothing about this stream.
+/// Returns whether the session was there to the end and asked for nothing about this stream.
 fn is_undisturbed(session: &Session, ssrc: Ssrc) -> bool {
     let touched = session
         .announced
@@ -514,14 +519,14 @@ fn is_undisturbed(session: &Session, ssrc: Ssrc) -> bool {
     !touched && session.stage == Stage::In
 }
 
-/// It was there to the end, and muted nothing of this kind.
+/// Returns whether the session was there to the end and muted nothing of this kind.
 fn is_steady(session: &Session, kind: Kind) -> bool {
     let mutes =
         |act: &Act| matches!(act, Act::Mute { video, .. } if *video == (kind == Kind::Video));
     session.stage == Stage::In && !session.person.acts.iter().any(|(_, act)| mutes(act))
 }
 
-/// Whoever has joined is in, and the routers have what the lobby asked for.
+/// Checks that everybody who has joined is in, and that the routers have what the lobby asked for.
 fn check_presence(world: &mut World) {
     let expected = world.expected_in_routers();
     let mut total = RouterStatistics::default();
@@ -607,7 +612,7 @@ struct Reader<'a> {
     stream: &'a Stream,
 }
 
-/// Packets of one timestamp.
+/// Packets with the same timestamp.
 struct Frame<'a> {
     first: u64,
     last: u64,
@@ -622,8 +627,8 @@ struct Known {
 }
 
 impl Reader<'_> {
-    /// Every packet is one frame of one publisher, and time goes on as the publisher's did, over
-    /// all pauses.
+    /// Checks that every packet is one frame of one publisher, and that time goes on as the
+    /// publisher's did, over all pauses.
     fn check_audio(&self) -> Result<(), String> {
         self.check_numbers()?;
         let mut before: Option<(u64, u32, FrameIdentity)> = None;
@@ -652,7 +657,7 @@ impl Reader<'_> {
                     AUDIO_TICKS_PER_MS,
                     SLOT_ROUNDING_MS,
                 )?;
-                // Without a pause one number stands for one frame.
+                // Without pauses, one number stands for one frame.
                 let steady = self.is_steady(&identity);
                 if steady && (number - last) as i64 != frames {
                     return Err(format!(
@@ -665,8 +670,8 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Frames that follow each other without a hole can be decoded one after the other, and picture
-    /// ids and timestamps say so.
+    /// Checks that frames that follow each other without a hole can be decoded one after the other,
+    /// and that picture ids and timestamps agree.
     fn check_video(&self) -> Result<(), String> {
         self.check_numbers()?;
         let (frames, fillers) = self.frames()?;
@@ -744,8 +749,8 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// On a link that loses nothing, all numbers are there but those that the publisher's link
-    /// lost.
+    /// Checks that no number stands for two packets and that, if neither this link nor the
+    /// publisher's loses anything, no number is missing.
     fn check_numbers(&self) -> Result<(), String> {
         if self.stream.contradictions > 0 {
             return Err(format!(
@@ -810,8 +815,8 @@ impl Reader<'_> {
         !mutes && !self.session.client.touched.contains(&self.stream.track_sid)
     }
 
-    /// The frame is of this run, of this room, and of the publisher of the track that the
-    /// description named.
+    /// Checks that the frame is of this run, of this room, and of the publisher of the track that
+    /// the description named.
     fn check_origin(&self, identity: &FrameIdentity) -> Result<(), String> {
         let origin = self
             .world
@@ -831,7 +836,8 @@ impl Reader<'_> {
         }
     }
 
-    /// Between two frames timestamps go on as the moments do for which the frames were meant.
+    /// Checks that timestamps advance between two frames as the moments do that the frames were
+    /// intended for.
     fn check_time(
         &self,
         ticks: u32,
@@ -856,7 +862,7 @@ impl Reader<'_> {
         ))
     }
 
-    /// Packets by timestamp, and the numbers of packets that hold nothing.
+    /// Returns the packets by timestamp, and the numbers of packets that hold nothing.
     fn frames(&self) -> Result<(Vec<Frame<'_>>, std::collections::BTreeSet<u64>), String> {
         let mut frames: Vec<Frame<'_>> = Vec::new();
         let mut fillers = std::collections::BTreeSet::new();
@@ -884,8 +890,8 @@ impl Reader<'_> {
         Ok((frames, fillers))
     }
 
-    /// The frame's place in its publisher's clip, by its bytes; `None` where a part of it is
-    /// missing.
+    /// Returns the frame's place in its publisher's clip, which its bytes tell, or `None` if a part
+    /// of the frame is missing.
     fn recognize(&self, frame: &Frame<'_>) -> Result<Option<Known>, String> {
         if !frame.is_whole() {
             return Ok(None);
@@ -922,7 +928,7 @@ impl Reader<'_> {
 }
 
 impl Frame<'_> {
-    /// Begins, ends, and has all numbers between.
+    /// Returns whether the frame begins, ends, and has all numbers in between.
     fn is_whole(&self) -> bool {
         let complete = self.last - self.first + 1 == self.packets.len() as u64;
         complete && self.packets[0].0.starts_frame() && self.ends()
@@ -932,7 +938,7 @@ impl Frame<'_> {
         self.packets.last().is_some_and(|(.., marker)| *marker)
     }
 
-    /// The same in all of its packets.
+    /// Returns the picture id, if it is the same in all packets.
     fn picture_id(&self) -> Option<u16> {
         let id = |descriptor: &Vp8Descriptor| descriptor.picture_id.map(PictureId::value);
         let first = id(&self.packets[0].0)?;
@@ -944,7 +950,8 @@ impl Frame<'_> {
 }
 
 impl World {
-    /// Who publishes the track of a stream that was announced to session `index`.
+    /// Returns the session that publishes the track of a stream that was announced to session
+    /// `index`.
     pub fn publisher_of(&self, index: usize, ssrc: Ssrc) -> Option<&Session> {
         let sid = &self.sessions[index].announced.get(&ssrc)?.track_sid;
         let publishes = |session: &&Session| {
@@ -970,7 +977,7 @@ fn account(world: &World, record: &Record) -> Account {
             numbers.extend(digest_of(&format!("{name}.{histogram}"), values));
         }
     }
-    // Keys make DTLS records a byte longer or shorter.
+    // Keys make DTLS records a byte longer or shorter, so bytes on the wire are left out.
     let counters = record
         .session
         .counters()

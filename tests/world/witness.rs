@@ -1,5 +1,5 @@
-//! A receiver of the test's own, independent of the engine: it keeps every packet that it opens,
-//! asks for what is missing, and in the end tells what a decoder would have made of it.
+//! A receiver of the test's own, independent of the engine. It keeps every packet that it opens,
+//! asks for what is missing, and shows in the end what a decoder would have made of it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -20,37 +20,38 @@ use throng::units::{Epoch, Time};
 use crate::client::Half;
 use crate::common::link::Datagram;
 
-/// What merely comes out of order is not asked for.
+/// Time before a missing packet is requested, because a packet that only comes out of order is not
+/// requested.
 const PATIENCE: Duration = Duration::from_millis(20);
-/// The router answers no second request for a packet before this.
+/// Time between two requests for a packet. The router does not answer a second request sooner.
 const ASK_AGAIN: Duration = Duration::from_millis(130);
 const TRIES_MAX: u32 = 8;
 const KEY_FRAME_RETRY: Duration = Duration::from_millis(500);
 
-/// What became of the RTP datagrams that reached a witness: each is counted once.
+/// What became of the RTP datagrams that reached a witness. Each datagram is counted once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fates {
     pub taken: u64,
     pub repeated: u64,
-    /// Of no stream that was ever announced.
+    /// Datagrams of streams that were never announced.
     pub unread: u64,
     pub broken: u64,
 }
 
-/// What may be wrong with a stream although every packet of it is authentic.
+/// Defects that a stream may have although every packet of it is authentic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tampering {
-    /// One byte of one frame is another.
+    /// One byte of one frame is different.
     Byte,
-    /// A frame is left out without a hole in the numbers.
+    /// A frame is left out without a hole in the sequence numbers.
     Frame,
-    /// From one frame on timestamps are a second ahead.
+    /// From one frame on, timestamps are a second ahead.
     Time,
-    /// From one frame on picture ids are one ahead.
+    /// From one frame on, picture ids are one ahead.
     Picture,
 }
 
-/// One packet, opened.
+/// An opened packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kept {
     pub rtp_time: u32,
@@ -58,7 +59,7 @@ pub struct Kept {
     pub payload: Vec<u8>,
 }
 
-/// One stream that a witness gets.
+/// A stream that a witness gets.
 pub struct Stream {
     pub kind: Kind,
     payloads: PayloadTypes,
@@ -66,13 +67,14 @@ pub struct Stream {
     pub track_sid: String,
     pub packets: BTreeMap<u64, Kept>,
     pub ended: bool,
-    /// Two packets came under one number, and differed.
+    /// Number of contradictions: two packets with one number that differ, redundancy that differs
+    /// from the packet it repeats, and packets that cannot be read.
     pub contradictions: u64,
     media: SeqExtender,
     rtx: SeqExtender,
     seen: BTreeSet<(bool, u64)>,
     missing: BTreeMap<u64, Missing>,
-    /// A key frame must begin above this number.
+    /// Number above which a key frame must begin.
     key_frame_above: Option<u64>,
     key_frame_asked_at: Option<Time>,
 }
@@ -90,9 +92,9 @@ struct Connection {
     streams: BTreeMap<Ssrc, Stream>,
     /// Streams that ended.
     former: Vec<Stream>,
-    /// Retransmission SSRCs, and the media's.
+    /// SSRC of the media for each retransmission SSRC.
     rtx: BTreeMap<Ssrc, Ssrc>,
-    /// Packets that came before what names their SSRC, or before the keys.
+    /// Packets that came before their SSRC was announced, or before the keys.
     early: Vec<(Vec<u8>, Time)>,
 }
 
@@ -177,7 +179,7 @@ impl Witness {
         }
     }
 
-    /// Spoils what it has kept of video. Returns how many streams it was.
+    /// Spoils the video that it has kept. Returns the number of streams that it has spoiled.
     pub fn tamper(&mut self, tampering: Tampering) -> u64 {
         let connections = self.connections.values_mut();
         let streams = connections.flat_map(|connection| {
@@ -191,7 +193,7 @@ impl Witness {
             .count() as u64
     }
 
-    /// Every stream that there was.
+    /// Returns every stream that there was.
     pub fn streams(&self) -> impl Iterator<Item = &Stream> {
         let connections = self.connections.values();
         connections
@@ -210,7 +212,7 @@ impl Witness {
         };
         match classify(&datagram.bytes) {
             Class::Rtp => connection.handle_rtp(&mut datagram.bytes, now, &mut self.fates),
-            // What reports say concerns nobody here.
+            // A witness does nothing with reports.
             Class::Rtcp => {}
             _ => {
                 connection
@@ -222,7 +224,7 @@ impl Witness {
         }
     }
 
-    /// Does what is due and puts what is to be sent into `out`.
+    /// Does what is due, and puts the datagrams to send into `out`.
     pub fn handle_time(&mut self, now: Time, out: &mut Vec<Datagram>) {
         for connection in self.connections.values_mut() {
             if connection.peer.next_timeout() <= now {
@@ -292,7 +294,8 @@ impl Connection {
             return;
         };
         extender.commit(index);
-        // A link may repeat a datagram. A resend without RTX is the same datagram again, too.
+        // A link may repeat a datagram. A retransmission without RTX is the same datagram again,
+        // too.
         if !stream.seen.insert((is_rtx, index)) {
             fates.repeated += 1;
             return;
@@ -377,8 +380,8 @@ impl Stream {
         }
     }
 
-    /// The Opus packet of a RED payload. What it repeats is what came before it, under the payload
-    /// type that was agreed on.
+    /// Returns the Opus packet of a RED payload. Its redundancy must repeat the packets before it,
+    /// under the payload type that was agreed on.
     fn primary<'a>(&mut self, number: u64, rtp_time: u32, payload: &'a [u8]) -> Option<&'a [u8]> {
         let red = RedPayload::parse(payload)?;
         let is_opus = |payload_type| self.payloads.wrapped == Some(payload_type);
@@ -386,7 +389,8 @@ impl Stream {
             let earlier = number
                 .checked_sub(block.distance.into())
                 .and_then(|number| self.packets.get(&number));
-            // What was withheld before has no number of its own.
+            // An earlier packet that was withheld has no number of its own, so another one may be
+            // in its place.
             let is_same = earlier.is_none_or(|earlier| {
                 earlier.payload == block.payload
                     || earlier.rtp_time != rtp_time.wrapping_sub(block.rtp_offset)
@@ -414,7 +418,7 @@ impl Stream {
         {
             self.key_frame_above = None;
         }
-        // One outgoing number is one packet for ever: a retransmission is what the original was.
+        // One outgoing number stands for one packet for ever: a retransmission equals the original.
         match self.packets.get(&number) {
             Some(known) => self.contradictions += u64::from(*known != kept),
             None => {
@@ -423,7 +427,8 @@ impl Stream {
         }
     }
 
-    /// From the third frame on that is no key frame, so that there is something to go on from.
+    /// Spoils the stream from the third frame on that is no key frame, so that the reader has
+    /// earlier frames to go on from.
     fn tamper(&mut self, tampering: Tampering) -> Option<()> {
         let starts = |kept: &Kept| {
             Vp8Descriptor::parse(&kept.payload)
