@@ -1,8 +1,8 @@
-//! Every figure against the log of a bad wire, over a grid of conditions, in virtual time: counts
-//! packet for packet, times within 1 ms or 1 %.
+//! Every figure against the log of a bad wire, over a grid of conditions, in virtual time. Counts
+//! must agree packet for packet, and times within 1 ms or 1 %.
 //!
-//! `cargo test --test truth` runs a part of the grid; `cargo test --test truth -- --ignored
-//! --nocapture` all of it, and prints the table in docs/truth.md.
+//! `cargo test --test truth` runs a part of the grid. `cargo test --test truth -- --ignored
+//! --nocapture` runs all of it, and prints the table in docs/truth.md.
 
 mod account;
 
@@ -24,7 +24,7 @@ use throng::sfu::SendMode;
 use throng::transport::receive::ReceiveCounts;
 use throng::units::Time;
 
-/// Which way is bad.
+/// Side of the server on which the network is bad.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
     /// Between the publisher and the server.
@@ -38,20 +38,20 @@ impl Side {
     const ALL: [Side; 3] = [Side::Up, Side::Down, Side::Both];
 }
 
-/// One point of the grid: that side is as bad as this, for media and for what control goes the
-/// other way.
+/// One point of the grid: the conditions of the bad side. They hold for media, and for the control
+/// packets that go the other way.
 #[derive(Clone, Copy, Debug)]
 struct Point {
     side: Side,
     conditions: Conditions,
 }
 
-/// One figure, as it was said and as the log has it.
+/// One figure: the value that was reported, and the value by the log.
 struct Check {
     metric: String,
     said: f64,
     truth: f64,
-    /// What may lie between them: nothing for counts.
+    /// Largest difference that is allowed between them. It is 0 for counts.
     allowed: f64,
 }
 
@@ -65,7 +65,8 @@ impl Check {
         }
     }
 
-    /// In microseconds: 1 ms, or 1 % of what is long.
+    /// Returns the check of a time in microseconds. It may be wrong by 1 ms, or by 1 % if that is
+    /// more.
     fn time(metric: impl fmt::Display, said: f64, truth: f64) -> Check {
         Check {
             metric: metric.to_string(),
@@ -94,26 +95,27 @@ impl fmt::Display for Check {
     }
 }
 
-/// All that a point showed. Pairs are audio and video.
+/// Everything that a point showed. Pairs are audio and video.
 struct Outcome {
     records: Vec<Record>,
     sent: [Sent; 2],
-    /// What the server got, what of it the publisher got to hear, and what the subscriber got.
+    /// What the server got, what the publisher was told of its losses, and what the subscriber got.
     uplink: [Received; 2],
     reported_lost: [u64; 2],
     received: [Received; 2],
     delivered: [Delivered; 2],
     /// The server's own account of what it got.
     server: [ReceiveCounts; 2],
-    /// The publisher's and the subscriber's.
+    /// Feedback of the publisher and of the subscriber.
     feedback: [Feedback; 2],
     intended: [Vec<Time>; 2],
 }
 
-/// Before the conditions get bad: the first reports tell the round trips that repair is timed by.
+/// Time before the conditions get bad. The first reports give the round trips that the timing of
+/// repair depends on.
 const WARM_UP: Duration = Duration::from_millis(2_500);
 
-/// A publisher of audio and video, the server, a subscriber.
+/// Runs a publisher of audio and video, the server, and a subscriber.
 fn live(point: Point, time: Duration, seed: u64) -> Outcome {
     static SOURCES: OnceLock<[MediaSource; 2]> = OnceLock::new();
     let mut relay = Relay::over(Tapped::new(seed), 2, SendMode::Plain, false, seed);
@@ -338,8 +340,8 @@ fn received_checks(kind: &str, said: &Media, truth: &Received) -> Vec<Check> {
             truth.jitter.len() as u64,
         ),
     ];
-    // In heavy loss groups of gaps share a time and their requests, so that the last of them may be
-    // given up a request too early or too late.
+    // In heavy loss, groups of gaps share a time and their requests. So the last gap of a group may
+    // be given up one request too early or too late.
     let repairs = Check::count(
         format_args!("{kind}.loss_to_repair.count"),
         said.loss_to_repair.count(),
@@ -407,7 +409,7 @@ fn frame_checks(kind: &str, said: &Media, truth: &Delivered, intended: &[Time]) 
     checks
 }
 
-/// What the embedded SFU counts of what it got.
+/// Checks what the embedded SFU counts of what it got.
 fn server_checks(kind: &str, said: &ReceiveCounts, truth: &Received) -> Vec<Check> {
     let count = |metric: &str, said, truth| {
         Check::count(format_args!("server.{metric} ({kind})"), said, truth)
@@ -421,7 +423,7 @@ fn server_checks(kind: &str, said: &ReceiveCounts, truth: &Received) -> Vec<Chec
     ]
 }
 
-/// Least, median, mean and most.
+/// Checks minimum, median, mean and maximum.
 fn times(metric: &str, said: &Histogram, truth: &[Duration]) -> Vec<Check> {
     let mut micros: Vec<f64> = truth
         .iter()
@@ -451,8 +453,7 @@ fn times(metric: &str, said: &Histogram, truth: &[Duration]) -> Vec<Check> {
     ]
 }
 
-/// The grid: each side, and on it each loss with each delay, with each jitter, and with
-/// duplication.
+/// Returns the grid: for each side and each loss, each delay, each jitter, and duplication.
 fn grid() -> Vec<Point> {
     const MILLIS: fn(u64) -> Duration = Duration::from_millis;
     let shares = [0.001, 0.01, 0.05, 0.1, 0.2, 0.3];
@@ -492,7 +493,7 @@ fn grid() -> Vec<Point> {
     grid
 }
 
-/// A row of the table in docs/truth.md.
+/// Returns a row of the table in docs/truth.md.
 fn row(point: &Point, outcome: &Outcome, checks: &[Check]) -> String {
     let Conditions {
         loss,
@@ -536,7 +537,7 @@ fn row(point: &Point, outcome: &Outcome, checks: &[Check]) -> String {
     )
 }
 
-/// Tries points, two at a time, and says what did not hold.
+/// Tries points, two at a time, and returns what did not hold.
 fn try_all(
     points: &[Point],
     time: Duration,

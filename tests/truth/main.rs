@@ -1,4 +1,4 @@
-//! What is reported against what went over the wire, in virtual time.
+//! Tests of the reported figures against what went over the wire, in virtual time.
 
 #[path = "../common/mod.rs"]
 mod common;

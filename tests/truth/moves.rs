@@ -1,5 +1,5 @@
-//! Each figure moves when its cause moves, and stands still when another does: runs in virtual time
-//! that differ in one thing from a calm one.
+//! Each figure moves when its cause moves, and stands still when another one does. Each run in
+//! virtual time differs from a calm one in one thing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -23,13 +23,14 @@ const CALM: Conditions = Conditions {
     duplication: 0.0,
 };
 
-/// What is different from a calm run, and what it moves: `who scope.figure`, where `media` stands
-/// for audio and for video. Whatever is not named stays as it is.
+/// What is different from a calm run, and the figures that it moves. A figure is written `who
+/// scope.figure`, where `media` stands for audio and for video. Figures that are not named stay as
+/// they are.
 struct Cause {
     name: &'static str,
     bring: fn(&mut Relay<Tapped>),
     must_move: &'static [&'static str],
-    /// Consequences, by chance or by the model of playout.
+    /// Figures that may move as a consequence, by chance or by the playout model.
     may_move: &'static [&'static str],
 }
 
@@ -42,8 +43,8 @@ impl Cause {
     }
 }
 
-/// A publisher of audio and video, the server, a subscriber: calm, then with its cause for five
-/// seconds, then calm again.
+/// Returns the figures of a publisher of audio and video, and of a subscriber behind the server.
+/// The run is calm, then has its cause for five seconds, then is calm again.
 fn figures(sources: &[MediaSource; 2], bring: fn(&mut Relay<Tapped>)) -> BTreeMap<String, u64> {
     let mut relay = Relay::over(Tapped::new(4), 2, SendMode::Plain, false, 4);
     set(&mut relay, CALM, CALM);
@@ -67,7 +68,7 @@ fn figures(sources: &[MediaSource; 2], bring: fn(&mut Relay<Tapped>)) -> BTreeMa
     figures
 }
 
-/// For the publisher's leg and for the subscriber's, both ways.
+/// Sets the conditions of the publisher's leg and of the subscriber's, in both directions.
 fn set(relay: &mut Relay<Tapped>, publisher: Conditions, subscriber: Conditions) {
     for direction in [Direction::Up, Direction::Down] {
         relay.link.set(0, direction, publisher);
@@ -92,7 +93,8 @@ fn note(record: &Record, who: &str, figures: &mut BTreeMap<String, u64>) {
         .counters()
         .for_each(|(name, value)| counter("video", name, value));
     let mut median = |scope: &str, name: &str, histogram: &Histogram| {
-        // Jitter is a running mean, calm again soon after its cause: its most is what tells.
+        // Jitter is a running mean, and is low again soon after its cause. Its maximum shows the
+        // cause.
         let (stat, value) = if name == "jitter" {
             ("max", histogram.max())
         } else {
@@ -116,8 +118,8 @@ fn note(record: &Record, who: &str, figures: &mut BTreeMap<String, u64>) {
         .for_each(|(name, histogram)| median("video", name, histogram));
 }
 
-/// Counts stand still where they are equal; times within a millisecond; and bytes on the wire
-/// within the few by which the signatures of two handshakes differ.
+/// Returns whether a figure has moved. Counts may not differ at all, times by up to a millisecond,
+/// and bytes on the wire by the few by which the signatures of two handshakes differ.
 fn has_moved(figure: &str, calm: Option<&u64>, now: Option<&u64>) -> bool {
     let slack = match figure {
         _ if figure.ends_with(" p50") || figure.ends_with(" max") => 1_000,
@@ -130,7 +132,7 @@ fn has_moved(figure: &str, calm: Option<&u64>, now: Option<&u64>) -> bool {
     }
 }
 
-/// What the model of playout makes of anything that comes later than what came before.
+/// Figures that the playout model may change when anything comes later than before.
 macro_rules! with_playout {
     ($($more:literal),* $(,)?) => {
         &[
@@ -183,8 +185,8 @@ const CAUSES: &[Cause] = &[
             "publisher media.rtx_sent",
             "publisher media.uplink_packets_lost",
             "publisher media.uplink_packets_asked",
-            // The server keeps a place for what it waits for; the subscriber asks for it, and gets
-            // it late.
+            // The server keeps a place for a packet that it waits for. The subscriber asks for the
+            // packet, and gets it late.
             "subscriber session.nacks_sent",
             "subscriber session.wire_bytes_sent",
             "subscriber video.packets_reordered",
@@ -251,7 +253,7 @@ const CAUSES: &[Cause] = &[
             "subscriber session.wire_bytes_received",
             "subscriber media.packets_duplicate",
         ],
-        // Copies of control packets are replays.
+        // Duplicates of control packets are replays.
         may_move: &["subscriber session.packets_rejected"],
     },
     Cause {
@@ -260,7 +262,8 @@ const CAUSES: &[Cause] = &[
             relay
                 .link
                 .set(1, Direction::Down, Conditions { cut: true, ..CALM });
-            // After a second of it the rest of the five is calm, and brings what is asked for.
+            // After 600 ms of outage, the rest of the five seconds is calm and brings what is asked
+            // for.
             relay.run_for(Duration::from_millis(600));
             set(relay, CALM, CALM);
         },

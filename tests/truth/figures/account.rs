@@ -1,5 +1,5 @@
-//! What every count and time ought to be, computed from the log of the wire by the definitions in
-//! docs/metrics.md, and by nothing of the product.
+//! Every count and time as it ought to be, computed from the log of the wire by the definitions in
+//! docs/metrics.md. No computation of the product is used.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::common::tapped::{Content, Control, Direction, Entry, Rtp};
 #[derive(Clone, Copy, Debug)]
 pub struct Stream {
     pub client: usize,
-    /// The way of its media; requests and reports come the other way.
+    /// Direction of its media. Requests and reports go the other way.
     pub direction: Direction,
     pub ssrc: Ssrc,
     pub rtx_ssrc: Option<Ssrc>,
@@ -23,7 +23,7 @@ pub struct Stream {
 /// A frame as its publisher sent it.
 #[derive(Clone, Debug)]
 pub struct Frame {
-    /// By packet index: the payload's last bytes, which no server changes.
+    /// Last bytes of each payload, by packet index. No server changes them.
     pub packets: BTreeMap<u64, Vec<u8>>,
     pub key: bool,
 }
@@ -34,11 +34,11 @@ pub struct Sent {
     pub packets: u64,
     pub bytes: u64,
     pub resent: u64,
-    /// In the order of sending.
+    /// Frames in the order of sending.
     pub frames: Vec<Frame>,
 }
 
-/// What a receiver, subscriber or server, got of one stream, by the definitions.
+/// What a receiver (a subscriber or the server) got of one stream, by the definitions.
 #[derive(Clone, Debug, Default)]
 pub struct Received {
     pub packets: u64,
@@ -49,11 +49,12 @@ pub struct Received {
     pub lost: u64,
     pub duplicate: u64,
     pub reordered: u64,
-    /// Of what came before its tenth request was given up, and within a second.
+    /// Times from a loss to its repair, for packets that came within a second and before they were
+    /// given up after their tenth request.
     pub loss_to_repair: Vec<Duration>,
-    /// As it stood when the subscriber reported, and at the end.
+    /// Jitter at each report of the subscriber, and at the end.
     pub jitter: Vec<Duration>,
-    /// When each packet came first, by its index, and as the how manieth of all.
+    /// When each packet came first, and its place among all arrivals, by packet index.
     came: BTreeMap<u64, (Time, usize)>,
 }
 
@@ -61,18 +62,19 @@ pub struct Received {
 #[derive(Clone, Debug, Default)]
 pub struct Delivered {
     pub expected: u64,
-    /// Of each: its place among the publisher's, and when it was whole.
+    /// Place of each frame among the publisher's frames, and the time at which it was whole.
     pub frames: Vec<(usize, Time)>,
 }
 
 const TICK: Duration = Duration::from_millis(1);
-/// A packet is asked for so often, and waited for so long.
+/// Maximum number of requests for a packet. [`REPAIR_MAX`] is the time for which it is waited for.
 const REQUESTS_MAX: usize = 10;
 const REPAIR_MAX: Duration = Duration::from_secs(1);
-/// Video frames that are kept until they are whole or can be decoded.
+/// Maximum number of video frames that are kept until they are whole or can be decoded.
 const FRAMES_WAITING_MAX: usize = 16;
 
-/// How much of a payload's end identifies it: the frame's trailer, or what is shorter.
+/// Number of bytes at the end of a payload that identify it: the frame's trailer, or the whole
+/// payload if that is shorter.
 const TAIL: usize = 24;
 
 fn tail(payload: &[u8]) -> Vec<u8> {
@@ -101,7 +103,7 @@ pub fn sent(log: &[Entry], stream: Stream) -> Sent {
     let mut last_time = None;
     for (_, rtp) in rtp_of(log, stream.client, Direction::Up, stream.ssrc) {
         if !seen.insert(rtp.index) {
-            // Without an RTX stream what is sent again has the same number.
+            // Without an RTX stream, a retransmission has the same number.
             sent.resent += 1;
             continue;
         }
@@ -125,8 +127,8 @@ pub fn sent(log: &[Entry], stream: Stream) -> Sent {
     sent
 }
 
-/// RFC 7741: the descriptor's S bit in partition 0, and RFC 6386: the inverse key frame bit of the
-/// frame's first byte.
+/// Returns whether a payload starts a key frame: by the descriptor's S bit in partition 0 (RFC
+/// 7741), and by the inverse key frame bit of the frame's first byte (RFC 6386).
 fn starts_key_frame(payload: &[u8]) -> bool {
     let first = payload[0];
     let mut at = 1;
@@ -146,15 +148,15 @@ struct Came<'a> {
     at: Time,
     entry: &'a Entry,
     rtp: &'a Rtp,
-    /// A second copy of the same datagram.
+    /// Whether it is a second copy of the same datagram.
     copy: bool,
     is_rtx: bool,
 }
 
 impl Came<'_> {
-    /// When the receiver looked at it: ends have their turn each millisecond, first for what has
-    /// come, then for what they send; what they send is under way for a tick at least, however
-    /// short the wire.
+    /// Returns the time at which the receiver looked at it. Each millisecond the ends have their
+    /// turn, first for what has come, then for what they send. What they send is under way for at
+    /// least one tick, however short the wire.
     fn taken_at(&self) -> Time {
         self.at.next_whole(TICK).max(self.entry.at + TICK)
     }
@@ -174,7 +176,7 @@ fn arrivals(log: &[Entry], stream: Stream) -> Vec<Came<'_>> {
             came.extend(entry.arrived.iter().enumerate().map(of));
         }
     }
-    // Those of one moment arrive in the order of sending: entries of the log lie in it.
+    // Packets of one moment arrive in the order of sending, which is the order of the log.
     came.sort_by_key(|came| (came.at, std::ptr::from_ref(came.entry) as usize, came.copy));
     came
 }
@@ -183,7 +185,8 @@ pub fn received(log: &[Entry], stream: Stream) -> Received {
     received_until(log, stream, Time::MAX)
 }
 
-/// What the receiver knew to be lost when it wrote the last report that the sender got.
+/// Returns the number of packets that the receiver knew to be lost when it wrote the last report
+/// that the sender got.
 pub fn reported_lost(log: &[Entry], stream: Stream) -> u64 {
     let is_about =
         |control: &Control| matches!(control, Control::Block(block) if block.ssrc == stream.ssrc);
@@ -201,7 +204,7 @@ fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
     came.retain(|came| came.taken_at() <= end);
     let mut account = Received::default();
     let asked = asked_for(log, stream);
-    // How each packet came: as an original (false), or only as a resend.
+    // How each packet came: as an original (false), or only as a retransmission (true).
     let mut first_came: BTreeMap<u64, bool> = BTreeMap::new();
     let mut rtx_seen = BTreeSet::new();
     let mut jitter = Jitter::new(stream.clock_rate);
@@ -230,8 +233,8 @@ fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
                 continue;
             }
             account.rtx += 1;
-            // RFC 4588: the original number comes first. All of a test's numbers lie closer
-            // together than they wrap.
+            // RFC 4588: the original number comes first. All numbers of a test lie within less than
+            // one wrap.
             let Some(osn) = rtp.payload.get(..2) else {
                 continue;
             };
@@ -246,14 +249,14 @@ fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
             continue;
         }
         let after_a_higher = highest.is_some_and(|highest| index < highest);
-        // Between what was the newest and what is: found missing now.
+        // The packets between the highest number so far and this one are found missing now.
         if let Some(highest) = highest {
             noticed.extend((highest + 1..index).map(|missing| (missing, at)));
         }
         highest = highest.max(Some(index));
         match first_came.get_mut(&index) {
-            // The original after its resend: the network did not lose it, and the resend was the
-            // superfluous one.
+            // The original comes after its retransmission. The network did not lose it, and the
+            // retransmission was not needed.
             Some(repaired @ true) if stream.rtx_ssrc.is_some() && !is_rtx => {
                 *repaired = false;
                 account.duplicate += 1;
@@ -298,7 +301,8 @@ fn received_until(log: &[Entry], stream: Stream, end: Time) -> Received {
     account
 }
 
-/// After its last request a packet is waited for as long as between the two before.
+/// Returns whether a packet has been given up. After its last request it is waited for as long as
+/// between the last two requests.
 fn is_given_up(requests: &[Time], now: Time) -> bool {
     match requests {
         [.., before, last] if requests.len() == REQUESTS_MAX => now > *last + last.since(*before),
@@ -310,7 +314,7 @@ fn is_from_receiver(entry: &Entry, stream: Stream) -> bool {
     entry.client == stream.client && entry.direction != stream.direction
 }
 
-/// When each sequence number was asked for.
+/// Returns the times at which each sequence number was requested.
 fn asked_for(log: &[Entry], stream: Stream) -> BTreeMap<u16, Vec<Time>> {
     let mut asked: BTreeMap<u16, Vec<Time>> = BTreeMap::new();
     for entry in log.iter().filter(|entry| is_from_receiver(entry, stream)) {
@@ -326,7 +330,8 @@ fn asked_for(log: &[Entry], stream: Stream) -> BTreeMap<u16, Vec<Time>> {
     asked
 }
 
-/// When the subscriber reported on a stream. What arrived in the same moment is in the report.
+/// Returns the times at which the subscriber reported on a stream. A report includes what arrived
+/// at the same moment.
 fn reports_about(log: &[Entry], stream: Stream) -> Vec<Time> {
     let is_about =
         |control: &Control| matches!(control, Control::Block(block) if block.ssrc == stream.ssrc);
@@ -336,7 +341,7 @@ fn reports_about(log: &[Entry], stream: Stream) -> Vec<Time> {
         .collect()
 }
 
-/// Which of the publisher's frames came in whole. The server numbers packets anew, by one constant
+/// Returns which of the publisher's frames came whole. The server renumbers packets by one constant
 /// as long as it drops none.
 pub fn delivered(
     log: &[Entry],
@@ -347,7 +352,7 @@ pub fn delivered(
     let mut account = Delivered::default();
     let packets = || published.frames.iter().flat_map(|frame| &frame.packets);
     let of_server = || rtp_of(log, stream.client, stream.direction, stream.ssrc);
-    // The end of a frame's last packet is like no other's.
+    // The last bytes of a frame's last packet are like no other's.
     let Some((_, last)) = of_server().find(|(_, rtp)| rtp.marker || stream.rtx_ssrc.is_none())
     else {
         return account;
@@ -401,7 +406,7 @@ pub fn delivered(
     account
 }
 
-/// RFC 3550, section 6.4.1, in floating point.
+/// Jitter by RFC 3550, section 6.4.1, in floating point.
 struct Jitter {
     clock_rate: f64,
     last: Option<(u32, Time)>,
@@ -422,7 +427,8 @@ impl Jitter {
             self.last = Some((rtp_time, at));
             return;
         };
-        // The packets of one frame leave at different times by intent: one for each timestamp.
+        // The packets of one frame leave at different times on purpose, so only one packet of each
+        // timestamp counts.
         if rtp_time == last_time {
             return;
         }
@@ -444,12 +450,12 @@ pub struct Feedback {
     pub nacks_received: u64,
     pub plis_sent: u64,
     pub plis_received: u64,
-    /// Second copies of control packets: replays.
+    /// Number of second copies of control packets. They are replays.
     pub replayed: u64,
-    /// Round trips that reports allow: what was under way both ways, without what the other end
-    /// kept it.
+    /// Round trips that follow from reports: the time under way in both directions, without the
+    /// time that the other end kept the report.
     pub round_trips: Vec<Duration>,
-    /// From STUN checks to their answers, each copy of one.
+    /// Times from STUN checks to their answers. Each copy of an answer counts.
     pub checks: Vec<Duration>,
     pub wire_bytes_sent: u64,
     pub wire_bytes_received: u64,
@@ -457,8 +463,8 @@ pub struct Feedback {
 
 pub fn feedback(log: &[Entry], client: usize) -> Feedback {
     let mut account = Feedback::default();
-    // What we said and they answered, by the middle of its NTP stamp: how long it took to get
-    // there.
+    // How long each of our reports was under way, by the middle of its NTP time, which the other
+    // end's answer repeats.
     let mut stamped: BTreeMap<u32, Duration> = BTreeMap::new();
     let mut asked: BTreeMap<[u8; 12], Time> = BTreeMap::new();
     for entry in log
