@@ -1,6 +1,6 @@
-//! What goes wrong around a run: mistaken flags, hosts and servers that fail, outputs that are
-//! gone. Each ends with a message that says what to do and with the right exit code, and what was
-//! measured is never lost.
+//! Failures around a run: wrong flags, hosts and servers that fail, outputs that cannot be written.
+//! Each ends with a message that says what to do and with the right exit code. What was measured is
+//! never lost.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpListener;
@@ -26,7 +26,7 @@ on_both_servers!(
 );
 
 const SECRET: &str = "not-a-secret-that-anybody-may-ever-see";
-/// Far longer than any test lets it last.
+/// Arguments of a run far longer than any test lets it last.
 const ENDLESS: &[&str] = &[
     "--publishers",
     "2",
@@ -46,7 +46,7 @@ fn with_credentials(url: &str) -> Command {
     command
 }
 
-/// The server's own view, as an administrator has it.
+/// The server's own view, read as an administrator.
 struct Admin {
     rooms: RoomService,
     runtime: tokio::runtime::Runtime,
@@ -68,7 +68,7 @@ impl Admin {
         rooms.into_iter().map(|room| room.name).collect()
     }
 
-    /// Participants of the room who are connected; none where there is no room.
+    /// Returns the number of connected participants of the room, 0 if there is no room.
     fn active(&self, room: &str) -> usize {
         let inside = self
             .runtime
@@ -99,7 +99,7 @@ impl Admin {
     }
 }
 
-/// An endless run whose participants are all in, and who have had a second to send something.
+/// An endless run whose participants have all joined and have had a second to send.
 struct Endless {
     running: Running,
     admin: Admin,
@@ -130,7 +130,7 @@ impl Endless {
         }
     }
 
-    /// How it ended, and the time that it took to see its end.
+    /// Waits for the end of the run, and returns its results with the time that this took.
     fn finish(self, server: &Server) -> (Finished, Report, Scratch, Duration) {
         let since = Instant::now();
         let finished = self.running.finish();
@@ -139,8 +139,8 @@ impl Endless {
     }
 }
 
-/// Whatever ended the run, the reports hold what was measured until then, and agree with the exit
-/// code.
+/// Asserts that the run ended early, that the reports hold what was measured until then, and that
+/// they agree with the exit code.
 fn nothing_is_lost(finished: &Finished, report: &Report, scratch: &Scratch) {
     assert_eq!(
         (report.result(), finished.code),
@@ -156,7 +156,7 @@ fn nothing_is_lost(finished: &Finished, report: &Report, scratch: &Scratch) {
     what_was_measured_is_there(finished, report, scratch);
 }
 
-/// The same, whoever ended it.
+/// Asserts that the reports hold what was measured, whatever the verdict is.
 fn what_was_measured_is_there(finished: &Finished, report: &Report, scratch: &Scratch) {
     let result = format!("RESULT: {}", report.result());
     assert!(finished.stdout.contains(&result), "{}", finished.stdout);
@@ -284,14 +284,14 @@ fn a_server_that_is_not_there_is_named() {
     assert!(!json.exists(), "a run that never was leaves no report");
 }
 
-/// A server that answers the first bytes of every connection.
+/// Starts a server that answers the first bytes of every connection, and returns its URL.
 fn answering(answer: impl Fn(&[u8]) -> &'static [u8] + Send + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
             let mut asked = [0; 4096];
-            // A client that has gone has its answer.
+            // Errors are ignored, because a client that hung up has got its answer.
             let _ = stream
                 .read(&mut asked)
                 .and_then(|len| stream.write_all(answer(&asked[..len])));
@@ -342,7 +342,7 @@ fn a_server_that_is_no_livekit_server_is_told_by_its_answer() {
 fn a_run_that_nobody_can_join_fails_without_holding_an_empty_room() {
     let no_joins = |asked: &[u8]| {
         if asked.starts_with(b"POST") {
-            // An empty message is what an empty list of rooms looks like.
+            // An empty protobuf message is an empty list of rooms.
             &b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"[..]
         } else {
             b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 4\r\n\
@@ -485,7 +485,8 @@ fn a_disk_that_is_full_after_the_run_is_told_and_the_other_reports_are_written()
     );
 }
 
-/// What ends a recording early leaves whole frames and pages.
+/// Arguments of a run with a recording. A recording that ends early must hold whole frames and
+/// pages.
 const RECORDED: &str = "--room rec --publishers 1 --video-publishers 1 --video-resolution low --subscribers 1 --record";
 
 #[test]
@@ -510,7 +511,7 @@ fn a_disk_that_fills_up_ends_recordings_and_not_the_run() {
         "recording of {} ended early: File too large",
         video.display()
     );
-    // The text breaks its lines.
+    // The text report wraps its lines.
     let said = finished
         .stdout
         .split_whitespace()
@@ -554,7 +555,7 @@ fn a_process_that_is_killed_leaves_recordings_that_can_be_read() {
         assert!(Instant::now() < deadline, "nothing is recorded");
         std::thread::sleep(Duration::from_millis(50));
     }
-    // SIGKILL.
+    // Dropping sends SIGKILL.
     drop(running);
     let (stated, pictures) = read_ivf(&only_file(&room, "-video.ivf"));
     assert!(
@@ -584,7 +585,8 @@ fn a_server_that_dies_ends_the_run_and_what_was_measured_is_reported(server: &Se
     kill(server.pid());
     let (finished, report, scratch, took) = endless.finish(server);
     eprintln!("ended {took:?} after the server");
-    // Neither the user nor this host ended it. A host that is too slow may make it INVALID.
+    // Neither the user nor this host ended the run, so it fails. A host that is too slow may make
+    // it INVALID.
     assert!(
         matches!(
             (report.result(), finished.code),
@@ -610,7 +612,7 @@ fn a_server_that_dies_ends_the_run_and_what_was_measured_is_reported(server: &Se
     );
 }
 
-/// SIGKILL, for a process that is not ours to wait for.
+/// Sends SIGKILL to a process that is not a child of this one.
 fn kill(pid: u32) {
     let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
     rustix::process::kill_process(pid, Signal::KILL).unwrap();
@@ -622,7 +624,7 @@ fn a_room_that_is_deleted_ends_the_run_with_the_servers_reason(server: &Server) 
     endless.admin.delete("deleted");
     let (finished, report, scratch, took) = endless.finish(server);
     eprintln!("ended {took:?} after the room");
-    // Neither the user nor this host ended it.
+    // Neither the user nor this host ended the run, so it fails.
     assert_eq!(
         (report.result(), finished.code),
         ("FAIL", Some(99)),
@@ -658,7 +660,7 @@ fn a_signal_while_participants_join_takes_those_out_who_are_in_and_those_who_are
     let server = Server::embedded();
     let _turn = beside_one_other();
     let admin = Admin::of(&server);
-    // A room that is not ours: nobody is thrown out by its end.
+    // The run did not make this room and does not delete it, so no participant is removed that way.
     let room = "stays";
     admin
         .runtime
@@ -703,7 +705,7 @@ fn a_second_signal_ends_the_program_at_once() {
     let server = Server::embedded();
     let _turn = beside_one_other();
     let mut endless = Endless::in_room(&server, "twice");
-    // Signals that come together count as one, so that on a busy host it may take a third.
+    // Signals that arrive together count as one, so a busy host may need a third.
     while !endless.running.has_ended() {
         endless.running.signal(Signal::INT);
         std::thread::sleep(Duration::from_millis(100));
@@ -730,7 +732,7 @@ fn a_signal_before_the_first_join_leaves_no_room_behind() {
     running.signal(Signal::INT);
     let finished = running.finish();
     assert_eq!(finished.code, Some(1));
-    // On a busy host the first participants may have come meanwhile.
+    // On a busy host the first participants may have joined by then.
     assert!(
         finished.stderr.contains("SIGINT") || finished.stdout.contains("SIGINT"),
         "{finished:?}"
@@ -763,12 +765,12 @@ fn two_runs_in_one_room_at_once_both_finish_and_judge_only_their_own(server: &Se
     let admin = Admin::of(server);
     let first = start("first.json", "6");
     admin.wait_for("shared", 3);
-    // It is there when the first one ends.
+    // The second run is still in the room when the first one ends.
     let second = start("second.json", "8");
     let ended = [first.finish(), second.finish()];
     for (finished, name) in ended.iter().zip(["first.json", "second.json"]) {
         let report = Report::read(&scratch.path(name), &server.secret);
-        // A host that is too slow for a verdict is no fault of the other run.
+        // If the host is too slow for a verdict, that is not the other run's fault.
         let verdict = (finished.code, report.result());
         assert!(
             [(Some(0), "PASS"), (Some(98), "INVALID")].contains(&verdict),
@@ -789,7 +791,7 @@ fn two_runs_in_one_room_at_once_both_finish_and_judge_only_their_own(server: &Se
             report.counter("audio", "frames_delivered"),
             "{name}"
         );
-        // Two subscribers can get no more than twice what their own publisher sent.
+        // Two subscribers can receive no more than twice what their own publisher sent.
         assert!(
             report.counter("audio", "frames_delivered")
                 <= 2 * report.counter("audio", "frames_sent"),

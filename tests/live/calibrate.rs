@@ -1,5 +1,5 @@
-//! `throng calibrate`, shortened: points are real runs, and what is kept is what later runs compare
-//! themselves with.
+//! `throng calibrate`, shortened. Points are real runs, and the result that is kept is the one that
+//! later runs compare themselves with.
 
 use std::time::Duration;
 
@@ -8,8 +8,7 @@ use throng::calibrate::cache::{self, HostId};
 use throng::calibrate::{self, Calibration, CalibrationLimit};
 use throng::preflight::Host;
 
-/// Long enough for the first point of each question, and its repetition where a busy host breaks
-/// it.
+/// Time for the first point of each question, and for its repetition if a busy host breaks it.
 const PATIENCE: Duration = Duration::from_secs(40);
 
 #[test]
@@ -37,7 +36,7 @@ fn every_question_is_asked_and_a_later_run_finds_the_answers() {
             .filter(|line| line.trim_start().starts_with(&format!("{name} ")))
             .count();
         assert!(points > 0, "{name} was never asked");
-        // A busy host may let nothing hold; then there is a reason, and no figure.
+        // On a busy host it can happen that no point holds. Then there is a reason, and no figure.
         match ceiling.held {
             Some(held) => {
                 assert!(held >= 100.0, "{name}: {held}");
@@ -71,7 +70,8 @@ fn every_question_is_asked_and_a_later_run_finds_the_answers() {
         kept.as_ref().map(calibrate::json),
         Some(calibrate::json(&found))
     );
-    // Another number of CPUs is another host, and what is no calibration is none.
+    // A host with another number of CPUs is another host, and a file that is no calibration is
+    // ignored.
     assert!(cache::read(&path, &HostId::read(host.usable_cpus() + 1)).is_none());
     std::fs::write(&path, "{}").unwrap();
     assert!(cache::read(&path, &HostId::read(host.usable_cpus())).is_none());

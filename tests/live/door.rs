@@ -1,5 +1,5 @@
-//! Ways in to a server that stands behind something else, or does not let us in: each is told for
-//! what it is, and what a browser gets through, a run gets through.
+//! Ways to a server that stands behind something else, or that refuses us. Each obstacle is named
+//! for what it is. A run gets through wherever a browser does.
 
 use std::fs;
 use std::net::TcpListener;
@@ -23,10 +23,10 @@ use crate::front::{PAGE, Verdict, answer, backend, forward, front, without};
 /// One publisher and two subscribers for two seconds.
 const SMALL: [&str; 6] = ["--publishers", "1", "--subscribers", "2", "--duration", "2"];
 
-/// A run and what it left.
+/// A run and what it wrote.
 struct Visit {
     finished: Finished,
-    /// `None`: it was not even begun.
+    /// `None` if the run did not start.
     report: Option<Report>,
 }
 
@@ -48,7 +48,7 @@ impl Visit {
         Visit { finished, report }
     }
 
-    /// All that was said, on one line.
+    /// Returns all that the run printed, on one line.
     fn said(&self) -> String {
         let Finished { stdout, stderr, .. } = &self.finished;
         let words = stdout.split_whitespace().chain(stderr.split_whitespace());
@@ -68,7 +68,8 @@ impl Visit {
         report
     }
 
-    /// It is not the server's failure.
+    /// Asserts that the run was kept out, that it printed the words in `by`, and that it does not
+    /// blame the server.
     #[track_caller]
     fn is_kept_out(&self, by: &[&str]) {
         assert_eq!(self.finished.code, Some(1), "{}", self.said());
@@ -83,7 +84,7 @@ impl Visit {
 
 fn nothing(_: &mut Command) {}
 
-/// A token in the place of a key, so that the first thing asked for is a WebSocket.
+/// Sets tokens instead of a key, so that the first request is a WebSocket.
 fn tokens(server: &Server) -> impl FnOnce(&mut Command) {
     let key = server.api_key();
     let tokens: Vec<String> = ["ann", "ben", "cleo"]
@@ -130,7 +131,7 @@ fn a_redirect_names_what_to_write() {
         let url = format!("ws://{}", front(&server, elsewhere));
         let words = ["write --url wss://sfu.example.com", &status[..3]];
         Visit::to(&url, &server, nothing).is_kept_out(&words);
-        // And where the WebSocket is the first to hear of it.
+        // With tokens, the WebSocket is the first request that meets the redirect.
         let visit = Visit::to(&url, &server, tokens(&server));
         visit.is_kept_out(&words);
         let report = visit.report.as_ref().expect("it was begun");
@@ -151,7 +152,7 @@ fn a_gateway_that_wants_a_password_is_not_taken_for_the_server_and_is_let_have_i
         return;
     };
     let _turn = beside_one_other();
-    // me:secret
+    // The credentials are `me:secret`, in base64 and lower case.
     let gateway = |head: &str| {
         if head
             .to_lowercase()
@@ -195,7 +196,7 @@ fn where_the_authorization_header_is_taken_away_the_token_travels_in_the_query()
         command.args(["--token-in", "query"]);
     });
     visit.gets_in();
-    // Rooms came and went by the same way.
+    // The run created and deleted its room through the same front.
     assert!(room_names(&server).is_empty(), "{}", visit.said());
 }
 
@@ -278,7 +279,7 @@ fn a_limit_is_waited_for_and_told_as_the_servers() {
     );
     assert_eq!(report.counter("session", "joins_failed"), 0);
     assert_eq!(report.counter("session", "joins_retried"), 0);
-    // It counts from when it was intended.
+    // Joins are timed from when they were intended.
     let slowest = report
         .micros("session", "join", "max")
         .expect("they joined");
@@ -402,7 +403,7 @@ fn elsewhere_everything_goes_through_the_proxy_and_it_is_said() {
         return;
     };
     let _turn = beside_one_other();
-    // Nobody but the proxy knows this name.
+    // Only the proxy knows this name.
     let url = "ws://sfu.throng.test:7880";
     let seen = Arc::new(AtomicUsize::new(0));
     let counted = seen.clone();
@@ -452,11 +453,11 @@ fn elsewhere_everything_goes_through_the_proxy_and_it_is_said() {
     .is_kept_out(&["'sfu.throng.test' cannot be resolved"]);
 }
 
-/// Certificates on disk, and servers with them.
+/// Certificates on disk, and the servers that use them.
 struct Certificates(Scratch);
 
 impl Certificates {
-    /// The usual recipe: an authority and a server at once.
+    /// Returns the parameters of the usual certificate, which is both an authority and a server.
     fn usual() -> CertificateParams {
         let mut params = CertificateParams::new(["localhost".to_owned()]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -471,7 +472,8 @@ impl Certificates {
         path
     }
 
-    /// A server that speaks TLS with this certificate, before `server`. Returns its port.
+    /// Starts a server that speaks TLS with this certificate and stands before `server`. Returns
+    /// its port.
     fn serve(pem: &PathBuf, server: &Server, wants_client: bool) -> u16 {
         let chain = vec![CertificateDer::from_pem_file(pem).unwrap()];
         let key = PrivateKeyDer::from_pem_file(pem).unwrap();
@@ -491,7 +493,8 @@ impl Certificates {
         } else {
             config.with_no_client_auth()
         };
-        // One of version 1 would be refused where it is looked at.
+        // A resolver hands the certificate out unread. Where rustls reads it, version 1 would be
+        // refused.
         let config = config.with_cert_resolver(Arc::new(SingleCertAndKey::from(
             CertifiedKey::new(chain, key),
         )));
@@ -541,7 +544,7 @@ fn the_usual_self_signed_certificate_works_where_it_is_named() {
         command.env("SSL_CERT_FILE", &pem);
     })
     .gets_in();
-    // What it is called decides also where it is named.
+    // The name is checked even for a certificate that `--ca-cert` names.
     let other = url.replace("localhost", "127.0.0.1");
     Visit::to(&other, &server, |command| {
         command.arg("--ca-cert").arg(&pem);
@@ -692,7 +695,7 @@ fn of_several_addresses_those_that_are_there_are_used_and_told() {
     )
     .unwrap();
     let json = scratch.path("run.json");
-    // The name is known in this mount namespace alone.
+    // The name is known only in this mount namespace.
     let script = "mount --bind \"$HOSTS\" /etc/hosts && exec \"$THRONG\" \"$@\"";
     let mut command = Command::new("unshare");
     command

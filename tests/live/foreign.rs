@@ -1,5 +1,6 @@
-//! Viewers of a stream that is not theirs, on a real LiveKit server and on the embedded SFU: it is
-//! judged by what packets and pictures tell, and where nothing comes, that is no pass.
+//! Viewers of a stream that is not their run's own, on a real LiveKit server and on the embedded
+//! SFU. The stream is judged by what its packets and pictures tell. If nothing arrives, the run
+//! does not pass.
 
 use crate::common::on_both_servers;
 use crate::common::program::{
@@ -52,7 +53,7 @@ fn viewers_of_somebody_elses_stream_judge_it(server: &Server) {
         let count = |name| viewers.counter(kind, name);
         assert_eq!(count("foreign_tracks_live"), 3, "{about}");
         assert_eq!(count("foreign_tracks_expected"), 3, "{about}");
-        // Nothing of it counts as ours.
+        // Nothing of the stream counts as the run's own.
         assert_eq!((count("tracks_expected"), count("tracks_live")), (0, 0));
         assert_eq!(count("frames_expected"), 0);
         assert_eq!(
@@ -62,7 +63,8 @@ fn viewers_of_somebody_elses_stream_judge_it(server: &Server) {
         );
         let first = &viewers.0["totals"][kind]["foreign_first_frame"]["count"];
         assert_eq!(*first, 3, "{about}");
-        // As often as the presenter sends: it has its own account of its own subscriber.
+        // Frames come as often as the presenter sends them. The presenter's own subscriber is in
+        // the presenter's account only.
         let frames = count("foreign_frames");
         assert!(
             frames > 3 * 4 * frames_a_second && frames < 3 * 9 * frames_a_second,

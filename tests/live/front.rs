@@ -1,4 +1,4 @@
-//! A front before a server: a proxy or gateway that a test makes up, request by request.
+//! A front before a server: a proxy or gateway whose answer to each request is up to the test.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -7,18 +7,19 @@ use std::time::Duration;
 
 use crate::common::server::Server;
 
-/// What a front does with a request.
+/// Action that a front takes on a request.
 pub enum Verdict {
-    /// It goes on to the server, with this head.
+    /// Forwards the request to the server, with this head.
     Forward(String),
     Answer(String),
-    /// The rest of the connection goes to the server as it is, behind this answer.
+    /// Sends this answer, then passes the rest of the connection to the server unchanged.
     Tunnel(&'static str),
 }
 
 type Rule = Arc<dyn Fn(&str) -> Verdict + Send + Sync>;
 
-/// Stands before a server on a free port, until the test's process ends. Returns its authority.
+/// Starts a front before a server, on a free port, until the test's process ends. Returns its
+/// authority.
 pub fn front(
     server: &Server,
     rule: impl Fn(&str) -> Verdict + Send + Sync + 'static,
@@ -59,7 +60,7 @@ fn serve(mut client: TcpStream, backend: SocketAddr, rule: &Rule) -> io::Result<
         Verdict::Answer(answer) => {
             client.write_all(answer.as_bytes())?;
             client.shutdown(Shutdown::Write)?;
-            // What is left unread would reset the connection.
+            // Unread bytes would reset the connection.
             let _ = client.set_read_timeout(Some(Duration::from_millis(500)));
             let _ = client.read(&mut [0; 8 << 10]);
             return Ok(());
@@ -69,7 +70,7 @@ fn serve(mut client: TcpStream, backend: SocketAddr, rule: &Rule) -> io::Result<
             TcpStream::connect(backend)?
         }
         Verdict::Forward(mut head) => {
-            // One request a connection, so that the rule sees each.
+            // Each connection carries one request, so that the rule sees every request.
             if !head.to_lowercase().contains("upgrade: websocket") {
                 head = head.replacen("\r\n", "\r\nConnection: close\r\n", 1);
             }
@@ -99,7 +100,7 @@ pub fn answer(status: &str, headers: &str, body: &str) -> Verdict {
     ))
 }
 
-/// The head without this header.
+/// Returns the head without this header.
 pub fn without(head: &str, header: &str) -> String {
     let lines = head.split_inclusive("\r\n");
     lines

@@ -1,8 +1,9 @@
-//! Participants on LiveKit's Go SDK (`tests/go`) in one room with throng's, at a real LiveKit server
-//! and at the embedded SFU: what each publishes the others must receive.
+//! Participants on LiveKit's Go SDK (`tests/go`) in one room with throng's own, on a real LiveKit
+//! server and on the embedded SFU. Each side must receive what the other publishes.
 //!
-//! The witness is `THRONG_GO_WITNESS`, or is built with `go`, whose modules the first time takes
-//! from the network. Without Go a test says so and passes, except under `CI`.
+//! The program that runs them, the witness, is `THRONG_GO_WITNESS`, or is built with `go`, which
+//! gets its modules from the network the first time. Without Go a test says so and passes, except
+//! under `CI`.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -21,15 +22,15 @@ use crate::common::server::Server;
 crate::common::on_both_servers!(go_participants_and_ours_receive_each_other);
 
 const ROOM: &str = "gophers";
-/// Layers as the SDK wants them, from low to high.
+/// Layers in the order that the SDK wants, from low to high.
 const LAYERS: [(&str, &str); 3] = [
     ("q.ivf", "160x90"),
     ("h.ivf", "320x180"),
     ("f.ivf", "640x360"),
 ];
 
-/// Ann is there before anybody publishes, so that all tracks come to a connection that is up: a
-/// client may wait for what it agreed on before, its data channels, until it takes them.
+/// Ann joins before anybody publishes, so that all tracks reach a connection that is already up. A
+/// client may take new tracks only after what it agreed on before, its data channels, is there.
 fn go_participants_and_ours_receive_each_other(server: &Server) {
     let (Some(program), true) = (witness(), has_ffmpeg()) else {
         return;
@@ -69,7 +70,7 @@ fn go_participants_and_ours_receive_each_other(server: &Server) {
             }
         }
     }
-    // Ours got what Go sent as well, and Go's pictures can be decoded.
+    // Our subscriber got Go's packets as well, and Go's pictures can be decoded.
     for kind in ["audio", "video"] {
         let (sent, received) = (
             report.counter(kind, "packets_sent"),
@@ -80,14 +81,14 @@ fn go_participants_and_ours_receive_each_other(server: &Server) {
     assert!(decodes_foreign_video(&scratch.path("recorded")));
 }
 
-/// With them LiveKit ends an audio track.
+/// Number of silent packets with which LiveKit ends an audio track.
 const SILENCE_AT_END: u64 = 11;
 
 fn must_have_come(track: &Value, packets: std::ops::RangeInclusive<u64>) {
     let count = |name: &str| track[name].as_u64().unwrap();
     assert!(packets.contains(&count("packets")), "{track}");
     assert!(count("frames") > 0, "{track}");
-    // Nothing here loses packets; what is repaired at the very end may be missing.
+    // The network here loses no packets, but a repair at the very end may be missing.
     assert!(count("lost") * 10 <= count("packets"), "{track}");
     if track["kind"] == "video" {
         assert!(
@@ -107,7 +108,7 @@ fn tracks(report: &Value, of: impl Fn(&str) -> bool) -> Vec<Value> {
         .collect()
 }
 
-/// A publisher and a subscriber of ours, for some seconds.
+/// Runs a publisher and a subscriber of our own for some seconds.
 fn ours(server: &Server, scratch: &Scratch) -> Report {
     let finished = run(
         against(server, &mut throng())
@@ -129,7 +130,8 @@ fn ours(server: &Server, scratch: &Scratch) -> Report {
     report
 }
 
-/// Streams that are not of our making are recorded under their SSRC.
+/// Returns whether a recorded video of Go's can be decoded. Streams that throng did not make are
+/// recorded under their SSRC.
 fn decodes_foreign_video(recorded: &Path) -> bool {
     let room = recorded.join(ROOM);
     let files = std::fs::read_dir(&room).unwrap().flatten();
@@ -152,7 +154,7 @@ fn decodes_foreign_video(recorded: &Path) -> bool {
         })
 }
 
-/// Three seconds that end where they begin, as the witness's arguments.
+/// Makes three seconds of media that end where they begin, and returns the witness's arguments.
 fn make_media(scratch: &Scratch) -> Vec<String> {
     let mut files = Vec::new();
     for (name, size) in LAYERS {
@@ -185,7 +187,7 @@ fn ffmpeg(source: &str, arguments: &[&str], file: &Path) {
     assert!(made.status.success(), "{said}");
 }
 
-/// A participant on the Go SDK; dropping it ends it.
+/// A participant on the Go SDK. Dropping it ends it.
 struct Witness {
     name: &'static str,
     child: Child,
@@ -225,7 +227,7 @@ impl Witness {
         }
     }
 
-    /// It has its own time-outs for joining and publishing.
+    /// Waits until the witness is ready. It has its own time-outs for joining and publishing.
     fn must_be_ready(&mut self) {
         let mut line = String::new();
         let _ = self.stdout.read_line(&mut line);
@@ -234,7 +236,7 @@ impl Witness {
         }
     }
 
-    /// What it saw.
+    /// Ends the participant, and returns its report of what it saw.
     fn leave(mut self) -> Value {
         drop(self.child.stdin.take());
         let mut line = String::new();
@@ -260,7 +262,7 @@ impl Drop for Witness {
     }
 }
 
-/// The program, built once for all tests; `None`: there is no Go.
+/// Returns the program, built once for all tests, or `None` if there is no Go.
 fn witness() -> Option<&'static Path> {
     static WITNESS: OnceLock<Option<PathBuf>> = OnceLock::new();
     WITNESS.get_or_init(find_or_build).as_deref()

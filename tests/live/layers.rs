@@ -19,7 +19,7 @@ on_both_servers!(
     the_large_picture_follows_the_speakers,
 );
 
-/// What asks for each layer of `pair::layers`.
+/// Picture size that asks for each layer of `pair::layers`.
 const SIZES: [Option<(u32, u32)>; 3] = [Some((96, 54)), Some((160, 90)), Some((320, 180))];
 
 fn every_expected_frame_came(record: &throng::measure::Record, but: u64) {
@@ -45,11 +45,11 @@ fn subscribers_get_the_layer_that_they_ask_for_within_a_second(server: &Server) 
     let _alone = alone();
     for single_connection in [false, true] {
         let mut people = People::join(server, 3, single_connection);
-        // Everybody comes to the highest layer. One always stays on it, so that all layers are sent
-        // all the time.
+        // Everybody starts on the highest layer. One subscriber always stays on it, so that all
+        // layers are sent all the time.
         for (round, layers) in [[2, 0, 1], [2, 1, 0], [2, 0, 2]].into_iter().enumerate() {
-            // The server passes on a request for a key frame of the highest layer once a second: a
-            // switch after that does not wait for it.
+            // The server passes on a request for a key frame of the highest layer once a second. A
+            // switch after that time does not wait for it.
             std::thread::sleep(Duration::from_millis(1_500));
             for (subscriber, layer) in (1..).zip(layers) {
                 people.ask(subscriber, Request::Show(SIZES[layer]));
@@ -61,7 +61,7 @@ fn subscribers_get_the_layer_that_they_ask_for_within_a_second(server: &Server) 
         let (record, outcomes) = people.finish();
         let switch = &record.video.layer_switch;
         assert_eq!((switch.count(), switch.expected()), (6, 6));
-        // What the host of the tests was late is no fault of the server's.
+        // Lateness of the test's host is not the server's fault.
         let late = record.engine.tick_late.max().unwrap();
         assert!(
             switch.max().unwrap() <= 1_000_000 + late,
@@ -78,7 +78,7 @@ fn subscribers_get_the_layer_that_they_ask_for_within_a_second(server: &Server) 
                 .find_map(|stream| stream.layer)
         };
         assert_eq!([1, 2, 3].map(in_the_end), [Some(2), Some(0), Some(2)]);
-        // A switch may cut the last frame of the earlier layer off.
+        // A switch may cut off the last frame of the earlier layer.
         every_expected_frame_came(&record, 6);
     }
 }
@@ -87,7 +87,8 @@ fn layers_that_nobody_watches_rest_until_somebody_does(server: &Server) {
     let _alone = alone();
     let mut people = People::join(server, 2, true);
     (1..=2).for_each(|subscriber| people.ask(subscriber, Request::Show(SIZES[0])));
-    // The server says so five seconds after both are down. Then the lowest layer goes on alone.
+    // The server reports unwatched layers five seconds after both subscribers have switched down.
+    // From then on only the lowest layer is sent.
     let mut before = people.frames();
     people.wait_for_frames("the higher layers rest", |_| true);
     loop {
@@ -105,7 +106,8 @@ fn layers_that_nobody_watches_rest_until_somebody_does(server: &Server) {
         );
     }
     before = people.frames();
-    // Without disabling it, one picture larger brings the middle layer back, and not the highest.
+    // A slightly larger picture brings the middle layer back, but not the highest, without
+    // disabling the track first.
     people.ask(1, Request::Show(SIZES[1]));
     people.wait_for_frames("the middle layer starts again", |frames| {
         frames[1] >= before[1] + 10
@@ -114,7 +116,8 @@ fn layers_that_nobody_watches_rest_until_somebody_does(server: &Server) {
     people.ask(1, Request::Show(None));
     people.ask(2, Request::Show(None));
     let (record, _) = people.finish();
-    // Half a second of both higher layers at least; what a slow host skips is far less.
+    // Both higher layers rest for at least half a second. A slow host skips far fewer slots than
+    // that.
     assert!(
         record.engine.send_slots_skipped < 25,
         "a layer at rest misses no slots"
@@ -133,8 +136,8 @@ fn a_muted_track_is_silent_and_comes_back_with_a_key_frame(server: &Server) {
         track: AUDIO_TRACK,
     };
     let frames = |people: &People| (people.roster.frames(audio, 0), people.frames());
-    // Told to the server and to the shard by then; the pause is long enough to be a freeze, if it
-    // were one.
+    // By then the server and the shard know of the mute. The pause is long enough to count as a
+    // freeze if it were one.
     std::thread::sleep(Duration::from_millis(500));
     let at_rest = frames(&people);
     std::thread::sleep(Duration::from_millis(1_500));
@@ -147,7 +150,8 @@ fn a_muted_track_is_silent_and_comes_back_with_a_key_frame(server: &Server) {
     });
     let (record, _) = people.finish();
     assert!(record.video.key_frames_sent >= keys + 3);
-    // Two seconds of 50 packets and 65 frames passed; what a slow host skips is far less.
+    // Slots for 50 packets and 65 frames a second passed for two seconds. A slow host skips far
+    // fewer.
     assert!(
         record.engine.send_slots_skipped < 200,
         "a muted track misses no slots"
@@ -160,8 +164,8 @@ fn a_muted_track_is_silent_and_comes_back_with_a_key_frame(server: &Server) {
         ),
         (0, 2, 2)
     );
-    // The moment in which the server hears of it is not ours: a frame around each change may be
-    // dropped there, at each of two subscribers.
+    // The moment at which the server learns of a mute is not ours. It may drop a frame around each
+    // change, at each of two subscribers.
     every_expected_frame_came(&record, 8);
 }
 
@@ -184,12 +188,12 @@ fn the_large_picture_follows_the_speakers(server: &Server) {
         finished.stdout,
         finished.stderr
     );
-    // Three turns or four, each told when it begins, by levels, and when it ends, to five
-    // participants.
+    // There are three or four turns. Each is told to five participants: when it begins, by levels,
+    // and when it ends.
     let updates = report.counter("session", "speaker_updates");
     assert!(updates >= 5 * 6, "{updates}");
     let switch = |stat| report.micros("video", "layer_switch", stat);
-    // Two subscribers; a new speaker becomes large and the old one small.
+    // There are two subscribers. A new speaker becomes large and the old one small.
     assert!(switch("count") >= Some(4), "{:?}", switch("count"));
     assert!(
         finished.stdout.contains("layer switch")
@@ -197,7 +201,7 @@ fn the_large_picture_follows_the_speakers(server: &Server) {
         "{}",
         finished.stdout
     );
-    // The first line names the server, however long its name is.
+    // The first line names the server, so it may be longer.
     let too_long: Vec<&str> = finished
         .stdout
         .lines()

@@ -1,4 +1,4 @@
-//! The log of `throng sfu` and of a run: what it says, and what it must not.
+//! The log of `throng sfu` and of a run: what it must say, and what it must not.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -13,10 +13,10 @@ use throng::signal::client::{JoinOptions, SignalEvent, connect};
 use throng::signal::{ApiKey, Endpoint, Permissions};
 
 const SECRET: &str = "a-secret-of-one's-own-with-32-letters";
-/// Clears the screen, and pretends to be a line of its own.
+/// Identity that clears the screen and pretends to be a log line of its own.
 const IDENTITY: &str = "eve\x1b[2J\r\n\u{9b}2J left";
 
-/// `throng sfu` under way.
+/// A running `throng sfu`.
 struct Sfu {
     child: Child,
     url: String,
@@ -29,7 +29,7 @@ impl Sfu {
         command.args(["--api-key", "mine", "--api-secret", SECRET]);
         command.envs(env.iter().copied());
         let (mut child, stdout, said) = serving(&mut command);
-        // Nobody reads the end of it, which is short.
+        // Nobody reads the rest of it, which is short.
         child.stdout = Some(stdout.into_inner());
         let url = said
             .split_whitespace()
@@ -40,7 +40,7 @@ impl Sfu {
         }
     }
 
-    /// All that it has said on standard error.
+    /// Stops the SFU, and returns all that it wrote to standard error.
     fn end(mut self) -> String {
         kill_process(Pid::from_child(&self.child), Signal::INT).unwrap();
         let mut said = String::new();
@@ -50,8 +50,8 @@ impl Sfu {
         said
     }
 
-    /// One comes and goes, and one is turned away: its token, which is none of this server, stands
-    /// in its query.
+    /// Lets one participant join and leave, and sends a request that is refused, because the token
+    /// in its query was signed with another secret. Returns that token.
     fn visit(&self) -> String {
         let lifetime = Duration::from_secs(60);
         let token = |secret: &str| {
@@ -95,7 +95,7 @@ impl Drop for Sfu {
     }
 }
 
-/// The one line of a log that says this.
+/// Returns the only line of a log that contains `what`.
 fn line<'a>(log: &'a str, what: &str) -> &'a str {
     let mut found = log.lines().filter(|line| line.contains(what));
     match (found.next(), found.next()) {
@@ -104,7 +104,8 @@ fn line<'a>(log: &'a str, what: &str) -> &'a str {
     }
 }
 
-/// One line an event, each with its time, and nothing that a terminal would obey.
+/// Asserts that each line is one event with its time, and has no control characters that a terminal
+/// would obey.
 fn assert_plain(log: &str) {
     for line in log.lines() {
         assert!(line.starts_with("20") && line.contains("Z "), "{line:?}");
@@ -144,7 +145,7 @@ fn an_sfu_says_who_came_and_went_and_who_was_turned_away() {
 fn nobody_is_told_anything_who_did_not_ask() {
     for (args, env, lines) in [
         (&["sfu"][..], &[][..], 0),
-        // Of other programs.
+        // These filters are for libraries only.
         (&["sfu"], &[("RUST_LOG", "hyper=trace,is=trace")], 0),
         (&["sfu"], &[("RUST_LOG", "warn")], 1),
         (&["-v", "sfu"], &[("RUST_LOG", "off")], 6),

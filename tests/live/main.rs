@@ -1,4 +1,4 @@
-//! Whole runs against a real LiveKit server and the embedded SFU on loopback. Those that measure
+//! Whole runs against a real LiveKit server and the embedded SFU on loopback. Tests that measure
 //! take turns (`common::program::alone`).
 
 #[path = "../common/mod.rs"]

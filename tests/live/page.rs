@@ -1,5 +1,5 @@
 //! The coordinator's live page in a real browser: a coordinator as a process, two probers whose
-//! beats are written here, and Chromium.
+//! beats this test sends, and Chromium.
 //!
 //! Chromium is `THRONG_CHROMIUM`, or `chromium`, `chromium-browser` or `google-chrome` on the PATH.
 
@@ -20,10 +20,10 @@ use tokio_tungstenite::tungstenite::Message;
 
 const TOKEN: &str = "sixteen-letters-or-more";
 const HOSTILE: &str = "<img src=x onerror=alert(1)>";
-/// Longer than anything here takes; a test that hits it has failed.
+/// Limit for every wait, longer than anything here takes. A test that reaches it has failed.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A directory of its own; gone when the test ends.
+/// A directory of the test's own, removed when the test ends.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -40,7 +40,7 @@ impl Drop for Scratch {
     }
 }
 
-/// A process that ends with the test.
+/// A process that is killed when the test ends.
 struct Process(Child);
 
 impl Drop for Process {
@@ -50,7 +50,7 @@ impl Drop for Process {
     }
 }
 
-/// Starts a program, and reads what it says until `find` finds something.
+/// Starts a program, and reads its standard error until `find` finds something.
 fn start<R>(command: &mut Command, find: impl Fn(&str) -> Option<R>) -> (Process, R) {
     let mut process = Process(
         command
@@ -70,7 +70,7 @@ fn start<R>(command: &mut Command, find: impl Fn(&str) -> Option<R>) -> (Process
             break found;
         }
     };
-    // Nobody waits for the rest, and a full pipe would stop the process.
+    // Nobody needs the rest, but a full pipe would stop the process.
     std::thread::spawn(move || std::io::copy(&mut stderr, &mut std::io::sink()));
     (process, found)
 }
@@ -112,7 +112,7 @@ fn coordinator(scratch: &Scratch, port: u16) -> (Process, u16) {
     })
 }
 
-/// One request; the answer's body as text.
+/// Sends one request, and returns the answer's body as text.
 fn call(port: u16, method: &str, path: &str, body: &Value) -> Option<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).ok()?;
@@ -176,13 +176,13 @@ fn chromium() -> Option<PathBuf> {
     found
 }
 
-/// A browser, by the DevTools protocol.
+/// A browser, driven by the DevTools protocol.
 struct Browser {
     _process: Process,
     socket: WebSocketStream<tokio::net::TcpStream>,
     calls: u64,
     session: Option<String>,
-    /// What the page threw, and what its policy forbade.
+    /// Exceptions and dialogs of the page, and what its security policy forbade.
     complaints: Vec<String>,
 }
 
@@ -269,7 +269,7 @@ impl Browser {
                 Some("Runtime.exceptionThrown" | "Page.javascriptDialogOpening") => {
                     self.complaints.push(message.to_string())
                 }
-                // That the coordinator is gone is told as a failed request.
+                // Network entries are allowed: a request fails while the coordinator is gone.
                 Some("Log.entryAdded") if entry["source"] != "network" => {
                     self.complaints.push(message.to_string())
                 }
@@ -293,15 +293,15 @@ impl Browser {
         result["result"]["value"].clone()
     }
 
-    /// Whether the expression is true; a page that is just being left, or loaded, has not got what
-    /// it asks for.
+    /// Returns whether the expression is true. It is false on a page that is being left or loaded,
+    /// which lacks what the expression asks for.
     async fn is_true(&mut self, expression: &str) -> bool {
         let params = json!({ "expression": expression, "returnByValue": true });
         let answer = self.ask("Runtime.evaluate", params).await;
         answer.is_ok_and(|answer| answer["result"]["value"] == json!(true))
     }
 
-    /// Until the expression is true. `meanwhile` is done again and again.
+    /// Waits until the expression is true, and calls `meanwhile` again and again.
     async fn until(&mut self, expression: &str, mut meanwhile: impl FnMut()) {
         let began = Instant::now();
         while !self.is_true(expression).await {
@@ -322,7 +322,7 @@ impl Browser {
     }
 }
 
-/// Whether an element is shown.
+/// Returns an expression that is true while the element is shown.
 fn shown(id: &str) -> String {
     format!("!document.getElementById('{id}').classList.contains('hidden')")
 }

@@ -1,5 +1,5 @@
-//! Sources that the server takes out of a run before the plan ends them, on a real LiveKit server
-//! and on the embedded SFU: the run fails, and says who, when and why.
+//! Publishers that the server takes out of a run before the plan ends them, on a real LiveKit
+//! server and on the embedded SFU. The run fails, and says who, when and why.
 
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ on_both_servers!(
     a_room_that_somebody_deletes_fails_the_run,
 );
 
-/// A run in a room of its own, and the room service beside it.
+/// A run in a room of its own, with the room service beside it.
 struct Disturbed<'a> {
     server: &'a Server,
     room: &'static str,
@@ -29,7 +29,8 @@ struct Disturbed<'a> {
 }
 
 impl<'a> Disturbed<'a> {
-    /// So many publishers are in, and everybody else who is to be at first.
+    /// Starts a run, and waits until the room has `publishers` publishers and `participants`
+    /// participants.
     fn start(
         server: &'a Server,
         room: &'static str,
@@ -90,13 +91,12 @@ impl<'a> Disturbed<'a> {
         self.ask("RemoveParticipant", json!({ "identity": identity }));
     }
 
-    /// The run fails, whatever this host was like: a busy one may make it INVALID, and the reasons
-    /// are the same.
+    /// Asserts that the run fails. A busy host may make it INVALID instead, with the same reasons.
     fn fails(self) -> (Finished, Report) {
         self.ends_with(99)
     }
 
-    /// The run passes, unless this host was too busy to say.
+    /// Asserts that the run passes, or is INVALID because this host was too busy.
     fn passes(self) -> (Finished, Report) {
         self.ends_with(0)
     }
@@ -148,8 +148,8 @@ fn a_publisher_that_is_removed_fails_the_run_and_is_named(server: &Server) {
     let named = format!("publisher {victim} was removed by the server (PARTICIPANT_REMOVED) ");
     assert!(reasons.contains(&named), "{reasons}");
     assert!(reasons.contains("into the run, ") && reasons.contains("before the plan ended it"));
-    // Nine or ten of its fifteen seconds, for three subscribers; and of two publishers a third is
-    // lost.
+    // The removed publisher misses nine or ten of its fifteen seconds, for three subscribers. That
+    // is a third of what two publishers owe.
     let (expected, lost, source) = account(&report, "audio");
     assert!(expected > 2 * 3 * 14 * 50, "{expected}");
     assert!(source > 3 * 7 * 50 && source <= 3 * 11 * 50, "{source}");
@@ -179,7 +179,7 @@ fn publishers_that_are_removed_in_a_tier_fail_that_tier(server: &Server) {
     account(&report, "audio");
 }
 
-/// The embedded SFU's room service takes no rights away.
+/// Only for LiveKit, because the embedded SFU's room service takes no rights away.
 #[test]
 fn whose_right_to_publish_is_taken_is_named() {
     let Some(server) = &Server::livekit() else {
@@ -224,7 +224,7 @@ fn a_room_that_somebody_deletes_fails_the_run(server: &Server) {
 }
 
 impl Disturbed<'_> {
-    /// The name of the only track of a participant.
+    /// Returns the sid of a participant's only track.
     fn track_of(&self, identity: &str) -> String {
         let all = self.active();
         let one = all.iter().find(|one| one.identity == identity).unwrap();
@@ -232,7 +232,7 @@ impl Disturbed<'_> {
     }
 }
 
-/// The embedded SFU's room service mutes nobody.
+/// Only for LiveKit, because the embedded SFU's room service mutes nobody.
 #[test]
 fn a_track_that_is_muted_from_outside_owes_nothing_from_then_on_and_is_named() {
     let Some(server) = &Server::livekit() else {
@@ -252,13 +252,13 @@ fn a_track_that_is_muted_from_outside_owes_nothing_from_then_on_and_is_named() {
     let (finished, report) = run.passes();
     let note = format!("the server muted the audio track of {victim} ");
     assert!(finished.stdout.contains(&note), "{}", finished.stdout);
-    // The other publisher's ten seconds, and three of the one who was muted, for two subscribers.
+    // Two subscribers are owed ten seconds of the other publisher, and three of the muted one.
     let (expected, lost, _) = account(&report, "audio");
     assert!(
         expected > 2 * 12 * 50 && expected < 2 * 17 * 50,
         "{expected}"
     );
-    // What was under way when the server muted it.
+    // Only frames that were under way when the server muted the track may be lost.
     assert!(lost <= 2 * 5, "{lost}");
 }
 

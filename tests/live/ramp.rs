@@ -1,5 +1,5 @@
-//! Tiers and the search for a capacity, as whole runs: what each tier says must be so, and who
-//! leaves owes nothing afterwards.
+//! Tiers and the search for a capacity, as whole runs. What each tier reports must be true, and a
+//! participant that has left owes nothing afterwards.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ on_both_servers!(
 
 const NO_SECRET: &str = "no secret in this run";
 
-/// A search takes as many points as it needs, and is given that time.
+/// Time for a search, which takes as many points as it needs.
 const SEARCH_PATIENCE: Duration = Duration::from_secs(900);
 
 fn run(command: &mut Command, args: &str, secret: &str) -> (Finished, Report) {
@@ -36,8 +36,8 @@ fn run(command: &mut Command, args: &str, secret: &str) -> (Finished, Report) {
     (finished, report)
 }
 
-/// A run that passes, or on a host that was too slow for a verdict; what arrived is the same either
-/// way.
+/// Runs throng, and asserts that the run passes, or is INVALID because the host was too slow. What
+/// arrived must be the same either way.
 fn passes(server: &Server, args: &str) -> Report {
     let (finished, report) = run(against(server, &mut throng()), args, &server.secret);
     let expected = if report.result() == "INVALID" { 98 } else { 0 };
@@ -70,8 +70,8 @@ fn count(of: &Value, scope: &str, counter: &str) -> u64 {
         .unwrap_or_else(|| panic!("no {scope}.{counter}"))
 }
 
-/// Of each tier: who ought to be in, who is well, joins planned and timed, subscriptions to audio
-/// and video that ought to be live and are.
+/// Returns for a tier: participants expected and healthy, joins planned and timed, audio
+/// subscriptions expected and live, video subscriptions expected and live.
 fn account(tier: &Value) -> [u64; 8] {
     let timed = |stat| tier["session"]["join"][stat].as_u64().unwrap_or(0);
     [
@@ -86,8 +86,8 @@ fn account(tier: &Value) -> [u64; 8] {
     ]
 }
 
-/// Every frame that was made for anybody while he was in came to him: in each tier, and over the
-/// run with all that lay between its tiers.
+/// Asserts that every subscriber got each frame that was made for it while it was in the room: in
+/// each tier, and over the whole run with the time between its tiers.
 fn every_frame_came(report: &Report) {
     for of in tiers(report).iter().chain([&report.0["totals"]]) {
         for kind in ["audio", "video"] {
@@ -102,8 +102,8 @@ fn every_frame_came(report: &Report) {
 
 fn tiers_grow_and_shrink_and_who_left_owes_nothing(server: &Server) {
     let _alone = alone();
-    // Nothing is that late: what breaks it is a window that takes frames for lost that are still to
-    // be counted.
+    // No frame is 10 s late. The threshold breaks only if a window takes frames for lost that are
+    // still to be counted.
     let threshold = "--threshold audio.one_way_latency.p90<10s@for@2s";
     let args = format!(
         "--ramp 2,5,3 --duration 4 --warmup 1 --publishers 2 --video-publishers 1 --video-resolution low {threshold}"
@@ -181,8 +181,8 @@ fn who_left_can_come_again_under_the_same_name(server: &Server) {
 #[test]
 fn the_knee_is_the_last_tier_that_held_and_all_tiers_are_tried() {
     let _alone = alone();
-    // 50 packets a second to each: 200, 400 and 800 in a hold, and some more on a host that is
-    // late.
+    // Each subscriber gets 50 packets a second: 200, 400 and 800 packets in the holds, and some
+    // more on a host that is late.
     let args = "--publishers 1 --ramp 1,2,4 --duration 4 --warmup 0 --threshold audio.packets_received<300";
     let (finished, report) = run(&mut throng(), args, NO_SECRET);
     if tiers(&report)
@@ -330,7 +330,7 @@ fn a_signal_ends_a_ramp_and_each_tier_is_either_reported_or_named() {
         names[usize::from(!is_held)..],
         ["tier 1", "tier 2", "tier 3"]
     );
-    // Within the six seconds the first tier is over, unless the host is very slow.
+    // The first tier ends within the six seconds, unless the host is very slow.
     if is_held && held[0]["result"] == "PASS" {
         let knee = &report.0["knee"];
         assert_eq!(
@@ -347,7 +347,7 @@ fn a_signal_ends_a_ramp_and_each_tier_is_either_reported_or_named() {
     }
 }
 
-/// Waits until media may flow: from then on signals are heard.
+/// Waits until media may flow. From then on the run handles signals.
 fn wait_for_engine(running: &mut Running) {
     let tasks = format!("/proc/{}/task", running.pid());
     let names = || {
@@ -367,7 +367,8 @@ fn wait_for_engine(running: &mut Running) {
     }
 }
 
-/// Looks for the capacity of an SFU whose outlet lets through what so many subscribers get.
+/// Searches for the capacity of an SFU whose outlet lets through the packets of `hidden`
+/// subscribers.
 fn search(seed: u64, hidden: f64, most: u32) -> (Finished, Report) {
     const PACKETS_PER_SUBSCRIBER: f64 = 50.0;
     let server = throng::sfu::server::SfuServer::start(ServerConfig {
@@ -400,7 +401,7 @@ fn finds(seed: u64, hidden: f64) {
         capacity["subscribers"]
     );
     assert_eq!(capacity["answer"], "capacity", "{}", finished.stdout);
-    // One in a hundred may be lost.
+    // One packet in a hundred may be lost, so the true capacity is above `hidden`.
     let truth = hidden / 0.99;
     let found = capacity["subscribers"].as_f64().unwrap();
     assert!(
@@ -433,8 +434,8 @@ fn a_hidden_limit_is_found() {
     finds(1, 44.0);
 }
 
-/// `cargo test --test live ramp:: -- --ignored --nocapture twenty_hidden_limits`, an hour of a
-/// quiet host; `THRONG_SEEDS=18..21` repeats some of them.
+/// Run with `cargo test --test live ramp:: -- --ignored --nocapture twenty_hidden_limits`. It takes
+/// an hour on a quiet host. `THRONG_SEEDS=18..21` repeats some of the seeds.
 #[test]
 #[ignore = "takes an hour of a quiet host"]
 fn twenty_hidden_limits_are_found_within_five_per_cent() {

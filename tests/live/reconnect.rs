@@ -1,5 +1,5 @@
-//! Participants whose signalling breaks under way, on a real LiveKit server and on the embedded
-//! SFU: media goes on, they come back, and the report says so.
+//! Participants whose signalling breaks during a run, on a real LiveKit server and on the embedded
+//! SFU. Media goes on, the participants come back, and the report says so.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -26,8 +26,8 @@ on_both_servers!(
 const ARGS: &str = "--publishers 2 --video-publishers 1 --video-resolution low --no-simulcast --subscribers 4 --max-loss 100";
 const PARTICIPANTS: u64 = 6;
 
-/// Between participants and the server's signalling: passes on what comes, until it is told to
-/// break.
+/// A relay between participants and the server's signalling. It passes everything on until it is
+/// told to break.
 struct Relay {
     url: String,
     open: Arc<Mutex<Vec<TcpStream>>>,
@@ -46,7 +46,7 @@ impl Relay {
         let upstream = server.url.strip_prefix("ws://").unwrap().to_owned();
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                // One that is refused sees its connection end before it could say anything.
+                // A refused client sees its connection end before it could send anything.
                 let Some(server) = (!refuses.load(Ordering::SeqCst))
                     .then(|| TcpStream::connect(&upstream).unwrap())
                 else {
@@ -62,7 +62,7 @@ impl Relay {
                         ends[to].try_clone().unwrap(),
                     );
                     std::thread::spawn(move || {
-                        // However it ends, the other side hears of it.
+                        // However the copying ends, the other side is closed.
                         let _ = std::io::copy(&mut from, &mut to);
                         let _ = to.shutdown(Shutdown::Both);
                     });
@@ -84,7 +84,7 @@ impl Relay {
     }
 }
 
-/// A run by way of a relay, and the server's own view of its room.
+/// A run through a relay, and the server's own view of its room.
 struct Broken {
     relay: Relay,
     running: Running,
@@ -94,7 +94,7 @@ struct Broken {
 }
 
 impl Broken {
-    /// Everybody is in, and media has flowed for a second.
+    /// Starts a run, and waits until everybody is in and media has flowed for a second.
     fn start(server: &Server, connection: &str, duration: &str) -> Broken {
         let (relay, scratch) = (Relay::to(server), Scratch::new());
         let mut command = throng();
@@ -159,7 +159,7 @@ fn counts<const N: usize>(report: &Report, names: [&str; N]) -> [u64; N] {
     names.map(|name| report.counter("session", name))
 }
 
-/// Joins, and what became of losses.
+/// Counters of joins, and of what became of lost sessions.
 const FATE: [&str; 4] = [
     "joins_ok",
     "reconnects_ok",
@@ -214,7 +214,7 @@ fn a_session_whose_signalling_breaks_is_resumed_and_media_goes_on(server: &Serve
             );
             match connection {
                 "single" => assert_eq!(lost, 0, "{kind}"),
-                // The server drops its path when it offers the ICE restart, and sends again once a
+                // The server drops its path when it offers the ICE restart. It sends again once a
                 // check has succeeded.
                 _ => assert!(
                     lost * 10 < count("frames_expected"),
@@ -276,8 +276,8 @@ fn a_session_that_the_server_has_forgotten_is_joined_anew(server: &Server) {
     }
 }
 
-/// The server forgets a participant. It is not in our room service, because no run ever asks for
-/// it.
+/// Makes the server forget a participant. Our room service lacks this request, because no run ever
+/// makes it.
 fn remove(server: &Server, identity: &str) {
     let authority = server.url.strip_prefix("ws://").unwrap();
     let token = server.api_key().service_token(Some("broken")).unwrap();
@@ -325,7 +325,7 @@ fn who_cannot_come_back_gives_up_after_a_while(server: &Server) {
     );
 }
 
-/// LiveKit killed with -9, so many milliseconds after everybody was in: the run fails, and says
+/// Kills LiveKit with SIGKILL, `after` milliseconds after everybody was in. The run fails, and says
 /// that the server was lost, and when.
 fn a_killed_server_is_named(after: u64) {
     let Some(server) = Server::livekit() else {
@@ -348,7 +348,7 @@ fn a_killed_server_is_named(after: u64) {
     let report = Report::read(&scratch.path("run.json"), &server.secret);
     let reasons = report.reasons();
     assert_ne!(report.result(), "PASS", "{reasons}");
-    // Whatever this host was like: what the kernel says of a port that is gone is not our fault.
+    // This holds on every host: what the kernel says of a closed port is not our fault.
     assert!(!reasons.contains("the kernel refused"), "{reasons}");
     let started = report.0["started_at"].as_str().unwrap();
     let started = humantime::parse_rfc3339(started).unwrap();
@@ -366,7 +366,7 @@ fn a_server_that_is_killed_is_named_with_its_second() {
     a_killed_server_is_named(3_000);
 }
 
-/// At random moments.
+/// The servers are killed at random moments.
 #[test]
 #[ignore = "eight minutes of runs"]
 fn twenty_servers_that_are_killed_are_named_with_their_seconds() {

@@ -1,5 +1,5 @@
-//! Servers whose room service is hidden or behind the times, and runs with tokens instead of a key:
-//! participants get in, and nothing of others is deleted.
+//! Servers whose room service is hidden or out of date, and runs with tokens instead of a key.
+//! Participants get in, and nothing that belongs to others is deleted.
 
 use std::time::Duration;
 
@@ -10,16 +10,16 @@ use crate::common::program::{Finished, Report, Scratch, beside_one_other, run, t
 use crate::common::server::Server;
 use crate::front::{answer, forward, front};
 
-/// What a front does with requests to the room service.
+/// Action that a front takes on requests to the room service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Front {
-    /// It answers them itself, as a proxy that lets only signalling through.
+    /// Answers them with this status, as a proxy that lets only signalling through.
     Hides(u16),
-    /// The list of rooms is empty, as if it lagged behind.
+    /// Answers the list of rooms with an empty list, as if the service lagged behind.
     Lags,
 }
 
-/// The address of a front before the server, as [`front`] stands it up.
+/// Starts a front before the server, and returns its address as a URL (see [`front`]).
 fn stand_before(server: &Server, kind: Front) -> String {
     let rule = move |head: &str| match kind {
         Front::Hides(status) if head.starts_with("POST /twirp/") => answer(
@@ -35,7 +35,7 @@ fn stand_before(server: &Server, kind: Front) -> String {
     format!("ws://{}", front(server, rule))
 }
 
-/// One publisher and two subscribers for two seconds.
+/// Runs one publisher and two subscribers for two seconds.
 fn small_run(
     url: &str,
     key: Option<&Server>,
@@ -65,7 +65,7 @@ fn small_run(
     (finished, report, people)
 }
 
-/// What it said, on one line.
+/// Returns what the run printed, on one line.
 fn unwrapped(finished: &Finished) -> String {
     let words = finished.stdout.split_whitespace();
     words.collect::<Vec<_>>().join(" ")
@@ -132,7 +132,7 @@ fn a_room_that_somebody_else_has_just_made_stays_though_the_list_lags() {
             "{}",
             finished.stdout
         );
-        // One that the run makes itself is deleted.
+        // A room that the run makes itself is deleted.
         let (finished, _, _) = small_run(&url, Some(&server), &server.secret, &["--room", "ours"]);
         assert_eq!(room_names(&server), ["theirs"], "{}", finished.stdout);
     }
@@ -188,7 +188,7 @@ fn tokens_alone_let_participants_in_and_say_who_they_are() {
             "{}",
             finished.stdout
         );
-        // Too few of them: nobody joins.
+        // With fewer tokens than participants, nobody joins.
         let mut command = throng();
         command
             .env("LIVEKIT_URL", &server.url)

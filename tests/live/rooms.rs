@@ -1,5 +1,5 @@
-//! Small runs against a real LiveKit server and against the embedded SFU: what the report says must
-//! be so, and the server's own figures must agree.
+//! Small runs against a real LiveKit server and against the embedded SFU. What the report says must
+//! be true, and the server's own figures must agree.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -24,10 +24,10 @@ on_both_servers!(
     what_the_first_subscriber_of_each_room_received_is_recorded_and_plays,
 );
 
-/// The server flushes its packet counters every 5 s.
+/// Time to wait for the server's packet counters, which it flushes every 5 s.
 const FLUSH: Duration = Duration::from_secs(8);
 
-/// One run under way, with its JSON report to come.
+/// A run in progress, with the JSON report that it will write.
 struct Run {
     running: Running,
     scratch: Scratch,
@@ -56,8 +56,8 @@ impl Run {
     }
 }
 
-/// A whole run. It passes, or the host of the tests was too slow for a verdict; what arrived is the
-/// same either way.
+/// Runs throng to its end, and asserts that it passes, or is INVALID because the host of the tests
+/// was too slow. What arrived must be the same either way.
 fn run(server: &Server, args: &[&str]) -> Report {
     let (finished, report) = Run::start(server, args).finish();
     let expected = match report.result() {
@@ -78,8 +78,8 @@ fn run(server: &Server, args: &[&str]) -> Report {
     report
 }
 
-/// Everybody got in and stayed, every track is live, and every frame that a publisher sent came
-/// once to everybody whom it was for.
+/// Asserts that everybody got in and stayed, that every track is live, and that every frame that a
+/// publisher sent came once to each participant it was for.
 fn everything_arrived(report: &Report, joins: u64, audio: Tracks, video: Tracks) {
     let session = |name| report.counter("session", name);
     assert_eq!(
@@ -156,8 +156,8 @@ const fn tracks(published: u64, subscribed: u64) -> Tracks {
     }
 }
 
-/// One sample of the server's page by its labels, in the page's order; 0 where the server has not
-/// counted anything yet.
+/// Returns the sum of the samples of the server's page that have this name and these labels, or 0
+/// if the server has not counted anything yet.
 fn sample(metrics: &HashMap<String, f64>, name: &str, labels: &[&str]) -> f64 {
     let matching = metrics.iter().filter(|(sample, _)| {
         sample.starts_with(&format!("{name}{{"))
@@ -166,7 +166,8 @@ fn sample(metrics: &HashMap<String, f64>, name: &str, labels: &[&str]) -> f64 {
     matching.map(|(_, value)| value).sum()
 }
 
-/// The metrics once the server has flushed them: when `enough` says so, or after [`FLUSH`].
+/// Returns the metrics once the server has flushed them: when `enough` returns true, or after
+/// [`FLUSH`].
 fn flushed(
     server: &Server,
     enough: impl Fn(&HashMap<String, f64>) -> bool,
@@ -186,8 +187,8 @@ fn a_small_room_gets_every_frame_and_the_server_counts_the_same(server: &Server)
     let args = "--publishers 2 --video-publishers 1 --video-resolution medium --subscribers 8 --duration 6 --threads 1";
     let report = run(server, &args.split(' ').collect::<Vec<_>>());
     everything_arrived(&report, 10, tracks(2, 16), tracks(1, 8));
-    // 6 s of 50 packets a second, and of 15 and 20 frames a second in two layers; and as much again
-    // for a host that is late.
+    // Expected are 6 s of 50 packets a second, and of 15 and 20 frames a second in two layers.
+    // Twice as much is allowed for a host that is late.
     let range = |kind, name, from, to| {
         let value = report.counter(kind, name);
         assert!(
@@ -200,9 +201,9 @@ fn a_small_room_gets_every_frame_and_the_server_counts_the_same(server: &Server)
     the_server_agrees(server, &report);
 }
 
-/// What the server counted of the same run. Its packets are RTP (padding included) *and* signalling
-/// messages, so that its figures are never below ours, and above them by no more than those and
-/// what it made up itself.
+/// Asserts that the server's counters of the same run agree. The server counts RTP (padding
+/// included) *and* signalling messages as packets. So its figures are never below ours, and exceed
+/// them by no more than those messages and the packets that the server made up itself.
 fn the_server_agrees(server: &Server, report: &Report) {
     let both = |name: &str| (report.counter("audio", name) + report.counter("video", name)) as f64;
     let packets = |metrics: &HashMap<String, f64>, direction: &str, transmission: &str| {
@@ -227,14 +228,14 @@ fn the_server_agrees(server: &Server, report: &Report) {
     );
 
     let (participants, subscriptions) = (10.0, 24.0);
-    // AddTrack, offer, up to three answers, a ping every five seconds, leave.
+    // Per participant: AddTrack, offer, up to three answers, a ping every five seconds, leave.
     let requests = 8.0 * participants;
     assert!(
         (sent..=sent + requests).contains(&incoming),
         "{incoming} packets came in and we sent {sent}"
     );
-    // Join, offers, candidates, updates, pongs; and up to 11 packets with which the server closes
-    // each subscription (blank frames), which nobody is there to get.
+    // Join, offers, candidates, updates and pongs. With up to 11 packets (blank frames) the server
+    // closes each subscription, and nobody is left to receive those.
     let made_up = 30.0 * participants + 16.0 * subscriptions;
     assert!(
         (received..=received + made_up).contains(&outgoing),
@@ -306,7 +307,7 @@ fn in_a_meeting_everybody_sees_and_hears_the_others(server: &Server) {
 
 fn a_key_frame_follows_a_request_within_a_frame_interval(server: &Server) {
     let _alone = alone();
-    // Joins are slow enough that the later subscribers find a stream that is under way: only a
+    // Joins are so slow that the later subscribers meet a stream that is already running. Only a
     // requested key frame lets them in.
     let args = "--video-publishers 1 --video-resolution low --subscribers 4 --num-per-second 1 --duration 3";
     let report = run(server, &args.split(' ').collect::<Vec<_>>());
@@ -317,7 +318,7 @@ fn a_key_frame_follows_a_request_within_a_frame_interval(server: &Server) {
         report.counter("video", "key_frames_sent") > 1,
         "the first frame is one in any case"
     );
-    // At 15 frames a second. What the host was late is no fault of the publisher's.
+    // One frame at 15 frames a second. Lateness of the host is not the publisher's fault.
     let late = report.0["engine"]["tick_late_us"]["max"].as_u64().unwrap();
     let within = 1_000_000 / 15 + 5_000 + late;
     let p99 = report.micros("video", "pli_received_to_key_sent", "p99");
@@ -377,7 +378,7 @@ fn the_server_sees_everybody_with_their_tracks_and_afterwards_no_room(server: &S
     assert_eq!(runtime.block_on(rooms.list_rooms()).unwrap(), []);
 }
 
-/// Active participants, and the audio and video tracks that they publish.
+/// Returns the number of active participants, and of the audio and video tracks that they publish.
 fn active_with_tracks(participants: &[proto::ParticipantInfo]) -> (usize, usize, usize) {
     let active: Vec<_> = participants
         .iter()
@@ -433,8 +434,8 @@ fn what_the_first_subscriber_of_each_room_received_is_recorded_and_plays(server:
     }
 }
 
-/// A room's two files hold what its first subscriber had delivered, each frame at its time, and
-/// play from end to end.
+/// Asserts that a room's two files hold what its first subscriber had delivered, each frame at its
+/// time, and that they play from end to end.
 fn assert_recorded(dir: &Path, subscriber: &serde_json::Value) {
     let delivered = |kind: &str| subscriber[kind]["frames_delivered"].as_u64().unwrap();
     let (video, audio) = (only_file(dir, "-video.ivf"), only_file(dir, "-audio.ogg"));
@@ -445,7 +446,7 @@ fn assert_recorded(dir: &Path, subscriber: &serde_json::Value) {
     );
     let number = |at: usize| u64::from(pictures[at].identity().frame);
     for (at, picture) in pictures.iter().enumerate() {
-        // 15 frames a second.
+        // At 15 frames a second, frames are 6,000 ticks of the 90 kHz clock apart.
         assert_eq!(picture.timestamp, (number(at) - number(0)) * 6_000);
     }
     assert!(

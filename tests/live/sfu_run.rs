@@ -9,8 +9,8 @@ use throng::sfu::server::{DEV_KEY, DEV_SECRET, ServerConfig, SfuServer};
 
 const OWN_SECRET: &str = "a-secret-of-one's-own-with-32-letters";
 
-/// A run against the server. It passes, or the host of the tests was too slow for a verdict; what
-/// arrived is the same either way.
+/// Runs throng against the server, and asserts that it passes, or is INVALID because the host of
+/// the tests was too slow. What arrived must be the same either way.
 fn against(server: &SfuServer, args: &[&str]) -> Report {
     let scratch = Scratch::new();
     let mut command = throng();
@@ -67,7 +67,7 @@ fn what_a_run_sends_and_gets_is_what_the_sfu_says_of_it() {
         ),
         (6, 0)
     );
-    // The two members hear each other, one sees the other, and four get all.
+    // The two members hear each other and one sees the other. The four subscribers get everything.
     for (kind, tracks) in [("audio", 2 + 8), ("video", 1 + 4)] {
         assert_eq!(
             (

@@ -1,5 +1,5 @@
-//! The embedded SFU's signalling over real sockets: our own client, plain HTTP, and what no client
-//! should send.
+//! The embedded SFU's signalling over real sockets: our own client, plain HTTP, and input that no
+//! client should send.
 
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_tungstenite::tungstenite;
 use tungstenite::client::IntoClientRequest;
 
-/// Everything here takes milliseconds; what takes this long hangs.
+/// Limit for a test. Everything here takes milliseconds, so a test that reaches it hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn run<T>(test: impl Future<Output = T>) -> T {
@@ -103,7 +103,7 @@ async fn leave(
     .await
 }
 
-/// One HTTP request on a connection of its own: status, head and body.
+/// Sends one HTTP request on a connection of its own. Returns status, head and body.
 async fn http(
     server: &SfuServer,
     method: &str,
@@ -488,7 +488,7 @@ fn a_session_is_resumed_by_its_sid_alone() {
 
 type RawSocket = tokio_tungstenite::WebSocketStream<tokio::net::TcpStream>;
 
-/// A WebSocket without our client around it.
+/// Opens a WebSocket without our client around it.
 async fn raw(server: &SfuServer, identity: &str) -> RawSocket {
     raw_at(server, identity, "/rtc?auto_subscribe=1&protocol=16").await
 }
@@ -510,7 +510,7 @@ async fn raw_at(server: &SfuServer, identity: &str, path: &str) -> RawSocket {
         .0
 }
 
-/// The next message that is text, or the end.
+/// Returns the next text message, or `None` at the end.
 async fn next_text(socket: &mut RawSocket) -> Option<Value> {
     loop {
         match socket.next().await?.ok()? {
@@ -521,14 +521,14 @@ async fn next_text(socket: &mut RawSocket) -> Option<Value> {
     }
 }
 
-/// An offer of nothing but data channels.
+/// An offer that has only data channels.
 const DATA_OFFER: &str = "v=0\r\no=- 1 1 IN IP4 0.0.0.0\r\ns=-\r\nt=0 0\r\na=group:BUNDLE 0\r\n\
     m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\nc=IN IP4 0.0.0.0\r\na=ice-ufrag:abcd\r\n\
     a=ice-pwd:abcdefghijklmnopqrstuvwx\r\na=fingerprint:sha-256 \
     00:11:22:33:44:55:66:77:88:99:AA:BB:CC:DD:EE:FF:00:11:22:33:44:55:66:77:88:99:AA:BB:CC:DD:EE:FF\r\n\
     a=setup:actpass\r\na=mid:0\r\na=sctp-port:5000\r\n";
 
-/// A join with one connection, as that SDK makes it: the offer travels with it.
+/// Joins with one connection, as this SDK does: the offer is sent with the join request.
 async fn raw_single(server: &SfuServer, identity: &str, sdk: proto::client_info::Sdk) -> RawSocket {
     let request = proto::JoinRequest {
         client_info: Some(proto::ClientInfo {
@@ -553,7 +553,7 @@ async fn raw_single(server: &SfuServer, identity: &str, sdk: proto::client_info:
     raw_at(server, identity, &path).await
 }
 
-/// Reads until the server's answer.
+/// Reads messages until the server's answer.
 async fn until_answer(socket: &mut RawSocket) {
     loop {
         let message = socket.next().await.unwrap().unwrap();
@@ -567,7 +567,7 @@ async fn until_answer(socket: &mut RawSocket) {
     }
 }
 
-/// The Go SDK sets the offer of its join only when the Join has come.
+/// The Go SDK applies the offer of its join only after the server's Join has arrived.
 #[test]
 fn the_answer_to_a_join_of_the_go_sdk_waits_for_its_first_candidate() {
     run(async {
@@ -589,7 +589,7 @@ fn the_answer_to_a_join_of_the_go_sdk_waits_for_its_first_candidate() {
             .await
             .unwrap();
         until_answer(&mut gopher).await;
-        // One that has no candidate to tell is answered all the same.
+        // A client that sends no candidate gets its answer all the same.
         let mut silent = raw_single(&server, "eve", proto::client_info::Sdk::Go).await;
         until_answer(&mut silent).await;
     });
@@ -622,7 +622,7 @@ fn a_client_that_writes_json_reads_json() {
             "{published}"
         );
 
-        // And protobuf again, once it writes that.
+        // Once it writes protobuf, it reads protobuf again.
         let ping = proto::SignalRequest {
             message: Some(Request::PingReq(proto::Ping {
                 timestamp: 7,
@@ -667,7 +667,7 @@ fn garbage_ends_its_own_connection_and_no_other() {
             }
             assert_eq!(code, Some(1007));
         }
-        // Known and senseless requests, and descriptions that are none.
+        // Known requests whose content makes no sense, and descriptions that are not valid.
         let mut socket = raw(&server, "mallory").await;
         for request in [
             Request::Trickle(proto::TrickleRequest::default()),
@@ -684,7 +684,7 @@ fn garbage_ends_its_own_connection_and_no_other() {
             let request = proto::SignalRequest {
                 message: Some(request),
             };
-            // It may have had enough before the last one.
+            // The server may have closed the connection before the last one.
             let _ = socket
                 .send(tungstenite::Message::Binary(request.encode_to_vec().into()))
                 .await;

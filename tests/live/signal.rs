@@ -21,7 +21,7 @@ use throng::transport::sdp::{
     Offerer,
 };
 
-/// Everything here takes milliseconds; what takes this long hangs.
+/// Limit for every wait. Everything here takes milliseconds, so what reaches it hangs.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 fn run<T>(test: impl Future<Output = T>) -> T {
@@ -79,7 +79,7 @@ impl Session {
         }
     }
 
-    /// The first event that `pick` takes; the ones before it are dropped.
+    /// Returns the first event that `pick` accepts. Earlier events are dropped.
     async fn wait<T>(&mut self, what: &str, mut pick: impl FnMut(SignalEvent) -> Option<T>) -> T {
         let waiting = async {
             loop {
@@ -203,7 +203,7 @@ fn what_is_no_livekit_server_is_told_apart() {
                 0,
             ),
             ("\x15\x03\x01\x00\x02\x02\x46", true, 0),
-            // Version 1.0 alone is no TLS.
+            // HTTP version 1.0 alone is no sign of TLS.
             (
                 "HTTP/1.0 404 Not Found\r\n\r\n404 page not found\n",
                 false,
@@ -274,7 +274,7 @@ fn what_is_no_livekit_server_is_told_apart() {
     });
 }
 
-/// A server that says `reply` to whoever comes first, whatever he wants.
+/// Starts a server that sends `reply` to the first client, whatever the client asks for.
 async fn serve_once(reply: &'static str) -> std::net::SocketAddr {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -316,8 +316,8 @@ fn a_server_that_never_answers_is_given_up_in_time() {
     });
 }
 
-/// The certificates that are trusted are read once per process, so that a child of this test runs
-/// with its own.
+/// The trusted certificates are read once per process, so a child process runs this test with its
+/// own.
 #[test]
 fn tls_is_spoken_with_who_is_trusted_and_with_nobody_else() {
     const CHILD: &str = "THRONG_TEST_TLS_DIRECTORY";
@@ -354,7 +354,7 @@ fn tls_is_spoken_with_who_is_trusted_and_with_nobody_else() {
     );
 }
 
-/// Connects to a WebSocket server of our own, with the certificate in `directory`.
+/// Connects to a WebSocket server of our own that uses the certificate in `directory`.
 async fn connect_to_tls_server(
     directory: &Path,
 ) -> Result<(SignalSender, SignalReceiver, client::ConnectTimes), SignalError> {
@@ -510,7 +510,7 @@ fn a_subscriber_gets_join_and_an_offer_that_we_can_answer() {
             offer.sdp
         );
         session.sender.answer(answered.sdp, offer.id).await.unwrap();
-        // Candidates come by trickle, UDP and TCP.
+        // Candidates are trickled, for UDP and TCP.
         let ufrag = answered.remote.ufrag;
         let candidate = session.wait("candidate", |event| match event {
             SignalEvent::Trickle(trickle) if !trickle.candidate_init.is_empty() => Some(trickle),
@@ -585,7 +585,7 @@ fn video_track(cid: &str, rids: &[&str]) -> (proto::AddTrackRequest, LocalTrack)
     )
 }
 
-/// Announces both tracks, offers them and reads the answer.
+/// Announces the tracks, offers them and reads the answer.
 async fn publish(
     session: &mut Session,
     tracks: Vec<(proto::AddTrackRequest, LocalTrack)>,
@@ -851,7 +851,7 @@ fn a_hundred_participants_join_at_once_and_cost_little_memory() {
         .build()
         .unwrap();
     let (endpoint, api_key) = (server.endpoint(), server.api_key());
-    // What is loaded once, with the first of them, is no part of what each costs.
+    // The first connection loads what is needed only once. That is not part of the cost of each.
     let first = token(&api_key, "hall", "p-first", Permissions::SUBSCRIBER);
     let first = runtime.block_on(async {
         let (sender, receiver, _) = connect(&endpoint, &first, &JoinOptions::default())
@@ -918,7 +918,7 @@ fn a_hundred_participants_join_at_once_and_cost_little_memory() {
     );
 }
 
-/// This process's resident memory.
+/// Returns this process's resident memory.
 fn resident_bytes() -> u64 {
     let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
     statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
