@@ -1,5 +1,5 @@
-//! The bad network of the other tests, put to the test: what its log says is what its sockets, and
-//! the kernel's own counters, saw.
+//! Tests of the bad network that the other tests use. Its log must agree with what its sockets and
+//! the kernel's own counters saw.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -13,10 +13,10 @@ use crate::common::path::{Conditions, Fate as PathFate, Loss, Path, Rate};
 use crate::common::program::beside_one_other;
 
 const MEDIA_PORT: u16 = 5_000;
-/// Far beyond what anything here takes.
+/// Limit for every wait, far beyond what anything here takes.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A datagram with an RTP header of this number.
+/// Returns a datagram with an RTP header that has this sequence number.
 fn rtp(seq: u16) -> Vec<u8> {
     let mut bytes = vec![0x80, 0x80 | 111];
     bytes.extend(seq.to_be_bytes());
@@ -26,7 +26,7 @@ fn rtp(seq: u16) -> Vec<u8> {
     bytes
 }
 
-/// Sends so many packets up, and says what sequence numbers came, in their order.
+/// Sends `packets` packets up. Returns the sequence numbers that arrived, in order of arrival.
 fn send_up(network: &Network, packets: u16) -> Vec<u16> {
     let socket = network
         .server
@@ -50,7 +50,8 @@ fn send_up(network: &Network, packets: u16) -> Vec<u16> {
     let deadline = network.now() + PATIENCE;
     for seq in 0..packets {
         sender.send_to(&rtp(seq), (SERVER, MEDIA_PORT)).unwrap();
-        // In portions that fit into the socket's buffer, whoever has to wait for a CPU.
+        // Packets go out in portions that fit into the socket's buffer, whichever thread has to
+        // wait for a CPU.
         if seq % 100 == 99 {
             while network.under_way() > 0 || originals(&network.log()).len() <= usize::from(seq) {
                 assert!(network.now() < deadline, "packets are missing from the log");
@@ -167,8 +168,8 @@ fn the_log_says_of_every_packet_what_became_of_it() {
         );
     }
 
-    // The kernel's own account of both devices. It may have sent something of its own, which is in
-    // the log too, or is no IPv4.
+    // The kernel's own counters of both devices must agree. The kernel may have sent packets of its
+    // own, which are in the log too unless they are not IPv4.
     let after = [
         network.clients.device_counts(),
         network.server.device_counts(),
@@ -236,7 +237,7 @@ fn without_reordering_jitter_keeps_the_order_and_a_cut_lets_nothing_pass_but_sig
     }
 }
 
-/// What a path does with so many packets, one a millisecond.
+/// Returns what a path does with `packets` packets, one each millisecond.
 fn fates(conditions: Conditions, packets: u32) -> Vec<(Duration, PathFate)> {
     let mut path = Path::new(conditions, 7);
     let at = |index| Duration::from_millis(index);
@@ -290,8 +291,8 @@ fn losses_have_the_share_and_the_bursts_that_were_asked_for() {
 
 #[test]
 fn a_bottleneck_spaces_packets_queues_some_and_drops_the_rest() {
-    // 8 Mbit/s come and 4 Mbit/s pass: 2 ms a packet. Two pass at once at first; the queue holds
-    // 10.
+    // Packets arrive at 8 Mbit/s and leave at 4 Mbit/s, 2 ms each. At first two pass at once. The
+    // queue holds 10.
     let conditions = Conditions {
         rate: Some(Rate {
             bits_per_second: 4_000_000,
@@ -384,14 +385,14 @@ fn each_place_has_the_delay_and_the_loss_that_were_planted_there() {
         .map(|at| open(at.run(|| UdpSocket::bind((at.address, MEDIA_PORT)))))
         .collect();
 
-    // Up, and down again by the server.
+    // Packets go up, and the server sends them down again.
     let (mut arrived, mut returned) = ([0; 4], [0; 4]);
     let mut bytes = [0; 2_000];
     for seq in 0..PACKETS {
         for socket in &sockets {
             socket.send_to(&rtp(seq), (SERVER, MEDIA_PORT)).unwrap();
         }
-        // In portions that fit into the sockets' buffers.
+        // Packets go out in portions that fit into the sockets' buffers.
         while seq % 25 == 24
             && !all_came(
                 &network.wires.log(),
@@ -466,7 +467,8 @@ fn each_place_has_the_delay_and_the_loss_that_were_planted_there() {
     }
 }
 
-/// So many went up, all that arrived was sent back, and all that came back of it was read.
+/// Returns whether `sent` packets went up, all that arrived was sent back, and all that came back
+/// was read.
 fn all_came(log: &[Packet], sent: usize, returned: usize) -> bool {
     let in_direction = |direction| {
         log.iter()
@@ -485,7 +487,8 @@ fn all_came(log: &[Packet], sent: usize, returned: usize) -> bool {
         && delivered(Direction::Down) == returned
 }
 
-/// An ICMP error (RFC 792) about a datagram, from the address that it was sent to.
+/// Returns an ICMP error (RFC 792) about a datagram, from the address that the datagram was sent
+/// to.
 fn icmp_error(datagram: &[u8], kind: u8, code: u8, rest: [u8; 4]) -> Vec<u8> {
     let checksum = |bytes: &[u8]| {
         let words = bytes
@@ -508,7 +511,8 @@ fn icmp_error(datagram: &[u8], kind: u8, code: u8, rest: [u8; 4]) -> Vec<u8> {
     packet
 }
 
-/// What comes from a connected peer: the addresses of what was sent to it, turned about.
+/// Returns an answer from the connected peer: the datagram's addresses and ports swapped, with one
+/// byte of payload.
 fn answer_to(datagram: &[u8], payload: u8) -> Vec<u8> {
     let mut packet = vec![0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17, 0, 0];
     packet.extend(&datagram[16..20]);
@@ -536,7 +540,7 @@ fn what_icmp_says_hides_no_datagram() {
     });
     let mut packet = [0; 2_000];
     socket.send(b"a check").unwrap();
-    // The device may have something of its own to say first: IPv6, say.
+    // The device may first send something of its own, such as IPv6.
     let asked = loop {
         let len = wire.read(&mut packet).unwrap();
         if packet[0] == 0x45 && packet[9] == 17 {
@@ -565,7 +569,7 @@ fn what_icmp_says_hides_no_datagram() {
         for index in 0..3 {
             assert_eq!(batch.datagram(index).unwrap().0, [index as u8], "{name}");
         }
-        // What the batch counts, a worker adds to the report's `receive_errors`.
+        // The errors that the batch counts are added by a worker to the report's `receive_errors`.
         assert_eq!(batch.take_errors(), counted, "{name}");
     }
     let nothing = batch.receive(&socket).unwrap_err();

@@ -1,6 +1,6 @@
-//! A narrow path to and from a real LiveKit server: the server allocates by what our feedback tells
-//! it, and publishers that obey theirs drop layers. The server's own log and the network's are the
-//! truth.
+//! A narrow path to and from a real LiveKit server. The server allocates bandwidth by our feedback,
+//! and publishers that obey the server's feedback drop layers. The truth is the server's own log
+//! and the network's.
 
 use std::time::Duration;
 
@@ -13,14 +13,15 @@ const SITE: Site = Site {
     address: SERVER,
     device: DEVICE,
 };
-/// Less than the highest layers take.
+/// Conditions with less bandwidth than the highest layers take.
 const NARROW: Conditions = Conditions {
     cut: false,
     loss: Loss::None,
     rate: Some(Rate {
         bits_per_second: 1_000_000,
         burst_bytes: 4_000,
-        // A second: an estimate by delay sees a queue that grows, and not one that is full.
+        // One second of queue, because an estimate by delay detects a queue that grows, not one
+        // that is full.
         queue_bytes: 125_000,
     }),
     delay: Duration::from_millis(10),
@@ -29,8 +30,8 @@ const NARROW: Conditions = Conditions {
     duplication: 0.0,
 };
 
-/// One run over a network that is narrow in one direction for a while, in seconds since its first
-/// media.
+/// One run over a network that is narrow in one direction for a while. Times are in seconds since
+/// the first media.
 struct Trial {
     congestion: Congestion,
     direction: Direction,
@@ -40,7 +41,7 @@ struct Trial {
 }
 
 impl Trial {
-    /// The report, and what the server logged.
+    /// Runs the trial. Returns the report, and what the server logged.
     fn run(&self, name: &str) -> Option<(Report, String)> {
         let _turn = beside_one_other();
         let network = Network::for_test(module_path!(), name, 1)?;
@@ -61,7 +62,7 @@ impl Trial {
             .clients
             .run(|| Running::start(&mut command, &server.secret));
         let (from, to) = self.narrow;
-        // Media has to be made before anything is sent, which takes its time.
+        // Media must be made before anything is sent, and that takes time.
         let flows = || {
             network
                 .log()
@@ -96,7 +97,7 @@ fn bandwidth(report: &Report, name: &str) -> u64 {
         .unwrap_or_else(|| panic!("{name}"))
 }
 
-/// A figure of the series, where it is known.
+/// Returns a figure of the series, for the seconds in which it is known.
 fn series(report: &Report, name: &str) -> Vec<u64> {
     report.0["series"]
         .as_array()
@@ -106,8 +107,8 @@ fn series(report: &Report, name: &str) -> Vec<u64> {
         .collect()
 }
 
-/// A subscriber of three layered tracks behind a megabit: the server finds out by what it is told,
-/// and steps down or pauses.
+/// Runs a subscriber of three layered tracks behind 1 Mbit/s. The server must notice by our
+/// feedback, and step layers down or pause tracks.
 fn server_reacts(name: &str, congestion: Congestion) -> Option<Report> {
     let trial = Trial {
         congestion,

@@ -1,4 +1,4 @@
-//! Whole runs over a bad network between namespaces. Those that measure take turns
+//! Whole runs over a bad network between namespaces. Tests that measure take turns
 //! (`common::program::alone`).
 
 #[path = "../common/mod.rs"]

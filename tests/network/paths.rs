@@ -1,5 +1,5 @@
-//! Media goes where the server's candidates are, whatever signalling came through: another address
-//! family, a forwarded port. And where it cannot, that is said at once, with both ends.
+//! Media goes to the server's candidates, even if signalling came through another address family or
+//! a forwarded port. If media cannot get there, the run says so at once and names both ends.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -14,7 +14,7 @@ const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 
 /// Forwards TCP from a free port of `listen` to `to`, as `docker -p`, `kubectl port-forward` and
-/// `ssh -L` do; until the test's process ends.
+/// `ssh -L` do, until the test's process ends.
 fn forward(listen: IpAddr, to: SocketAddr) -> SocketAddr {
     let listener = TcpListener::bind((listen, 0)).expect("a free port");
     let address = listener.local_addr().expect("a bound socket");
@@ -42,7 +42,7 @@ pub(super) fn address_of(server: &Server) -> SocketAddr {
     authority.parse().expect("an address and a port")
 }
 
-/// A run of one publisher and two subscribers through `url`.
+/// Runs one publisher and two subscribers through `url`.
 pub(super) fn run_through(
     url: &str,
     server: &Server,
@@ -65,7 +65,7 @@ pub(super) fn run_through(
     (finished, report)
 }
 
-/// What it said, on one line.
+/// Returns what the run printed, on one line.
 pub(super) fn unwrapped(finished: &Finished) -> String {
     let words = finished.stdout.split_whitespace();
     words.collect::<Vec<_>>().join(" ")
@@ -94,7 +94,7 @@ pub(super) fn joins_and_flows(what: &str, finished: &Finished, report: &Report) 
         assert_eq!(report.counter("session", name), 0, "{what}: {name}");
     }
     assert_eq!(report.0["engine"]["send_errors"], 0, "{what}");
-    // On a host that others keep busy a run may be INVALID for its lateness.
+    // On a busy host a run may be INVALID because the host was late.
     assert!(
         matches!(finished.code, Some(0 | 98)),
         "{what}: {}",

@@ -1,6 +1,6 @@
-//! A coordinator and four probers, each a process at a place with a way of its own to the server:
-//! the merged result is that of one histogram of everything, and each vantage has the delay and the
-//! loss that were planted there.
+//! A coordinator and four probers. Each is a process at a place with a path of its own to the
+//! server. The merged result must equal one histogram of everything, and each vantage must show the
+//! delay and the loss that were set for its path.
 
 use std::time::Duration;
 
@@ -16,8 +16,9 @@ const SITE: Site = Site {
     device: DEVICE,
 };
 
-/// The way of a vantage: so many milliseconds to the server and back, and what share of the packets
-/// is lost on the way back, so that what is lost is missing here alone.
+/// Path of a vantage: milliseconds to the server and back, and the share of packets that is lost on
+/// the way back. Loss is on the way back only, so that a lost packet is missing at this vantage
+/// alone.
 struct Way {
     vantage: &'static str,
     up: u64,
@@ -34,17 +35,17 @@ const fn way(vantage: &'static str, up: u64, down: u64, lost: f64) -> Way {
     }
 }
 
-/// From the best to the worst.
+/// Paths from the best to the worst.
 const WAYS: [Way; 4] = [
     way("ams", 2, 2, 0.0),
     way("fra", 10, 10, 0.0),
-    // A clock's offset cannot be told from a way that is longer in one direction.
+    // A path that is longer in one direction cannot be told from a clock's offset.
     way("iad", 10, 40, 0.0),
     way("sin", 60, 60, 0.06),
 ];
 
-/// What a busy host may add to the median of round trips that are planted to be this long. Those of
-/// two vantages differ by less than this only at the near ones.
+/// Time that a busy host may add to a median round trip. The round trips of two vantages differ by
+/// less than this only if both are near.
 const ROOM: Duration = Duration::from_millis(40);
 
 #[test]
@@ -90,7 +91,7 @@ fn around(name: &str, start: impl FnOnce(&Places) -> Option<Server>) {
             };
             network.wires.set(at, direction, conditions);
         }
-        // Clocks are compared over the same ways.
+        // Clocks are compared over the same paths, so the conditions apply to TCP, too.
         network.wires.touch_tcp(at, true);
     }
     let mut coordinator = network.server.run(|| {
@@ -124,7 +125,7 @@ fn around(name: &str, start: impl FnOnce(&Places) -> Option<Server>) {
         );
     }
     let (code, said) = coordinator.finish();
-    // A busy host may have been the limit: that says nothing of counts, and nothing of clocks.
+    // On a busy host the run may be INVALID. Counts and clocks must be right all the same.
     assert!(matches!(code, Some(0 | 98)), "{said}");
     let merged = Report::read(&scratch.path("run.json"), &server.secret).0;
     let own: Vec<Value> = WAYS
@@ -138,7 +139,7 @@ fn around(name: &str, start: impl FnOnce(&Places) -> Option<Server>) {
     names_the_worst(&merged, &said);
 }
 
-/// The merged figures are those of one record of everything that happened anywhere.
+/// Asserts that the merged figures are those of one record of everything that happened anywhere.
 fn adds_up(merged: &Value, own: &[Value]) {
     let mut sum = Account::default();
     own.iter()
@@ -153,7 +154,8 @@ fn adds_up(merged: &Value, own: &[Value]) {
             .into_iter()
             .filter(|(name, _)| told.get(name).is_some())
         {
-            // Scores are of less being worse, and not of these.
+            // Scores are skipped: lower is worse for them, so their percentiles count from the
+            // other end.
             if !name.contains("mos") {
                 assert_eq!(
                     told[percentile].as_u64(),
@@ -165,7 +167,8 @@ fn adds_up(merged: &Value, own: &[Value]) {
         }
     }
     assert!(looked_at >= 30, "{looked_at} percentiles");
-    // In one room: four who speak, one on each host, and two on each who hear all of them.
+    // All are in one room. Each host has one publisher, and two subscribers that hear all four
+    // publishers.
     let session = |name: &str| sum.counter(&format!("session.{name}"));
     assert_eq!(
         (
@@ -245,7 +248,8 @@ fn has_what_was_planted(way: &Way, own: &Value, merged: &Value) {
         assert!(audio("frames_delivered") <= expected);
     }
 
-    // One host has one clock, whatever the ways are like.
+    // All probers share one host's clock, so the offset is within its uncertainty whatever the
+    // paths are like.
     let clock = &here["clock"];
     let (offset, uncertainty) = (
         number(&clock["offset_ms"]),
@@ -257,7 +261,7 @@ fn has_what_was_planted(way: &Way, own: &Value, merged: &Value) {
         "{label}: {clock}"
     );
 
-    // Two seconds before each stage are the barrier's.
+    // The two seconds before each stage belong to the barrier.
     let skew = number(&here["start_skew_ms"]);
     assert!(skew.abs() < 1_000.0, "{label}: {skew} ms late");
     assert!(

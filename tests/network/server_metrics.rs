@@ -1,5 +1,5 @@
-//! The server's own page beside a run: its counters against ours, its CPU against the kernel's
-//! account of its process.
+//! The server's own metrics page beside a run: its counters against ours, its CPU time against the
+//! kernel's account of its process.
 
 use std::fs;
 use std::net::TcpListener;
@@ -13,10 +13,11 @@ use serde_json::Value;
 
 on_both_servers!(what_the_page_says_is_what_the_server_did);
 
-/// Time on a CPU of a process, in seconds (proc_pid_stat(5): fields 14 and 15, in hundredths).
+/// Returns the CPU time of a process, in seconds (proc_pid_stat(5): fields 14 and 15, in
+/// hundredths).
 fn cpu_seconds(pid: u32) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("the server runs");
-    // Its name, in parentheses, may hold anything.
+    // The process's name, in parentheses, may contain anything.
     let behind_name = stat.rsplit_once(')').expect("a name").1;
     let ticks = |field: usize| -> f64 {
         behind_name
@@ -86,8 +87,8 @@ fn what_the_page_says_is_what_the_server_did(server: &Server) {
         report.0["server"], finished.stdout
     );
 
-    // CPU: the kernel's account also has what the server did before the first reading and after the
-    // last one, and counts in hundredths.
+    // CPU: the kernel's account includes what the server did before the first reading and after the
+    // last one, and counts in hundredths of a second.
     let told = figure(total, "cpu_seconds");
     assert!(
         told <= used + 0.03 && used - told <= 0.1 + 0.1 * used,
@@ -95,8 +96,8 @@ fn what_the_page_says_is_what_the_server_did(server: &Server) {
     );
     assert!(figure(hold, "cpu_seconds") < told && figure(hold, "cpu_cores") > 0.0);
 
-    // Packets: LiveKit's are signalling, too, and both servers make some up: see
-    // tests/live/rooms.rs. On a busy host LiveKit's last portion of a track may come after the
+    // Packets: LiveKit counts signalling messages, too, and both servers make some packets up (see
+    // tests/live/rooms.rs). On a busy host LiveKit's last portion of a track may come after the
     // last reading.
     const COUNTED: f64 = 0.95;
     let (sent, received) = (ours("packets_sent"), ours("packets_received"));
@@ -125,7 +126,7 @@ fn what_the_page_says_is_what_the_server_did(server: &Server) {
         report.counter("session", "plis_sent") as f64
     );
 
-    // People and memory.
+    // Participants and memory.
     assert_eq!(
         (
             figure(hold, "participants_peak"),
@@ -134,7 +135,7 @@ fn what_the_page_says_is_what_the_server_did(server: &Server) {
         (PARTICIPANTS, PARTICIPANTS)
     );
     assert!((figure(hold, "participants_mean") - PARTICIPANTS).abs() < 0.01);
-    // The kernel sums what threads use now and then only.
+    // The kernel adds up only now and then what threads use.
     let (peak, most) = (
         figure(total, "resident_bytes_peak"),
         resident_bytes(server.pid(), "VmHWM:"),
@@ -149,8 +150,8 @@ fn what_the_page_says_is_what_the_server_did(server: &Server) {
         "{resident} bytes"
     );
 
-    // What clusters are sized by, worked out anew from our own side of the hold. The server's
-    // counters may be a portion of 5 s off at either end.
+    // Figures by which clusters are sized, computed again from our own counters of the hold. The
+    // server's counters may be off by a portion of 5 s at either end.
     let seconds = report.0["steps"][0]["seconds"].as_f64().expect("a length");
     let of_hold = |name: &str| {
         ["audio", "video"]
@@ -186,7 +187,7 @@ fn what_the_page_says_is_what_the_server_did(server: &Server) {
         0.5,
     );
 
-    // Beside our series, and for people.
+    // The figures must also be in the rows of our series, and in the text report.
     let rows = report.0["series"].as_array().expect("rows");
     let read: Vec<&Value> = rows
         .iter()
@@ -251,7 +252,7 @@ fn livekit_times_what_it_forwards_where_it_is_told_to() {
     let report = Report::read(&scratch.path("run.json"), &server.secret);
     let latency = &step(&report, "total")["forward_latency"];
     eprintln!("{latency:#}\n{}", finished.stdout);
-    // One value for each packet that came in.
+    // LiveKit measures one value for each packet that came in.
     let sent = report.counter("audio", "packets_sent") as f64;
     let count = latency["count"].as_f64().expect("it measures");
     assert!(
@@ -291,8 +292,8 @@ mod over_a_bad_network {
             return;
         };
         let (page, _, log) = lossy_run(&network, &server);
-        // What was repaired is taken back, and what a publisher's packet has left as a hole is
-        // missing for both subscribers.
+        // The server subtracts repaired packets from its losses. A publisher's packet that stays
+        // missing is missing for both subscribers.
         let lost = |direction| {
             log.iter()
                 .filter(|packet| packet.direction == direction && packet.fate == Fate::Lost)
@@ -331,7 +332,7 @@ mod over_a_bad_network {
             log.iter()
                 .filter(move |packet| packet.direction == direction)
         };
-        // Without what SRTP adds to authenticate them.
+        // Length of SRTP's authentication tag, which the page does not count.
         const TAG: usize = 16;
         let bytes = |packets: &mut dyn Iterator<Item = &Packet>| {
             packets
@@ -347,7 +348,7 @@ mod over_a_bad_network {
             both("bytes_sent", "bytes_resent"),
             bytes(&mut of(Direction::Down))
         );
-        // What came twice is not counted.
+        // The page does not count duplicates.
         let came = || of(Direction::Up).filter(|packet| packet.fate != Fate::Lost);
         let (told, there) = (figure(&page, "packets_received"), came().count() as f64);
         assert!(
@@ -374,7 +375,8 @@ mod over_a_bad_network {
         device: DEVICE,
     };
 
-    /// What the page said of a run that loses 8 % each way; the report; and the log of its media.
+    /// Runs with a loss of 8 % each way. Returns what the page said of the run, the report, and the
+    /// log of its media.
     fn lossy_run(network: &Network, server: &Server) -> (Value, Report, Vec<Packet>) {
         let _alone = alone();
         let scratch = Scratch::new();
@@ -401,7 +403,8 @@ mod over_a_bad_network {
         let report = Report::read(&scratch.path("run.json"), &server.secret);
         let page = step(&report, "total").clone();
         eprintln!("{page:#}");
-        // Of video alone: what was lost of audio before it came to the server looks sent again.
+        // Only video is compared. An audio packet that was lost before it reached the server looks
+        // like a retransmission.
         let (resent, came) = (
             figure(&page, "packets_resent"),
             report.counter("video", "rtx_received") as f64,

@@ -1,11 +1,11 @@
-//! The figures of real runs, against a real LiveKit server and against the embedded SFU, over a
-//! network that loses and delays, by that network's own log; by the server's counters; and by what
-//! the kernel shows to a packet socket.
+//! Checks the figures of real runs, against a real LiveKit server and against the embedded SFU,
+//! over a network that loses and delays packets. The truth is that network's own log, the server's
+//! counters, and what the kernel shows to a packet socket.
 //!
-//! Counts are exact whatever the host does. Times have to be right within 1 ms or 1 %, and what a
-//! bare timer thread of the same run was late: on a busy host that says little, and never fails a
-//! test. `cargo test --test network truth:: -- --ignored --nocapture` tries many more networks and
-//! prints the table in docs/truth.md.
+//! Counts are exact whatever the host does. Times must be right within 1 ms or 1 %, plus the
+//! lateness of a bare timer thread in the same run. On a busy host this allows much, but never
+//! fails a test. `cargo test --test network truth:: -- --ignored --nocapture` tries many more
+//! networks and prints the table in docs/truth.md.
 
 mod capture;
 mod headers;
@@ -37,16 +37,16 @@ enum Target {
     Embedded,
 }
 
-/// What a run has to bear.
+/// The conditions of one run.
 #[derive(Clone, Copy, Debug)]
 struct Trial {
     target: Target,
     up: Conditions,
     down: Conditions,
-    /// Whether packets are lost from the start, or only once media flows.
+    /// Whether packets are lost from the start, or only after media flows.
     from_the_start: bool,
     seconds: u64,
-    /// Whether to wait until LiveKit has counted.
+    /// Whether to check the server's counters. With LiveKit this waits until it has flushed them.
     counters: bool,
 }
 
@@ -54,7 +54,8 @@ struct Trial {
 struct Run {
     trial: Trial,
     report: Report,
-    /// Without what came when the run had closed its account.
+    /// Packets that the account can have: without those sent down after the run closed it, and with
+    /// later arrivals as under way.
     log: Vec<Packet>,
     up: Vec<Stream>,
     down: Vec<Stream>,
@@ -63,10 +64,10 @@ struct Run {
     metrics: HashMap<String, f64>,
 }
 
-/// The account is closed 1.5 s after publishers stop. Whatever the server makes up when
-/// participants leave comes later.
+/// Time from the end of publishing to a moment before the account is closed, 1.5 s after publishers
+/// stop. Packets that the server makes up when participants leave come later.
 const ACCOUNT_CLOSES: Duration = Duration::from_millis(1_490);
-/// LiveKit flushes its counters each 5 s.
+/// Time to wait for LiveKit's counters, which it flushes every 5 s.
 const FLUSH: Duration = Duration::from_millis(5_500);
 
 fn start(network: &Network, target: Target) -> Option<Server> {
@@ -79,7 +80,7 @@ fn start(network: &Network, target: Target) -> Option<Server> {
     })
 }
 
-/// A publisher of audio and video, and a subscriber.
+/// Runs a publisher of audio and video, and a subscriber.
 fn live(network: &Network, trial: Trial) -> Option<Run> {
     let server = start(network, trial.target)?;
     let (capture, before) = (Capture::start(&network.clients), network.log().len());
@@ -167,7 +168,8 @@ fn live(network: &Network, trial: Trial) -> Option<Run> {
     })
 }
 
-/// What comes down later had not come then.
+/// Returns the packet as it was known at `end`: one that arrives later on the way down is still
+/// under way.
 fn until(end: Duration, packet: Packet) -> Packet {
     let is_late =
         packet.direction == Direction::Down && packet.delivered_at().is_some_and(|at| at >= end);
@@ -177,13 +179,13 @@ fn until(end: Duration, packet: Packet) -> Packet {
     }
 }
 
-/// What may pass in a server between the clock that its sender report states and the socket, or
-/// between the socket and the clock that its receiver report counts from. No log shows it: 1 to 4
-/// ms were seen on idle virtual machines, whose CPUs wake late. A way that is forgotten costs 20 ms
-/// and more.
+/// Time that may pass in a server between the clock that its sender report states and the socket,
+/// or between the socket and the clock that its receiver report counts from. No log shows it. On
+/// idle virtual machines, whose CPUs wake late, 1 to 4 ms were seen. A path that is left out of the
+/// figure costs 20 ms or more.
 const SERVERS_TURN_US: f64 = 8_000.0;
 
-/// One figure, as it was said and as it ought to be.
+/// One figure as it was reported, and the value that it ought to have.
 struct Check {
     metric: String,
     said: f64,
@@ -288,7 +290,8 @@ impl Run {
         );
     }
 
-    /// What is sent again has the same SSRC and number, so headers say all.
+    /// Checks audio. A retransmission has the same SSRC and sequence number as its original, so the
+    /// headers tell everything.
     fn check_audio(&self, exact: &mut impl FnMut(String, u64, u64)) {
         let (came, said) = (self.stream(Direction::Down, AUDIO), |name: &str| {
             self.report.counter("audio", name)
@@ -315,8 +318,8 @@ impl Run {
             said("rtx_received"),
             said("packets_repaired"),
         );
-        // What the server lacked at first, a subscriber asks for before it comes: then nobody can
-        // tell an original that is late from a resend.
+        // If the server lacks a packet at first, a subscriber may ask for it before it comes. Then
+        // nobody can tell a late original from a retransmission.
         if self.trial.up.loss == Loss::None {
             exact(
                 "packets_received",
@@ -332,7 +335,8 @@ impl Run {
         }
     }
 
-    /// Which packet a retransmission repeats is sealed; how many there are is not.
+    /// Checks video. Which packet a retransmission repeats is encrypted, but the number of
+    /// retransmissions is not.
     fn check_video(&self, exact: &mut impl FnMut(String, u64, u64)) {
         let (came, rtx) = (
             self.stream(Direction::Down, VIDEO),
@@ -349,7 +353,8 @@ impl Run {
         );
         let superfluous = came.arrivals() + rtx.arrivals() - came.came() - said("packets_repaired");
         exact("packets_duplicate", said("packets_duplicate"), superfluous);
-        // A resend of the very last packet would make the stream longer than its originals.
+        // This is off if the very last packet arrives only as a retransmission: the stream is then
+        // longer than its originals.
         exact(
             "packets_lost_network",
             said("packets_lost_network"),
@@ -380,8 +385,8 @@ impl Run {
             .filter(|packet| packet.delivered_at().is_some())
             .map(|packet| packet.bytes)
             .sum();
-        // Reports and checks go on until everybody has left; what comes while the account is closed
-        // is in it or not.
+        // Reports and checks go on until everybody has left. Those that arrive while the account is
+        // being closed may be counted or not.
         let late = self.whole_log.len() - self.log.len();
         let received = said("wire_bytes_received");
         let in_time = received >= came as u64 && (late > 0 || received == came as u64);
@@ -405,7 +410,7 @@ impl Run {
         }
     }
 
-    /// The kernel showed the same packets to another witness.
+    /// Checks that the capture, the other witness, got the same packets from the kernel.
     fn check_capture(&self, exact: &mut impl FnMut(String, u64, u64)) {
         let by_stream = |packets: &[Packet]| {
             let mut counts: BTreeMap<(Direction, Ssrc), u64> = BTreeMap::new();
@@ -436,8 +441,9 @@ impl Run {
         matching.map(|(_, value)| *value as u64).sum()
     }
 
-    /// LiveKit counts what it sends again; by our reports what was lost on the way down; and on the
-    /// way up what came late, which resends do.
+    /// Checks LiveKit's counters: packets that it retransmitted; packets lost on the way down,
+    /// which it knows from our reports; and packets that came late on the way up, which are the
+    /// retransmissions.
     fn check_livekit(&self, exact: &mut impl FnMut(String, u64, u64)) {
         let (audio, rtx) = (
             self.stream(Direction::Down, AUDIO),
@@ -479,7 +485,7 @@ impl Run {
         );
     }
 
-    /// The embedded SFU's page, in messages of NACK.
+    /// Checks the packet counters of the embedded SFU's page.
     fn check_embedded(&self, exact: &mut impl FnMut(String, u64, u64)) {
         let packets = |labels: &[&str]| self.metric("livekit_packet_total", labels);
         let (audio, video, rtx) = (
@@ -514,7 +520,7 @@ impl Run {
         );
     }
 
-    /// How late the host woke a thread that did nothing else.
+    /// Returns how late the host woke a thread that did nothing else, as the 99th percentile.
     fn floor_us(&self) -> f64 {
         self.report.0["engine"]["floor_tick_late_us"]["p99"]
             .as_f64()
@@ -583,7 +589,7 @@ impl Run {
         checks
     }
 
-    /// From the first sending of each check to its answer.
+    /// Returns the time from the latest sending of each STUN check to its answer.
     fn stun_round_trips(&self) -> Vec<Duration> {
         let mut asked = HashMap::new();
         let mut round_trips = Vec::new();
@@ -612,8 +618,8 @@ impl Run {
         round_trips
     }
 
-    /// From the publisher's kernel to the subscriber's: the same packet on both legs, told by its
-    /// place behind the last one, since nothing is lost.
+    /// Returns the time of each audio packet from the publisher's kernel to the subscriber's.
+    /// Nothing is lost, so the same packet is found on both legs by its distance from the last one.
     fn transits(&self) -> Vec<Duration> {
         let (up, down) = (
             self.stream(Direction::Up, AUDIO),
@@ -695,19 +701,19 @@ fn lossy(loss: Loss, delay: u64) -> Conditions {
     }
 }
 
-/// One participant's joining as the network saw it.
+/// One participant's join as the network saw it.
 struct Joining {
-    /// The first packet of its WebSocket.
+    /// Time of the first packet of its WebSocket's connection.
     opened: Duration,
-    /// The server's first words there: it speaks WebSocket now.
+    /// Time of the server's first bytes there, after which it speaks WebSocket.
     answered: Duration,
-    /// When the last of the server's DTLS came, and when its first media did.
+    /// Times at which the last flight of the server's DTLS and the first media arrived.
     keyed: Duration,
     first_media: Option<Duration>,
 }
 
-/// In the order of joining. One's WebSocket is what was opened last before one's first check: joins
-/// lie two seconds apart.
+/// Returns the joins in their order. A participant's WebSocket is the connection opened last before
+/// its first check, because joins are two seconds apart.
 fn joinings(log: &[Packet]) -> Vec<Joining> {
     let up = || {
         log.iter()
@@ -749,8 +755,8 @@ fn joinings(log: &[Packet]) -> Vec<Joining> {
     checking.iter().map(of).collect()
 }
 
-/// A step that is forgotten or counted twice is off by this or more: half of it is left to busy
-/// hosts.
+/// Delay of each way. A step that is forgotten or counted twice is off by at least this much. Half
+/// of it is allowed for busy hosts.
 const ONE_WAY: Duration = Duration::from_millis(100);
 
 #[test]
@@ -829,7 +835,8 @@ fn joins_take_as_long_as_the_network_says() {
     }
 }
 
-/// Each histogram of joining holds the participants' moments since they ought to have joined.
+/// Asserts that each histogram of joining holds the participants' times, counted from when they
+/// were intended to join.
 fn histograms_are_the_participants(report: &Report, lines: &[serde_json::Value]) {
     let moments = [
         ("signal_connect", "signal_connected_us"),
@@ -848,7 +855,7 @@ fn histograms_are_the_participants(report: &Report, lines: &[serde_json::Value])
                 report.micros("session", histogram, stat).expect("measured"),
                 *truth.expect("happened"),
             );
-            // Three significant digits.
+            // Histograms keep three significant digits.
             assert!(
                 said.abs_diff(truth) <= truth / 500 + 1,
                 "{histogram}.{stat} is {said} and ought to be {truth}"
@@ -857,7 +864,8 @@ fn histograms_are_the_participants(report: &Report, lines: &[serde_json::Value])
     }
 }
 
-/// Tries them one after the other over one network. `None` where there is no network, or no server.
+/// Tries the conditions one after the other over one network. Returns `None` if there is no network
+/// or no server.
 fn try_all(test: &str, trials: &[Trial]) -> Option<Vec<String>> {
     let _alone = alone();
     let network = Network::for_test(module_path!(), test, 11)?;

@@ -1,5 +1,5 @@
-//! What the kernel shows of a namespace's packets to a packet socket (AF_PACKET, as tcpdump has
-//! it): a witness beside the relay.
+//! Packets of a namespace as the kernel shows them to a packet socket (AF_PACKET, which tcpdump
+//! also uses): a witness beside the relay.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use rustix::net::{AddressFamily, RecvFlags, SocketType, eth, recv, socket, socko
 
 use crate::common::network::{Direction, Namespace, Packet, describe};
 
-/// More than a test's whole traffic.
+/// Socket buffer, larger than a test's whole traffic.
 const BUFFER_BYTES: usize = 32 * 1024 * 1024;
 
 pub struct Capture {
@@ -20,7 +20,7 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Everything that goes in and out of the namespace's devices from now on.
+    /// Captures everything that enters or leaves the namespace's devices from now on.
     pub fn start(namespace: &Namespace) -> Capture {
         let taken = namespace
             .run(|| socket(AddressFamily::PACKET, SocketType::DGRAM, Some(eth::ALL)))
@@ -41,7 +41,7 @@ impl Capture {
         }
     }
 
-    /// All that was seen, sent and received.
+    /// Ends the capture. Returns all packets that were seen, sent and received.
     pub fn finish(self) -> Vec<Packet> {
         self.ended.store(true, Ordering::Relaxed);
         self.thread.join().expect("the capture does not panic")

@@ -1,6 +1,5 @@
-//! What counts ought to be, computed from the log of a network between two kernels. Payloads are
-//! sealed there, so this knows what headers say: which packet of which stream, when, and what
-//! became of it.
+//! Expected counts, computed from the log of a network between two kernels. Payloads are encrypted
+//! there, so only headers are known: which packet of which stream, when, and what became of it.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -13,13 +12,13 @@ use crate::common::network::{Direction, Packet};
 pub struct Stream {
     pub ssrc: Ssrc,
     pub payload_type: u8,
-    /// By number over all wraps.
+    /// Sendings of each packet, by sequence number extended over all wraps.
     pub packets: BTreeMap<u64, Vec<Packet>>,
 }
 
 impl Stream {
-    /// Different packets, and those that were sent again under the same number. Copies that the
-    /// network made are neither.
+    /// Number of different packets. [`Stream::sent_again`] counts retransmissions under the same
+    /// sequence number. Copies that the network made count in neither.
     pub fn sent(&self) -> u64 {
         self.packets.len() as u64
     }
@@ -28,7 +27,7 @@ impl Stream {
         self.sendings().count() as u64 - self.sent()
     }
 
-    /// On the wire, the first sending of each packet.
+    /// Bytes on the wire of the first sending of each packet.
     pub fn wire_bytes(&self) -> u64 {
         self.packets
             .values()
@@ -51,7 +50,7 @@ impl Stream {
             .filter(|packet| !packet.duplicate)
     }
 
-    /// Different packets that came, by any sending.
+    /// Number of different packets that arrived, by any sending.
     pub fn came(&self) -> u64 {
         self.packets
             .values()
@@ -59,7 +58,8 @@ impl Stream {
             .count() as u64
     }
 
-    /// Different packets of which the first sending came, or its copy.
+    /// Number of different packets of which the first sending, or the network's copy of it,
+    /// arrived.
     pub fn came_at_first(&self) -> u64 {
         self.packets
             .values()
@@ -67,7 +67,7 @@ impl Stream {
             .count() as u64
     }
 
-    /// All that came, copies and repetitions too.
+    /// Number of all arrivals, copies and retransmissions included.
     pub fn arrivals(&self) -> u64 {
         self.packets
             .values()
@@ -76,12 +76,13 @@ impl Stream {
             .count() as u64
     }
 
-    /// From the first packet that came to the last, those of which no first sending did.
+    /// Number of packets, from the first that arrived to the last, of which the first sending did
+    /// not arrive.
     pub fn lost_at_first(&self) -> u64 {
         self.span() - self.came_at_first()
     }
 
-    /// How many numbers lie between the first packet that came and the last, with both.
+    /// Number of sequence numbers from the first packet that arrived to the last, both included.
     pub fn span(&self) -> u64 {
         let mut came = self
             .packets
@@ -92,8 +93,8 @@ impl Stream {
             .map_or(0, |first| came.next_back().unwrap_or(first) - first + 1)
     }
 
-    /// RFC 3550, section 6.4.1, by the times at which the other side got the first packet of each
-    /// timestamp; as it stood after each.
+    /// Returns the jitter of RFC 3550, section 6.4.1, after each timestamp. It goes by the times at
+    /// which the other side got the first packet of each.
     pub fn jitter(&self, clock_rate: f64) -> Vec<Duration> {
         let mut came: Vec<(Duration, u32)> = self
             .sendings()
@@ -126,7 +127,7 @@ fn has_come(sendings: &[Packet]) -> bool {
 }
 
 fn first_came(sendings: &[Packet]) -> bool {
-    // The first sending, and the copy that the network made of it.
+    // The first sending, and the copies that the network made of it.
     let copies = 1 + sendings[1..]
         .iter()
         .take_while(|packet| packet.duplicate)
@@ -134,7 +135,7 @@ fn first_came(sendings: &[Packet]) -> bool {
     has_come(&sendings[..copies])
 }
 
-/// The streams of one direction, in the order in which they began.
+/// Returns the streams of one direction, in the order in which they began.
 pub fn streams(log: &[Packet], direction: Direction) -> Vec<Stream> {
     let mut streams: Vec<(Stream, u64)> = Vec::new();
     for packet in log.iter().filter(|packet| packet.direction == direction) {
