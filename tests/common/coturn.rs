@@ -1,4 +1,4 @@
-//! A coturn of the test's own (Debian's `coturn`), on free ports.
+//! Starts a coturn of the test's own (Debian's `coturn`) on free ports.
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
@@ -21,7 +21,8 @@ pub struct Coturn {
 }
 
 impl Coturn {
-    /// At this address, with more options. `None` where there is no `turnserver`, not under `CI`.
+    /// Starts a relay at this address, with additional options. Without `turnserver` it returns
+    /// `None`, but panics under `CI`.
     pub fn start(address: Ipv4Addr, more: &[&str]) -> Option<Coturn> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -75,7 +76,7 @@ impl Coturn {
         self.url_for("turn-udp")
     }
 
-    /// As it is reached for this `--transport`.
+    /// URL of the relay for this `--transport`.
     pub fn url_for(&self, transport: &str) -> String {
         let (address, port, tls_port) = (self.address, self.port, self.tls_port);
         match transport {
@@ -85,7 +86,7 @@ impl Coturn {
         }
     }
 
-    /// Its certificate, signed by itself.
+    /// Path of the relay's self-signed certificate.
     pub fn certificate(&self) -> PathBuf {
         self.folder.join("cert.pem")
     }
@@ -98,7 +99,7 @@ impl Coturn {
         fs::read_to_string(self.folder.join("log")).unwrap_or_default()
     }
 
-    /// It answers a STUN binding request.
+    /// Waits until the relay answers a STUN binding request.
     fn wait_until_ready(&mut self) {
         let socket = UdpSocket::bind((self.address, 0)).expect("a free port");
         socket
@@ -132,7 +133,7 @@ impl Drop for Coturn {
     }
 }
 
-/// Free for UDP and for TCP.
+/// Returns a port that is free for UDP and for TCP.
 fn free_port(address: Ipv4Addr) -> u16 {
     (0..100)
         .find_map(|_| {
@@ -143,7 +144,7 @@ fn free_port(address: Ipv4Addr) -> u16 {
         .expect("a free port")
 }
 
-/// A certificate for this address and its key, in files.
+/// Writes a certificate for this address and its key to files, and returns their paths.
 pub fn certificate(folder: &Path, address: Ipv4Addr) -> (PathBuf, PathBuf) {
     let made = rcgen::generate_simple_self_signed([address.to_string()]).expect("a certificate");
     let (cert, key) = (folder.join("cert.pem"), folder.join("key.pem"));

@@ -1,4 +1,4 @@
-//! An allocator that counts what code under test allocates on its thread.
+//! An allocator that counts the allocations that code under test makes on its thread.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -8,14 +8,15 @@ use super::link::UNDER_TEST;
 thread_local! {
     #[allow(dead_code)]
     pub static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-    /// Bytes that are held of what was allocated under test, less what was freed under test; and the most there have been.
+    /// `HELD`: bytes allocated under test minus bytes freed under test. `HELD_MAX`: the highest
+    /// value of `HELD`.
     #[allow(dead_code)]
     pub static HELD: Cell<i64> = const { Cell::new(0) };
     #[allow(dead_code)]
     pub static HELD_MAX: Cell<i64> = const { Cell::new(0) };
 }
 
-/// For `#[global_allocator]`.
+/// The allocator, for `#[global_allocator]`.
 pub struct Counting;
 
 // SAFETY: every call goes to the system's allocator unchanged; the counters are plain thread-local

@@ -1,5 +1,5 @@
-//! A connection to a router that is driven by hand: any RTP packet, at any time, and a look at
-//! every packet that comes back.
+//! A connection to a router that the test drives by hand: it can send any RTP packet at any time,
+//! and look at every packet that comes back.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -22,7 +22,7 @@ pub const RID_ID: u8 = 3;
 pub const REPAIRED_RID_ID: u8 = 4;
 pub const TRANSPORT_CC_ID: u8 = 5;
 
-/// One RTP packet that came from the router.
+/// One RTP packet from the router.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Got {
     pub at: Time,
@@ -47,7 +47,7 @@ impl Got {
     }
 }
 
-/// RTCP that came from the router, as far as tests look at it.
+/// One RTCP packet from the router, as far as tests look at it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Said {
     Nack { media_ssrc: Ssrc, seqs: Vec<u16> },
@@ -76,11 +76,11 @@ pub struct Hands {
     pub epoch: Epoch,
     pub events: Vec<MediaEvent>,
     pub identity: Identity,
-    /// How many datagrams the sends of the last step held, each.
+    /// ICE credentials of each connection: the router's, then those of the test's end.
     pub credentials: Vec<[IceCredentials; 2]>,
 }
 
-/// A packet to send, its payload apart.
+/// A packet to send. Its payload is passed separately.
 #[derive(Clone, Debug)]
 pub struct Out<'a> {
     pub ssrc: Ssrc,
@@ -89,7 +89,7 @@ pub struct Out<'a> {
     pub rtp_time: u32,
     pub marker: bool,
     pub extensions: &'a [(u8, &'a [u8])],
-    /// Bytes of padding behind the payload.
+    /// Number of padding bytes after the payload.
     pub padding: u8,
 }
 
@@ -123,7 +123,7 @@ impl Hands {
         hands
     }
 
-    /// One more connection; it is up some steps later.
+    /// Adds one more connection. It is up some steps later.
     pub fn add(&mut self) {
         let index = self.hands.len();
         let address = format!("203.0.113.{}:{}", index + 1, 3_000 + index)
@@ -175,8 +175,8 @@ impl Hands {
         }
     }
 
-    /// A millisecond passes: connections are kept up, timers run, and what the router sent is
-    /// taken.
+    /// Advances time by one millisecond: keeps the connections up, runs timers, and takes what the
+    /// router has sent.
     pub fn step(&mut self) {
         self.now += Duration::from_millis(1);
         let now = self.now;
@@ -206,7 +206,7 @@ impl Hands {
         }
     }
 
-    /// Ends the batch, and hands out what the router has sent.
+    /// Ends the batch, and hands the datagrams that the router has sent to their connections.
     pub fn flush(&mut self) {
         self.router.end_batch(self.now, &mut self.outlet);
         for datagram in std::mem::take(&mut self.outlet.sent) {

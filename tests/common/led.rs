@@ -1,5 +1,5 @@
-//! A run over several hosts whose coordinator is a process, started wherever a test wants it; and
-//! what records account for, read and added up apart from the code under test.
+//! A run over several hosts whose coordinator is a process that a test can start in any place. Also
+//! reads the account of a record and adds accounts up, independently of the code under test.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
@@ -13,12 +13,12 @@ use base64::engine::general_purpose::STANDARD;
 use hdrhistogram::serialization::Deserializer;
 use serde_json::Value;
 
-/// What lets probers in.
+/// Token with which probers register.
 pub const TOKEN: &str = "sesame-sesame-sesame-sesame";
-/// Nothing here is planned to take half as long.
+/// Longest wait. No run here is planned to take half as long.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// A coordinator under way; dropping it ends it.
+/// A running coordinator; dropping it ends it.
 pub struct Coordinator {
     child: Child,
     said: Arc<Said>,
@@ -47,7 +47,7 @@ impl Said {
 }
 
 impl Coordinator {
-    /// The command is a shell's or the program's; the flags are added.
+    /// Starts a coordinator. `command` is a shell or the program; the flags are added to it.
     pub fn start(command: &mut Command, flags: &[&str]) -> Coordinator {
         command
             .args([
@@ -87,7 +87,8 @@ impl Coordinator {
         i32::try_from(self.child.id()).expect("a process's number")
     }
 
-    /// Where it listens, once it does: `http://127.0.0.1:8787`. `None` where it ends without: the run was over.
+    /// Returns the URL that it listens on, such as `http://127.0.0.1:8787`, once it does. Returns
+    /// `None` if it ends without listening, because its run was over.
     pub fn url(&mut self) -> Option<String> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -118,13 +119,13 @@ impl Coordinator {
         self.child.try_wait().expect("our own child").is_some()
     }
 
-    /// `kill -9`.
+    /// Kills the process with SIGKILL (`kill -9`).
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
-    /// Its exit code, and all that it said, once it ends by itself.
+    /// Waits until it ends by itself. Returns its exit code and all of its output.
     pub fn finish(mut self) -> (Option<i32>, String) {
         let deadline = Instant::now() + PATIENCE;
         while !self.has_ended() {
@@ -154,8 +155,8 @@ impl Drop for Coordinator {
     }
 }
 
-/// All that one record says, by section and name: counters, and histograms as what was expected and
-/// how often each value came. What is 0 is left out.
+/// All values of one record, by section and name: counters, and histograms as the expected count
+/// and the count of each value. Values of 0 are left out.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Account {
     pub counters: BTreeMap<String, u64>,
@@ -165,12 +166,12 @@ pub struct Account {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Values {
     pub expected: u64,
-    /// How often each came, in microseconds.
+    /// Count of each value. Values are in microseconds.
     pub counts: BTreeMap<u64, u64>,
 }
 
 impl Account {
-    /// Of a step of a report, or of a record as it travels: the names are the same.
+    /// Reads a step of a report, or a record in its wire format: both have the same names.
     pub fn read(sections: &Value) -> Account {
         let mut account = Account::default();
         for section in ["session", "audio", "video", "bandwidth", "engine"] {
@@ -204,7 +205,8 @@ impl Account {
         }
     }
 
-    /// What came was expected, too: a record as it travels says only what was announced.
+    /// Raises each expected count to the number of values that came, because a record in its wire
+    /// format has only the number that was announced.
     pub fn settle(&mut self) {
         for values in self.histograms.values_mut() {
             values.expected = values.expected.max(values.total());
@@ -215,7 +217,7 @@ impl Account {
         self.counters.get(name).copied().unwrap_or(0)
     }
 
-    /// Where two differ, a line each.
+    /// Returns one line for each difference between two accounts.
     pub fn differences(&self, other: &Account) -> Vec<String> {
         let counters = self.counters.keys().chain(other.counters.keys());
         let counters = counters
@@ -253,7 +255,8 @@ impl Values {
         self.counts.values().sum()
     }
 
-    /// What `share` of the expected values are at or below; `None` among those that never came.
+    /// Value that `share` of the expected values are at or below; `None` if that rank falls among
+    /// the values that never came.
     pub fn percentile(&self, share: f64) -> Option<u64> {
         let rank = (share * self.expected as f64).ceil().max(1.0) as u64;
         let mut below = 0;

@@ -1,5 +1,5 @@
-//! A seeded network in memory and in virtual time: loss, duplication, reordering and delay, and a
-//! log of what it did.
+//! A seeded network in memory and in virtual time, with loss, duplication, reordering and delay,
+//! and a log of what it did.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -9,7 +9,7 @@ use throng::engine::{Io, PeerKey};
 use throng::units::Time;
 
 thread_local! {
-    /// Whether the code under test is running: an allocation counter looks at this.
+    /// Whether the code under test is running. An allocation counter reads this.
     pub static UNDER_TEST: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
@@ -21,7 +21,7 @@ pub fn under_test<R>(on: bool, work: impl FnOnce() -> R) -> R {
     result
 }
 
-/// SplitMix64: small, and the same everywhere.
+/// The SplitMix64 generator: small, and the same on every platform.
 pub struct Random(pub u64);
 
 impl Random {
@@ -42,20 +42,21 @@ impl Random {
     }
 }
 
-/// What a link does to datagrams.
+/// Effects of a link on datagrams.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Conditions {
     pub loss: f64,
     pub duplication: f64,
     pub delay: Duration,
-    /// Added to each datagram's delay at random: more than the spacing of datagrams reorders them.
+    /// Random delay that is added to each datagram. A value above the spacing of datagrams reorders
+    /// them.
     pub jitter: Duration,
 }
 
-/// What finds a longer queue than this is lost.
+/// Longest queue of a bottleneck. A datagram that meets a longer one is lost.
 const QUEUE: Duration = Duration::from_millis(300);
 
-/// A datagram under way.
+/// A datagram on its way.
 #[derive(Clone, Debug)]
 pub struct Datagram {
     pub from: SocketAddr,
@@ -74,14 +75,15 @@ pub struct LinkLog {
 /// One link between all addresses, in both directions.
 pub struct Link {
     pub conditions: Conditions,
-    /// What passes to each address, in bits per second, with a queue of [`QUEUE`] before it; zero:
-    /// everything.
+    /// Bits per second that pass to each address, with a queue of [`QUEUE`] before the bottleneck.
+    /// Zero means no limit.
     pub rate: u64,
     pub log: LinkLog,
     random: Random,
     under_way: BTreeMap<(Time, u64), Datagram>,
     count: u64,
-    /// When the bottleneck before each address has passed what waits there.
+    /// Time at which the bottleneck before each address will have passed everything that waits
+    /// there.
     free_at: BTreeMap<SocketAddr, Time>,
 }
 
@@ -121,7 +123,7 @@ impl Link {
         self.under_way.insert((at, self.count), datagram);
     }
 
-    /// When it has passed; `None` where the queue is full.
+    /// Returns the time at which the datagram has passed; `None` if the queue is full.
     fn pass_bottleneck(&mut self, datagram: &Datagram, now: Time) -> Option<Time> {
         let Some(nanos) = (datagram.bytes.len() as u64 * 8_000_000_000).checked_div(self.rate)
         else {
@@ -136,7 +138,7 @@ impl Link {
         Some(*free_at)
     }
 
-    /// The next datagram that has arrived by `now`.
+    /// Returns the next datagram that has arrived by `now`.
     pub fn poll(&mut self, now: Time) -> Option<(Time, Datagram)> {
         let entry = self
             .under_way
@@ -147,7 +149,7 @@ impl Link {
         Some((at, datagram))
     }
 
-    /// Datagrams that have neither arrived nor been lost yet.
+    /// Number of datagrams that have neither arrived nor been lost yet.
     pub fn under_way(&self) -> u64 {
         self.under_way.len() as u64
     }
@@ -159,7 +161,8 @@ impl Link {
     }
 }
 
-/// A shard's outlet: collects what it sends, by the address of the key that sends it.
+/// A shard's outlet. It collects the datagrams that the shard sends. The key that sends one
+/// determines its source address.
 pub struct Outlet {
     pub addresses: Vec<SocketAddr>,
     pub sent: Vec<Datagram>,

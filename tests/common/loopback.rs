@@ -1,5 +1,5 @@
-//! One publisher and some subscribers of a router on its own thread, each with a socket of its own
-//! on loopback.
+//! A router on its own thread with one publisher and some subscribers, each with its own socket on
+//! loopback.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
@@ -21,11 +21,11 @@ use throng::transport::sequence::Seq;
 use throng::units::Epoch;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-/// What the engine's sockets ask for.
+/// Receive buffer of a socket, as the engine's sockets request it.
 const RECEIVE_BUFFER_BYTES: usize = 1 << 20;
-/// Connections that are made at a time.
+/// Number of connections that are set up at a time.
 const WAVE: u32 = 200;
-/// Far beyond what anything here takes: it ends a test that hangs.
+/// Time limit for a test that hangs, far beyond what anything here takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct End {
@@ -35,7 +35,7 @@ pub struct End {
 }
 
 impl End {
-    /// A connection of its own socket to the router.
+    /// Adds a connection to the router, on a socket of its own.
     fn add(worker: &RouterWorker, identity: &Identity, epoch: Epoch, index: u32) -> End {
         let socket = net::open_media_socket(LOOPBACK, RECEIVE_BUFFER_BYTES).unwrap();
         let (ours, theirs) = (IceCredentials::random(), IceCredentials::random());
@@ -66,8 +66,8 @@ impl End {
         }
     }
 
-    /// Takes what has come, and keeps the connection up. Media is opened and kept, or only counted:
-    /// how many packets.
+    /// Takes the received datagrams and keeps the connection up. With `keep`, media is opened and
+    /// kept, otherwise only counted. Returns the number of media packets.
     fn turn(
         &mut self,
         epoch: Epoch,
@@ -97,7 +97,7 @@ impl End {
         packets
     }
 
-    /// Whether it was media.
+    /// Takes one datagram. Returns whether it was media.
     fn take(&mut self, datagram: &mut [u8], router: SocketAddr, epoch: Epoch, keep: bool) -> bool {
         match classify(datagram) {
             Datagram::Rtp => {
@@ -124,7 +124,7 @@ impl End {
 
 pub struct Loopback {
     pub worker: RouterWorker,
-    /// The publisher first.
+    /// All ends, the publisher first.
     pub ends: Vec<End>,
     epoch: Epoch,
     batch: net::ReceiveBatch,
@@ -133,12 +133,12 @@ pub struct Loopback {
 }
 
 impl Loopback {
-    /// All connections up, one track published and subscribed to.
+    /// Sets up all connections, publishes one track, and subscribes every other end to it.
     pub fn connected(subscribers: u32, kind: Kind, send: SendMode) -> Loopback {
         Loopback::limited(subscribers, kind, send, None)
     }
 
-    /// The same, with an SFU that sends no more than so much.
+    /// The same, with a limit on what the SFU sends.
     pub fn limited(
         subscribers: u32,
         kind: Kind,
@@ -165,7 +165,8 @@ impl Loopback {
             template: HeaderTemplate::new(96, Ssrc(1)).unwrap(),
             next_index: 0,
         };
-        // All at once they would be so many that some repeat what was not lost.
+        // In waves, because with all at once set-up would be so slow that some ends would
+        // retransmit datagrams that were not lost.
         while loopback.ends.len() <= subscribers as usize {
             let first = loopback.ends.len() as u32;
             for index in first..=subscribers.min(first + WAVE) {
@@ -212,7 +213,7 @@ impl Loopback {
                 }),
             });
         }
-        // Requests are taken in turn: with the answer, all that was asked before is done.
+        // Requests are handled in order, so all earlier ones are done when the answer is here.
         assert_eq!(
             worker.statistics().unwrap().subscriptions,
             u64::from(subscribers)
@@ -232,8 +233,8 @@ impl Loopback {
         self.publish_burst(seq, u32::from(seq) * 960, &[payload]);
     }
 
-    /// Sends the packets of a frame to the router with one call. All are as long as the first, but
-    /// for the last, which may be shorter.
+    /// Sends the packets of a frame to the router with one call. All have the length of the first;
+    /// only the last may be shorter.
     pub fn publish_burst(&mut self, first_seq: u16, rtp_time: u32, payloads: &[&[u8]]) {
         let mut bytes = vec![0; 2_000 * payloads.len()];
         let (mut len, mut segment) = (0, 0);
@@ -263,7 +264,7 @@ impl Loopback {
         .unwrap();
     }
 
-    /// Takes what has come, and keeps the connections up.
+    /// Takes the received datagrams, and keeps the connections up.
     pub fn turn(&mut self) {
         let router = self.worker.address().udp;
         for end in &mut self.ends {
@@ -272,7 +273,8 @@ impl Loopback {
         std::thread::sleep(Duration::from_millis(1));
     }
 
-    /// Takes what has come to some of the ends without opening its media: how many packets.
+    /// Takes the datagrams that some of the ends have received, without opening media. Returns the
+    /// number of media packets.
     pub fn skim(&mut self, ends: std::ops::Range<usize>) -> u64 {
         let router = self.worker.address().udp;
         let skimmed = self.ends[ends]

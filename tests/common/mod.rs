@@ -1,6 +1,6 @@
-//! What the test binaries share. Each includes all of it once.
+//! Helpers that the test binaries share. Each binary includes all of it once.
 
-// No binary uses all of it, and the compiler looks at one binary at a time.
+// No binary uses all of it, and the compiler sees one binary at a time.
 #![allow(dead_code)]
 
 pub mod coturn;
@@ -23,15 +23,16 @@ pub mod server;
 pub mod switcher;
 pub mod tapped;
 
-/// What `cargo test` calls a test of a module: `--exact` wants it whole.
+/// Returns the full name that `cargo test` gives a test of a module, because `--exact` needs the
+/// full name.
 pub fn test_name(module: &str, test: &str) -> String {
     let (_binary, module) = module.split_once("::").expect("a module of a binary");
     format!("{module}::{test}")
 }
 
-/// Runs a test again in a process of its own and says here that it passed; `true` in that process,
-/// where the test does its work. For tests that look at their whole process, as tests beside them
-/// would change what they see.
+/// Runs a test again in its own process and asserts here that it passed. Returns `true` in that
+/// process, where the test does its work. For tests that look at their whole process: other tests
+/// in it would change what they see.
 pub fn in_a_process_of_its_own(module: &str, test: &str) -> bool {
     const CHILD: &str = "THRONG_TEST_OWN_PROCESS";
     let name = test_name(module, test);
@@ -53,7 +54,7 @@ pub fn in_a_process_of_its_own(module: &str, test: &str) -> bool {
     false
 }
 
-/// Each of these tests twice: against a real LiveKit server, and against the embedded SFU.
+/// Runs each of these tests twice: against a real LiveKit server, and against the embedded SFU.
 #[allow(unused_macros)]
 macro_rules! on_both_servers {
     ($($test:ident),+ $(,)?) => {

@@ -1,5 +1,5 @@
-//! A network namespace of the kernel with a loopback device and a TUN device in it: whatever is
-//! started there has no other network.
+//! A kernel network namespace with a loopback device and a TUN device. Programs started in it have
+//! no other network.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -14,8 +14,8 @@ use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space}
 
 pub const DEVICE: &str = "throng0";
 const PREFIX_LEN: u8 = 24;
-/// So long that the kernel drops nothing before the test has read it: 20 s of 500 packets each
-/// second.
+/// Length of the transmit queue, 20 s of 500 packets per second. The kernel then drops nothing
+/// before the test has read it.
 const TX_QUEUE_PACKETS: u32 = 10_000;
 
 pub struct Namespace {
@@ -23,7 +23,7 @@ pub struct Namespace {
     pub address: Ipv4Addr,
 }
 
-/// What the kernel counts at a device, from the namespace's side: it transmits what the test reads.
+/// The kernel's counters of a device, from the namespace's side: it transmits what the test reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceCounts {
     pub rx_packets: u64,
@@ -33,16 +33,17 @@ pub struct DeviceCounts {
 }
 
 impl Namespace {
-    /// A new one, and the test's end of its device: packets of IP, one a read or a write.
+    /// Makes a namespace. Returns it with the test's end of its device, where each read or write is
+    /// one IP packet.
     pub fn new(address: Ipv4Addr) -> io::Result<(Namespace, File)> {
-        // A thread's namespace ends with the thread unless something holds it: `handle` does.
+        // A thread's namespace ends with the thread unless something holds it. `handle` does.
         let made = std::thread::scope(|scope| scope.spawn(|| make(address)).join());
         let (handle, device) = made.expect("it does not panic")?;
         Ok((Namespace { handle, address }, device))
     }
 
-    /// Does `work` in a thread of this namespace: its sockets are made here, and so are those of
-    /// the programs that it starts.
+    /// Runs `work` on a thread in this namespace, so its sockets and those of the programs that it
+    /// starts belong to the namespace.
     pub fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         let entered = || {
             move_into_link_name_space(self.handle.as_fd(), Some(LinkNameSpaceType::Network))
@@ -55,7 +56,7 @@ impl Namespace {
         }
     }
 
-    /// Another handle on the same one.
+    /// Returns another handle to the same namespace.
     pub fn try_clone(&self) -> io::Result<Namespace> {
         Ok(Namespace {
             handle: self.handle.try_clone()?,
@@ -92,7 +93,7 @@ fn make(address: Ipv4Addr) -> io::Result<(File, File)> {
         .write(true)
         .open("/dev/net/tun")?;
     become_tun(&device)?;
-    // Without a protocol it is NETLINK_ROUTE, number 0.
+    // Without a protocol number the socket is NETLINK_ROUTE, which is number 0.
     let netlink = socket(AddressFamily::NETLINK, SocketType::RAW, None)?;
     for name in ["lo", DEVICE] {
         let index = name_to_index(&netlink, name)?;
@@ -106,16 +107,17 @@ fn make(address: Ipv4Addr) -> io::Result<(File, File)> {
 
 #[allow(unsafe_code)]
 fn unshare_network() -> io::Result<()> {
-    // SAFETY: only what shares file descriptors is unsafe about it, and NEWNET does not touch them.
+    // SAFETY: only flags that unshare file descriptors make this call unsafe, and NEWNET does not
+    // touch them.
     Ok(unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?)
 }
 
-/// TUNSETIFF: the open file is now the other end of a device of this thread's namespace.
+/// TUNSETIFF: turns the open file into the other end of a device in this thread's namespace.
 #[allow(unsafe_code)]
 fn become_tun(device: &File) -> io::Result<()> {
     const IFF_TUN: i16 = 0x0001;
     const IFF_NO_PI: i16 = 0x1000;
-    /// `struct ifreq`: a name, and here the flags of a union of 24 bytes.
+    /// `struct ifreq`: a name and a union of 24 bytes, which holds the flags here.
     #[repr(C)]
     struct Ifreq {
         name: [u8; 16],
@@ -129,8 +131,8 @@ fn become_tun(device: &File) -> io::Result<()> {
         rest: [0; 22],
     };
     request.name[..DEVICE.len()].copy_from_slice(DEVICE.as_bytes());
-    // SAFETY: TUNSETIFF reads and writes a `struct ifreq`, which `Ifreq` is, and keeps no pointer
-    // to it.
+    // SAFETY: TUNSETIFF reads and writes a `struct ifreq`, whose layout `Ifreq` has, and keeps no
+    // pointer to it.
     Ok(unsafe {
         rustix::ioctl::ioctl(
             device,
@@ -142,7 +144,7 @@ fn become_tun(device: &File) -> io::Result<()> {
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
 
-/// `ifinfomsg` with IFF_UP, and the length of the transmit queue.
+/// Returns an `ifinfomsg` with IFF_UP and the length of the transmit queue.
 fn up(index: u32) -> Vec<u8> {
     const IFF_UP: u32 = 1;
     const IFLA_TXQLEN: u16 = 13;
@@ -154,7 +156,7 @@ fn up(index: u32) -> Vec<u8> {
     message(RTM_NEWLINK, &body)
 }
 
-/// `ifaddrmsg`: the address, whose prefix becomes a route to the other namespace.
+/// Returns an `ifaddrmsg` with the address. Its prefix becomes a route to the other namespace.
 fn new_address(index: u32, address: Ipv4Addr) -> Vec<u8> {
     const AF_INET: u8 = 2;
     const IFA_ADDRESS: u16 = 1;
@@ -166,14 +168,14 @@ fn new_address(index: u32, address: Ipv4Addr) -> Vec<u8> {
     message(RTM_NEWADDR, &body)
 }
 
-/// All values here are of four bytes, so nothing needs padding.
+/// Appends an attribute. All values here have four bytes, so none needs padding.
 fn attribute(body: &mut Vec<u8>, kind: u16, value: &[u8; 4]) {
     body.extend(8u16.to_ne_bytes());
     body.extend(kind.to_ne_bytes());
     body.extend(value);
 }
 
-/// `nlmsghdr` and what belongs to it.
+/// Returns an `nlmsghdr` followed by the body.
 fn message(kind: u16, body: &[u8]) -> Vec<u8> {
     const REQUEST_ACK_CREATE: u16 = 0x1 | 0x4 | 0x400;
     let mut message = (16 + body.len() as u32).to_ne_bytes().to_vec();
@@ -193,7 +195,7 @@ fn ask(netlink: &OwnedFd, message: &[u8]) -> io::Result<()> {
     )?;
     let mut answer = [0; 1_024];
     let (_, len) = recv(netlink, &mut answer, RecvFlags::empty())?;
-    // NLMSG_ERROR with the negative error number, 0 for success, behind the header.
+    // NLMSG_ERROR has the negative error number after the header; 0 means success.
     let code = answer
         .get(16..20)
         .filter(|_| len >= 20)

@@ -1,14 +1,14 @@
-//! A bad network of real kernel sockets: network namespaces with a TUN device each, one with the
-//! server and one for each place that clients are at, and between them a relay that loses, delays,
-//! duplicates and reorders by a seed, and writes down what became of each packet. That log is the
-//! ground truth of the tests that use it: RTP's header is readable although its payload is sealed.
+//! A bad network of real kernel sockets. The server and each place with clients have a network
+//! namespace with a TUN device. A relay between them loses, delays, duplicates and reorders packets
+//! by a seed, and logs the fate of each packet. The log is the ground truth of the tests that use
+//! it: RTP headers are readable although their payload is encrypted.
 //!
-//! [`Network`] has one place; [`Places`] has several, each with a network of its own to the server
-//! and none to the others.
+//! [`Network`] has one place. [`Places`] has several, each with its own network to the server and
+//! none to the others.
 //!
 //! It needs the right to make network namespaces: root, or an ordinary user to whom the kernel
-//! gives user namespaces (the test then runs itself again in one). Where neither is to be had a
-//! test says so and passes, except under `CI`.
+//! gives user namespaces (the test then runs itself again in one). Without that right a test prints
+//! that it was skipped and passes, except under `CI`.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -26,7 +26,7 @@ use super::path::{Conditions, Fate as PathFate, Path};
 
 pub const CLIENTS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 pub const SERVER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
-/// Set for a test that was started again in a user namespace.
+/// Environment variable that is set for a test that was started again in a user namespace.
 const IN_USER_NAMESPACE: &str = "THRONG_TEST_IN_USER_NAMESPACE";
 const MTU: usize = 1_500;
 
@@ -37,26 +37,27 @@ pub enum Direction {
     Down,
 }
 
-/// What a packet was, by what is readable of it.
+/// Content of a packet, as far as it is readable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     Rtp(Rtp),
-    /// The type of the first packet and the sender's SSRC; the rest is sealed.
+    /// Type of the first packet and the sender's SSRC. The rest is encrypted.
     Rtcp {
         packet_type: u8,
         ssrc: Ssrc,
     },
-    /// Whether it answers one, and the transaction's number.
+    /// Whether it is a response, and its transaction id.
     Stun {
         answers: bool,
         transaction: [u8; 12],
     },
-    /// Whether it turns the peer's keys on: a ChangeCipherSpec is in it, and by then its Finished.
+    /// `keyed`: whether it holds a ChangeCipherSpec. The peer's Finished has then come too, so the
+    /// peer's keys are in use.
     Dtls {
         keyed: bool,
     },
     OtherUdp,
-    /// Signalling: whether it opens a connection, and how many bytes it brings.
+    /// Signalling: whether it opens a connection, and its number of data bytes.
     Tcp {
         syn: bool,
         payload: usize,
@@ -71,7 +72,7 @@ pub struct Rtp {
     pub payload_type: u8,
     pub marker: bool,
     pub rtp_time: u32,
-    /// RTP padding: what a server makes up to probe or to fill.
+    /// Whether it has RTP padding, which servers send to probe or to fill.
     pub padded: bool,
 }
 
@@ -85,19 +86,19 @@ pub enum Fate {
     Cut,
 }
 
-/// One copy of a packet. Times are since the network was made.
+/// One copy of a packet. Times count from when the network was made.
 #[derive(Clone, Copy, Debug)]
 pub struct Packet {
     pub at: Duration,
     pub fate: Fate,
-    /// The second copy of a packet that was duplicated.
+    /// Whether it is the second copy of a duplicated packet.
     pub duplicate: bool,
     pub direction: Direction,
-    /// Which place it came from or was for.
+    /// Index of the place that it came from or was for.
     pub place: usize,
     pub from: SocketAddrV4,
     pub to: SocketAddrV4,
-    /// The payload of UDP; of everything else the whole packet.
+    /// Length of the UDP payload, or of the whole packet for everything else.
     pub bytes: usize,
     pub content: Content,
 }
@@ -117,7 +118,7 @@ impl Packet {
         }
     }
 
-    /// How long it was under way, if it came.
+    /// Time that it was on its way, if it arrived.
     pub fn delay(&self) -> Option<Duration> {
         self.delivered_at().map(|at| at - self.at)
     }
@@ -131,7 +132,7 @@ impl Packet {
     }
 }
 
-/// All clients at one place.
+/// A server, and all clients at one place.
 pub struct Network {
     pub clients: Namespace,
     pub server: Namespace,
@@ -139,7 +140,7 @@ pub struct Network {
 }
 
 impl Network {
-    /// A perfect one, whose later chances are those of `seed`.
+    /// Makes a network without any faults. Random effects of later conditions come from `seed`.
     pub fn new(seed: u64) -> io::Result<Network> {
         let (server, mut places, wires) = Wires::lay(&[CLIENTS], seed)?;
         Ok(Network {
@@ -149,14 +150,15 @@ impl Network {
         })
     }
 
-    /// The network for the test of this name in the caller's module (`module_path!()`). `None`
-    /// where the test has been run in a user namespace instead and has passed there, or, not
-    /// under `CI`, where no network can be made.
+    /// Returns the network for the test of this name in the caller's module (`module_path!()`).
+    /// Returns `None` if the test has been run in a user namespace instead and has passed there, or
+    /// if no network can be made; under `CI` the latter panics.
     pub fn for_test(module: &str, name: &str, seed: u64) -> Option<Network> {
         for_test(module, name, || Network::new(seed))
     }
 
-    /// From now on. Signalling (TCP) is spared, unless [`Network::touch_tcp`] says otherwise.
+    /// Sets the conditions from now on. They do not affect signalling (TCP), unless
+    /// [`Network::touch_tcp`] says otherwise.
     pub fn set(&self, direction: Direction, conditions: Conditions) {
         self.wires.set(0, direction, conditions);
     }
@@ -165,37 +167,38 @@ impl Network {
         self.wires.set_both(0, conditions);
     }
 
-    /// Whether the conditions are for signalling, too.
+    /// Sets whether the conditions affect signalling, too.
     pub fn touch_tcp(&self, too: bool) {
         self.wires.touch_tcp(0, too);
     }
 
-    /// Since the network was made, as times in the log are.
+    /// Time since the network was made, as in the log.
     pub fn now(&self) -> Duration {
         self.wires.now()
     }
 
-    /// What happened so far, in the order in which packets came to the relay.
+    /// All packets so far, in the order in which they came to the relay.
     pub fn log(&self) -> Vec<Packet> {
         self.wires.log()
     }
 
-    /// Packets that have neither left nor been lost.
+    /// Number of packets that have neither left nor been lost.
     pub fn under_way(&self) -> usize {
         self.wires.under_way()
     }
 }
 
-/// A server, and clients at several places, each with a way of its own to it.
+/// A server, and clients at several places, each with its own path to it.
 pub struct Places {
-    /// By their index, which the methods of [`Wires`] take.
+    /// Namespaces of the places. Their indices are those that the methods of [`Wires`] take.
     pub places: Vec<Namespace>,
     pub server: Namespace,
     pub wires: Wires,
 }
 
 impl Places {
-    /// So many, all with perfect ways, whose later chances are those of `seed`.
+    /// Makes this many places, with paths without any faults. Random effects of later conditions
+    /// come from `seed`.
     pub fn new(count: usize, seed: u64) -> io::Result<Places> {
         let addresses: Vec<Ipv4Addr> = (0..count).map(place).collect();
         let (server, places, wires) = Wires::lay(&addresses, seed)?;
@@ -206,13 +209,13 @@ impl Places {
         })
     }
 
-    /// As [`Network::for_test`].
+    /// Like [`Network::for_test`].
     pub fn for_test(module: &str, name: &str, count: usize, seed: u64) -> Option<Places> {
         for_test(module, name, || Places::new(count, seed))
     }
 }
 
-/// The address of a place of [`Places`].
+/// Returns the address of a place of [`Places`].
 pub fn place(index: usize) -> Ipv4Addr {
     Ipv4Addr::new(
         10,
@@ -256,16 +259,18 @@ fn for_test<N>(module: &str, name: &str, make: impl FnOnce() -> io::Result<N>) -
     None
 }
 
-/// What lies between the places and the server.
+/// The relay between the places and the server.
 pub struct Wires {
     relay: Arc<Relay>,
     threads: Vec<JoinHandle<()>>,
-    /// The server's end, then those of the places, to wake the threads that read there.
+    /// The server's end, then those of the places. They are used to wake the threads that read
+    /// there.
     ends: Vec<Namespace>,
 }
 
 impl Wires {
-    /// The server's namespace, those of places with these addresses, and perfect ways between them.
+    /// Makes the server's namespace, one for each of these addresses, and paths without faults
+    /// between them.
     fn lay(addresses: &[Ipv4Addr], seed: u64) -> io::Result<(Namespace, Vec<Namespace>, Wires)> {
         let (server, from_server) = Namespace::new(SERVER)?;
         let (places, devices): (Vec<Namespace>, Vec<File>) = addresses
@@ -334,7 +339,8 @@ impl Wires {
         ))
     }
 
-    /// From now on. Signalling (TCP) is spared, unless [`Wires::touch_tcp`] says otherwise.
+    /// Sets the conditions from now on. They do not affect signalling (TCP), unless
+    /// [`Wires::touch_tcp`] says otherwise.
     pub fn set(&self, place: usize, direction: Direction, conditions: Conditions) {
         self.relay.lock().ways[place].directions[direction as usize]
             .path
@@ -347,7 +353,7 @@ impl Wires {
         }
     }
 
-    /// Whether the conditions are for signalling, too.
+    /// Sets whether the conditions affect signalling, too.
     pub fn touch_tcp(&self, place: usize, too: bool) {
         self.relay.lock().ways[place]
             .directions
@@ -355,17 +361,17 @@ impl Wires {
             .for_each(|way| way.tcp_too = too);
     }
 
-    /// Since the network was made, as times in the log are.
+    /// Time since the network was made, as in the log.
     pub fn now(&self) -> Duration {
         self.relay.began.elapsed()
     }
 
-    /// What happened so far, in the order in which packets came to the relay.
+    /// All packets so far, in the order in which they came to the relay.
     pub fn log(&self) -> Vec<Packet> {
         self.relay.lock().log.clone()
     }
 
-    /// Packets that have neither left nor been lost.
+    /// Number of packets that have neither left nor been lost.
     pub fn under_way(&self) -> usize {
         self.relay.lock().under_way.len()
     }
@@ -376,7 +382,7 @@ impl Drop for Wires {
         self.relay.lock().ended = true;
         self.relay.changed.notify_all();
         for end in &self.ends {
-            // Wakes the thread that reads there; the packet itself goes nowhere.
+            // This wakes the thread that reads there. The packet itself goes nowhere.
             let to = if end.address == SERVER {
                 CLIENTS
             } else {
@@ -406,9 +412,9 @@ struct Relay {
 }
 
 struct State {
-    /// By the places' indices.
+    /// Paths by the index of the place.
     ways: Vec<Way>,
-    /// By the time at which they leave, then in the order in which they came.
+    /// Packets by the time at which they leave, then in order of arrival.
     under_way: BTreeMap<(Duration, u64), UnderWay>,
     log: Vec<Packet>,
     count: u64,
@@ -418,15 +424,15 @@ struct State {
 struct UnderWay {
     place: usize,
     direction: Direction,
-    /// Where it stands in the log.
+    /// Index of the packet in the log.
     logged: usize,
     bytes: Vec<u8>,
 }
 
-/// Between a place and the server.
+/// The path between a place and the server.
 struct Way {
     address: Ipv4Addr,
-    /// By [`Direction`].
+    /// The two directions, indexed by [`Direction`].
     directions: [OneWay; 2],
 }
 
@@ -438,11 +444,11 @@ struct OneWay {
 
 impl Relay {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A thread that panicked while it held the lock is heard of when it is joined.
+        // If a thread panics while it holds the lock, joining it reports the panic.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `place` has the device; `None`: the server does.
+    /// Reads the device of `place`, or of the server for `None`, until the network ends.
     fn read_from(&self, mut device: File, place: Option<usize>) {
         let mut buffer = [0; MTU];
         loop {
@@ -455,7 +461,8 @@ impl Relay {
                 return;
             }
             state.take(&buffer[..len], place, now);
-            // What is due at once leaves from here, without another thread's waking.
+            // Packets that are due at once leave from here, so that no other thread must wake
+            // first.
             state.release(self.began);
             self.changed.notify_one();
         }
@@ -492,12 +499,12 @@ impl State {
         } else {
             Direction::Down
         };
-        // The kernel's own IPv6 chatter has nobody to talk to.
+        // The kernel's own IPv6 packets have no peer.
         let Some(mut packet) = describe(bytes, direction, now) else {
             return;
         };
-        // What a server says to no place, a group for instance, goes to the only one there is, or
-        // nowhere.
+        // A server's packet to no place, for instance to a multicast group, goes to the only place
+        // if there is just one. Otherwise it is dropped.
         let only = (self.ways.len() == 1).then_some(0);
         let Some(place) = place.or_else(|| self.place_of(*packet.to.ip())).or(only) else {
             return;
@@ -551,7 +558,7 @@ impl State {
     }
 }
 
-/// `None` for what is no IPv4.
+/// Describes a packet; `None` if it is not IPv4.
 pub fn describe(bytes: &[u8], direction: Direction, at: Duration) -> Option<Packet> {
     const TCP: u8 = 6;
     const UDP: u8 = 17;
@@ -583,7 +590,7 @@ pub fn describe(bytes: &[u8], direction: Direction, at: Duration) -> Option<Pack
     })
 }
 
-/// RFC 9293, section 3.1: the flags, and where the data begins.
+/// Reads the flags and the data offset of a segment: RFC 9293, section 3.1.
 fn describe_tcp(segment: &[u8]) -> Content {
     let (Some(offset), Some(flags)) = (segment.get(12), segment.get(13)) else {
         return Content::Other;
@@ -594,7 +601,8 @@ fn describe_tcp(segment: &[u8]) -> Content {
     }
 }
 
-/// RFC 6347, section 4.1: records of 13 bytes and what they hold, one after the other.
+/// Whether the records of a datagram include a ChangeCipherSpec. RFC 6347, section 4.1: each record
+/// is a header of 13 bytes and its content.
 fn changes_cipher(mut records: &[u8]) -> bool {
     const CHANGE_CIPHER_SPEC: u8 = 20;
     while let [content_type, head @ ..] = records {
@@ -610,7 +618,7 @@ fn changes_cipher(mut records: &[u8]) -> bool {
     false
 }
 
-/// RFC 7983 by the first byte, RFC 5761 between RTP and RTCP.
+/// Tells protocols apart by the first byte (RFC 7983), and RTP from RTCP by RFC 5761.
 fn describe_udp(payload: &[u8]) -> Content {
     let word = |at: usize| {
         u32::from_be_bytes([
@@ -622,7 +630,7 @@ fn describe_udp(payload: &[u8]) -> Content {
     };
     match payload {
         [class @ 0..=3, ..] if payload.len() >= 20 => Content::Stun {
-            // RFC 8489, section 5: the upper bit of the class is in every response.
+            // RFC 8489, section 5: the upper bit of the class is set in every response.
             answers: class & 1 != 0,
             transaction: payload[8..20].try_into().expect("12 bytes"),
         },

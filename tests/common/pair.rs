@@ -1,5 +1,5 @@
-//! Two shards, one peer connection between them, over a seeded link in virtual time: a publisher on
-//! one side, its subscriber on the other.
+//! Two shards with one peer connection between them, over a seeded link in virtual time. One side
+//! is the publisher, the other its subscriber.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -32,7 +32,7 @@ pub const MID_EXTENSION: u8 = 2;
 pub const RID_EXTENSION: u8 = 3;
 pub const REPAIRED_RID_EXTENSION: u8 = 4;
 pub const RIDS: [&str; 3] = ["q", "h", "f"];
-/// The tag in every frame's identity.
+/// Run tag in every frame's identity.
 pub const RUN: u32 = 77;
 const TICK: Duration = Duration::from_millis(1);
 
@@ -58,7 +58,7 @@ pub fn video() -> MediaSource {
     MediaSource::Video(Arc::new(VideoClip::generate(&spec, 2).unwrap()))
 }
 
-/// Three layers, as small as they can be made, and made once.
+/// Returns three layers, as small as possible. They are generated only once.
 pub fn layers() -> [MediaSource; 3] {
     static LAYERS: OnceLock<[Arc<VideoClip>; 3]> = OnceLock::new();
     let layer = |width, height, fps, bps| {
@@ -81,12 +81,12 @@ pub fn layers() -> [MediaSource; 3] {
     layers.clone().map(MediaSource::Video)
 }
 
-/// Its RTX stream has the next one.
+/// SSRC of a layer. Its RTX stream has the next one.
 pub const fn layer_ssrc(layer: u8) -> Ssrc {
     Ssrc(VIDEO_SSRC + 2 * layer as u32)
 }
 
-/// What one RTP datagram on the link was: SSRC and sequence number are in the clear.
+/// Returns the SSRC and sequence number of an RTP datagram on the link. They are not encrypted.
 pub fn ssrc_and_seq(bytes: &[u8]) -> Option<(u32, u16)> {
     let is_rtp = classify(bytes) == Class::Rtp && bytes.len() >= 12;
     is_rtp.then(|| {
@@ -102,36 +102,38 @@ pub struct Pair {
     pub outlets: [Outlet; 2],
     pub link: Link,
     pub now: Time,
-    /// Of end 0.
+    /// The clock of end 0.
     pub epoch: Epoch,
     pub roster: Arc<Roster>,
-    /// STUN and DTLS datagrams so far, and ticks in which ICE looked at its clock.
+    /// Number of STUN and DTLS datagrams sent so far.
     pub ice_datagrams: u64,
     addresses: [SocketAddr; 2],
     connected: [bool; 2],
-    /// What end 0's packets are to carry, for end 1's feedback; set before anything is published.
+    /// Id of the transport-wide sequence number extension in end 0's packets, for end 1's feedback.
+    /// Set it before anything is published.
     pub transport_cc_extension: Option<u8>,
-    /// End 1 asks for what it misses.
+    /// Whether end 1 requests missing packets by NACK.
     pub nacks: bool,
-    /// Hears every RTP datagram that is sent, and every one that arrives.
+    /// Called for every RTP datagram that is sent. `on_arrived` is called for every one that
+    /// arrives.
     pub on_sent: Box<dyn FnMut(&Datagram)>,
     pub on_arrived: Box<dyn FnMut(&Datagram)>,
 }
 
 impl Pair {
-    /// Two connected peers. The link is perfect until [`Pair::set_conditions`].
+    /// Returns two connected peers. The link is perfect until [`Pair::set_conditions`].
     pub fn connected(seed: u64) -> Pair {
         Pair::connected_where(seed, false)
     }
 
-    /// The same, where end 0 obeys its bandwidth.
+    /// The same; `obeys_bandwidth` says whether end 0 obeys its bandwidth estimate.
     pub fn connected_where(seed: u64, obeys_bandwidth: bool) -> Pair {
         let roster = Arc::new(Roster::new(RUN, [0, 0].into_iter()));
         let end = (roster, Epoch::read());
         Pair::between(seed, obeys_bandwidth, [end.clone(), end])
     }
 
-    /// The same, where each end has a list and a clock of its own: on two hosts.
+    /// The same, where each end has a roster and a clock of its own, as on two hosts.
     pub fn between(seed: u64, obeys_bandwidth: bool, ends: [(Arc<Roster>, Epoch); 2]) -> Pair {
         let addresses: [SocketAddr; 2] = [
             "192.0.2.1:1000".parse().unwrap(),
@@ -195,7 +197,7 @@ impl Pair {
         self.link.conditions = conditions;
     }
 
-    /// What end 1 receives goes to `tap` as well.
+    /// Copies what end 1 receives to `tap`.
     pub fn record(&mut self, tap: Box<Tap>) {
         self.shards[1].handle_command(
             ShardCommand::Record {
@@ -207,7 +209,7 @@ impl Pair {
         );
     }
 
-    /// End 0 publishes these to end 1, from the next tick on.
+    /// Publishes these sources from end 0 to end 1, from the next tick on.
     pub fn publish(&mut self, sources: &[MediaSource], pacing: Pacing) {
         let tracks = sources
             .iter()
@@ -216,8 +218,8 @@ impl Pair {
         self.publish_tracks(tracks);
     }
 
-    /// End 0 publishes these layers of one video track, the lowest first. End 1 gets each as a
-    /// stream of its own.
+    /// Publishes these layers of one video track from end 0, the lowest first. End 1 gets each as
+    /// its own stream.
     pub fn publish_layers(&mut self, layers: &[MediaSource], pacing: Pacing) {
         let simulcast = |layer: usize| SimulcastLayer {
             mid: "1".into(),
@@ -275,7 +277,7 @@ impl Pair {
         );
     }
 
-    /// A track that begins with the next tick.
+    /// Returns the parameters of a track that begins with the next tick.
     pub fn track(&self, source: &MediaSource, layer: u8, pacing: Pacing) -> SendParameters {
         let (ssrc, rtx_ssrc) = match source.kind() {
             Kind::Audio => (Ssrc(AUDIO_SSRC), None),
@@ -308,7 +310,7 @@ impl Pair {
         }
     }
 
-    /// A command for the publishing end.
+    /// Gives the publishing end a command.
     pub fn command(&mut self, command: ShardCommand) {
         self.shards[0].handle_command(command, self.now, &mut self.outlets[0]);
     }
@@ -320,7 +322,8 @@ impl Pair {
         }
     }
 
-    /// Stops the media, lets what is under way arrive, and hands out both ends' accounts.
+    /// Stops the media, waits until what is on its way has arrived, and returns the records of both
+    /// ends.
     pub fn finish(mut self) -> [Record; 2] {
         self.shards[0].handle_command(ShardCommand::StopPublishing, self.now, &mut self.outlets[0]);
         self.run_for(Duration::from_millis(2_500));
@@ -330,7 +333,7 @@ impl Pair {
         })
     }
 
-    /// One millisecond, as a worker lives it.
+    /// Advances time by one millisecond, with the steps of a worker's tick.
     pub fn tick(&mut self) {
         self.now += TICK;
         while let Some((at, mut datagram)) = self.link.poll(self.now) {

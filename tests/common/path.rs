@@ -1,9 +1,9 @@
-//! What one direction of a bad network does to packets, as plain arithmetic: sizes and times go in,
-//! fates come out. A seed repeats it.
+//! Effects of one direction of a bad network on packets, as plain arithmetic: sizes and times go
+//! in, fates come out. The same seed gives the same fates.
 
 use std::time::Duration;
 
-/// SplitMix64: small, and the same everywhere.
+/// The SplitMix64 generator: small, and the same on every platform.
 pub struct Chance(u64);
 
 impl Chance {
@@ -32,10 +32,10 @@ impl Chance {
 pub enum Loss {
     #[default]
     None,
-    /// Each packet by itself.
+    /// Loses each packet with this probability, independently of the others.
     Random(f64),
-    /// Gilbert and Elliott's two states, where the bad one loses everything: `share` of all
-    /// packets, in bursts of `mean` packets on average.
+    /// Gilbert-Elliott model whose bad state loses everything. It loses `share` of all packets, in
+    /// bursts of `mean` packets on average.
     Bursts { share: f64, mean: f64 },
 }
 
@@ -43,9 +43,9 @@ pub enum Loss {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rate {
     pub bits_per_second: u64,
-    /// What may pass at once after a silence.
+    /// Number of bytes that may pass at once after a silence.
     pub burst_bytes: usize,
-    /// What finds more than this waiting is dropped.
+    /// Limit of the queue. A packet that would exceed it is dropped.
     pub queue_bytes: usize,
 }
 
@@ -55,23 +55,24 @@ impl Rate {
     }
 }
 
-/// What happens to the packets of one direction, in this order. The default is a perfect network.
+/// Effects on the packets of one direction, applied in this order. The default is a perfect
+/// network.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Conditions {
-    /// Nothing passes.
+    /// If set, nothing passes.
     pub cut: bool,
     pub loss: Loss,
     pub rate: Option<Rate>,
     pub delay: Duration,
-    /// Added to each packet's delay, evenly distributed from nothing to this.
+    /// Longest random delay that is added to each packet, evenly distributed from zero.
     pub jitter: Duration,
     /// Whether jitter may let packets overtake one another.
     pub reorder: bool,
-    /// This share comes twice, the copy with a jitter of its own.
+    /// Share of packets that come twice. The copy has a jitter of its own.
     pub duplication: f64,
 }
 
-/// What becomes of one copy of a packet.
+/// Fate of one copy of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
     /// It leaves at this time.
@@ -82,13 +83,13 @@ pub enum Fate {
     Cut,
 }
 
-/// One direction.
+/// One direction of a network.
 pub struct Path {
     pub conditions: Conditions,
     chance: Chance,
     in_burst: bool,
-    /// When the bottleneck will have sent all that it was given: the theoretical arrival time of
-    /// GCRA.
+    /// Time at which the bottleneck will have sent everything that it was given: the theoretical
+    /// arrival time of GCRA.
     idle_from: Duration,
     last_leaves: Duration,
 }
@@ -104,7 +105,7 @@ impl Path {
         }
     }
 
-    /// What becomes of a packet that comes now, and of its duplicate if it has one.
+    /// Returns the fate of a packet that comes now, and that of its duplicate if it has one.
     pub fn take(&mut self, bytes: usize, now: Duration) -> (Fate, Option<Fate>) {
         if self.conditions.cut {
             return (Fate::Cut, None);
@@ -126,8 +127,8 @@ impl Path {
             Loss::None => false,
             Loss::Random(share) => self.chance.happens(share),
             Loss::Bursts { share, mean } => {
-                // Bursts end with 1 in `mean` packets; they begin so often that `share` of the time
-                // is spent in them.
+                // A burst ends at each packet with probability 1 / `mean`. Bursts begin so often
+                // that `share` of all packets fall in them.
                 let change = if self.in_burst {
                     1.0 / mean
                 } else {
@@ -139,7 +140,7 @@ impl Path {
         }
     }
 
-    /// When a packet has passed it; `None` where the queue is full.
+    /// Returns the time at which a packet has passed the bottleneck; `None` if the queue is full.
     fn through_the_bottleneck(&mut self, bytes: usize, now: Duration) -> Option<Duration> {
         let Some(rate) = self.conditions.rate else {
             return Some(now);

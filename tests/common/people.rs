@@ -1,5 +1,5 @@
-//! Participants in a room of a real server, each of whom can be asked to do things while it is in:
-//! a run without a plan.
+//! Participants in a room of a real server, without a plan. Each can be asked to do things while it
+//! is in the room.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -20,12 +20,13 @@ use tokio::sync::{mpsc, watch};
 use super::pair::{audio, layers};
 use super::server::Server;
 
-/// Whoever is not where he ought to be by then never will be.
+/// Longest wait for any state. A state that is not reached by then never will be.
 const PATIENCE: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(20);
 const RUN: u32 = 0x1A7E_2500;
 
-/// The first one publishes audio and three layers of video, and sees nobody.
+/// Participants of one room. The first publishes audio and three layers of video, and subscribes to
+/// nothing.
 pub struct People {
     pub roster: Arc<Roster>,
     requests: Vec<mpsc::UnboundedSender<Request>>,
@@ -35,12 +36,13 @@ pub struct People {
     leave: watch::Sender<bool>,
     worker: JoinHandle<std::io::Result<()>>,
     record: Record,
-    // Last: everything above may still speak to it.
+    // Last, because everything above may still use it while it is dropped.
     _runtime: tokio::runtime::Runtime,
 }
 
 impl People {
-    /// A publisher and so many subscribers, once all of them are in.
+    /// Joins a publisher and this many subscribers. Returns once all of them are in and receive the
+    /// video.
     pub fn join(server: &Server, subscribers: u32, single_connection: bool) -> People {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -140,7 +142,7 @@ impl People {
         self.requests[index].send(request).unwrap();
     }
 
-    /// What has been counted so far.
+    /// Returns what has been counted so far.
     pub fn record(&mut self) -> &Record {
         self.commands.send(ShardCommand::Report).unwrap();
         std::thread::sleep(POLL);
@@ -160,7 +162,7 @@ impl People {
         &self.record
     }
 
-    /// Waits for what must come; how long it takes decides nothing.
+    /// Waits until the record fulfils a condition. The time that it takes decides nothing.
     pub fn wait_until(&mut self, what: &str, done: impl Fn(&Record) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !done(self.record()) {
@@ -168,7 +170,7 @@ impl People {
         }
     }
 
-    /// Frames that the publisher has sent, by layer.
+    /// Number of frames that the publisher has sent, by layer.
     pub fn frames(&self) -> [u32; 3] {
         let origin = Origin {
             publisher: 0,
@@ -177,7 +179,7 @@ impl People {
         [0, 1, 2].map(|layer| self.roster.frames(origin, layer))
     }
 
-    /// Waits for what the publisher is to do.
+    /// Waits until the publisher's frame counts fulfil a condition.
     pub fn wait_for_frames(&mut self, what: &str, done: impl Fn([u32; 3]) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !done(self.frames()) {
@@ -190,7 +192,8 @@ impl People {
         }
     }
 
-    /// Stops the media, lets what is under way arrive, and hands out the account.
+    /// Stops the media, waits until what is on its way has arrived, and returns the record and the
+    /// outcomes.
     pub fn finish(mut self) -> (Record, Vec<PeerOutcome>) {
         self.commands.send(ShardCommand::StopPublishing).unwrap();
         std::thread::sleep(Duration::from_millis(1_000));

@@ -1,4 +1,4 @@
-//! The real `throng`, run as users run it, with all that it says captured and searched for secrets.
+//! Runs the real `throng` as users run it. All of its output is captured and searched for secrets.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -15,17 +15,19 @@ use serde_json::Value;
 
 use super::server::Server;
 
-/// No run here is planned to take half as long: what does hangs.
+/// Longest wait for a run. No run here is planned to take half as long, so one that takes longer
+/// hangs.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
-/// How many runs may go on beside each other where nothing is asked of them that a neighbour would
-/// change.
+/// Number of runs that may go on at the same time, if none of them is tested for something that
+/// another would change.
 const PLACES: usize = 2;
 
-/// Who takes a turn: so many places are taken, and so many tests wait for all of them.
+/// State of the turns: the number of places that are taken, and the number of tests that wait for
+/// all places.
 static TURNS: (Mutex<(usize, usize)>, Condvar) = (Mutex::new((0, 0)), Condvar::new());
 
-/// Held for as long as a test's run goes on.
+/// Held while a test's run goes on.
 pub struct Turn {
     places: usize,
 }
@@ -36,7 +38,8 @@ impl Turn {
         let all = usize::from(places == PLACES);
         let mut state = turns.lock().unwrap_or_else(PoisonError::into_inner);
         state.1 += all;
-        // Who needs all places would wait for ever if others went in one after the other.
+        // Otherwise a test that needs all places could wait for ever while others enter one after
+        // the other.
         while state.0 + places > PLACES || (all == 0 && state.1 > 0) {
             state = changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -54,25 +57,26 @@ impl Drop for Turn {
     }
 }
 
-/// Runs that move media take turns: two of them on a small host would measure each other.
+/// Waits until no other run goes on. Runs that move media take turns, because two of them on a
+/// small host would measure each other.
 pub fn alone() -> Turn {
     Turn::wait(PLACES)
 }
 
-/// A turn beside one other run: for tests of which nothing is asked that a neighbour would change.
-/// Most of their time is waiting.
+/// Waits for a turn beside one other run. For tests of nothing that another run would change; most
+/// of their time is waiting.
 pub fn beside_one_other() -> Turn {
     Turn::wait(1)
 }
 
-/// `throng` without a target, whatever the environment of the tests has.
+/// Returns `throng` without a target, regardless of the tests' environment.
 pub fn throng() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
     clean(&mut command);
     command
 }
 
-/// A shell that knows the program as `$THRONG`.
+/// Returns a shell that knows the program as `$THRONG`.
 pub fn shell(script: &str) -> Command {
     let mut command = Command::new("sh");
     command
@@ -95,8 +99,8 @@ fn clean(command: &mut Command) {
     }
 }
 
-/// Adds the server as the target, by environment: what is on a command line, others on the host
-/// see.
+/// Adds the server as the target, through the environment, because others on the host can see a
+/// command line.
 pub fn against<'a>(server: &Server, command: &'a mut Command) -> &'a mut Command {
     command
         .env("LIVEKIT_URL", &server.url)
@@ -104,7 +108,7 @@ pub fn against<'a>(server: &Server, command: &'a mut Command) -> &'a mut Command
         .env("LIVEKIT_API_SECRET", &server.secret)
 }
 
-/// A program under way; dropping it ends it.
+/// A running program; dropping it ends it.
 pub struct Running {
     child: Child,
     started: Instant,
@@ -113,7 +117,7 @@ pub struct Running {
     secret: String,
 }
 
-/// What became of it.
+/// Result of a program that has ended.
 #[derive(Debug)]
 pub struct Finished {
     pub code: Option<i32>,
@@ -123,7 +127,7 @@ pub struct Finished {
 }
 
 impl Running {
-    /// Starts `command`; `secret` must not be found in what it writes.
+    /// Starts `command`. `secret` must not occur in its output.
     pub fn start(command: &mut Command, secret: &str) -> Running {
         command
             .stdin(Stdio::null())
@@ -140,7 +144,7 @@ impl Running {
     }
 
     pub fn signal(&self, signal: Signal) {
-        // One that has ended already is what the caller waits for.
+        // A failure means that it has ended already, which is what the caller waits for.
         let _ = kill_process(Pid::from_child(&self.child), signal);
     }
 
@@ -157,7 +161,7 @@ impl Running {
         self.finish_within(PATIENCE)
     }
 
-    /// The same of one that takes its time.
+    /// The same with a longer time limit.
     pub fn finish_within(mut self, patience: Duration) -> Finished {
         let deadline = Instant::now() + patience;
         while !self.has_ended() {
@@ -198,7 +202,7 @@ impl Drop for Running {
     }
 }
 
-/// Runs `command` to its end.
+/// Runs `command` until it ends.
 pub fn run(command: &mut Command, secret: &str) -> Finished {
     Running::start(command, secret).finish()
 }
@@ -211,8 +215,8 @@ fn read_all(mut from: impl Read + Send + 'static) -> JoinHandle<String> {
     })
 }
 
-/// Neither the API secret nor anything like a token: base64url of `{"..`, and a dot. Histograms are
-/// base64 too, but without dots.
+/// Asserts that the text has neither the API secret nor anything like a token: base64url of `{"..`,
+/// and a dot. Histograms are base64 too, but have no dots.
 pub fn assert_no_secret(text: &str, secret: &str) {
     assert!(!text.contains(secret), "the API secret is in: {text}");
     for (at, _) in text.match_indices("eyJ") {
@@ -280,24 +284,24 @@ impl Report {
         self.0["result"].as_str().expect("a result")
     }
 
-    /// All reasons, one a line.
+    /// Returns all reasons, one a line.
     pub fn reasons(&self) -> String {
         lines(&self.0["reasons"])
     }
 
-    /// All notes, one a line.
+    /// Returns all notes, one a line.
     pub fn notes(&self) -> String {
         lines(&self.0["notes"])
     }
 
-    /// A counter of the totals: `session`, `audio` or `video`, and its name.
+    /// Returns a counter of the totals. `scope` is `session`, `audio` or `video`.
     pub fn counter(&self, scope: &str, name: &str) -> u64 {
         self.0["totals"][scope][name]
             .as_u64()
             .unwrap_or_else(|| panic!("no counter {scope}.{name}"))
     }
 
-    /// A figure of a histogram of the totals, in microseconds; `None` where it is null.
+    /// Returns a value of a histogram of the totals, in microseconds; `None` if it is null.
     pub fn micros(&self, scope: &str, histogram: &str, stat: &str) -> Option<u64> {
         self.0["totals"][scope][histogram][stat].as_u64()
     }
@@ -312,8 +316,8 @@ fn lines(list: &Value) -> String {
     texts.collect::<Vec<_>>().join("\n")
 }
 
-/// Starts `throng sfu` with these arguments, and waits until it serves: the process, its standard
-/// output, and what it has said there.
+/// Starts `throng sfu` with these arguments, and waits until it serves. Returns the process, its
+/// standard output, and what was read from it.
 pub fn serving(command: &mut Command) -> (Child, BufReader<ChildStdout>, String) {
     let mut child = command
         .stdout(Stdio::piped())

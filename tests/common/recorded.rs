@@ -1,4 +1,4 @@
-//! Reads recordings back: by the formats' own layout, and by ffmpeg.
+//! Reads recordings back: by the layout of their formats, and with ffmpeg.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ impl Picture {
     }
 }
 
-/// The header's frame count, and the frames.
+/// Returns the frame count of the header, and the frames.
 pub fn read_ivf(path: &Path) -> (usize, Vec<Picture>) {
     let file = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let (header, mut rest) = file.split_at(32);
@@ -49,14 +49,14 @@ pub fn read_ivf(path: &Path) -> (usize, Vec<Picture>) {
     (number(&header[24..28]) as usize, pictures)
 }
 
-/// One Opus packet of an Ogg file that holds sound, and where it starts.
+/// One Opus packet with sound of an Ogg file, with its start in samples.
 pub struct Sound {
     pub position: u64,
     pub identity: Option<FrameIdentity>,
 }
 
-/// The packets with sound, and how long the stream is: in samples, by what its packets hold and by
-/// its last granule position.
+/// Returns the packets with sound, and the length of the stream in samples: by the contents of its
+/// packets, and by its last granule position.
 pub fn read_opus(path: &Path) -> (Vec<Sound>, u64, u64) {
     let mut reader = PacketReader::new(
         File::open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())),
@@ -97,7 +97,7 @@ pub fn read_opus(path: &Path) -> (Vec<Sound>, u64, u64) {
     (sounds, position, granule)
 }
 
-/// The only file in `dir` whose name ends so.
+/// Returns the only file in `dir` whose name has this ending.
 pub fn only_file(dir: &Path, ending: &str) -> PathBuf {
     let files = fs::read_dir(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
     let paths = files.map(|file| file.unwrap().path());
@@ -108,7 +108,7 @@ pub fn only_file(dir: &Path, ending: &str) -> PathBuf {
     found.remove(0)
 }
 
-/// Whether recordings can be played; says so if not.
+/// Whether ffmpeg is there to play recordings. Prints a line if not, and panics under `CI`.
 pub fn has_ffmpeg() -> bool {
     let version = Command::new("ffmpeg")
         .arg("-version")
@@ -125,8 +125,8 @@ pub fn has_ffmpeg() -> bool {
     version.is_ok()
 }
 
-/// Plays a file with ffmpeg's own decoder and with the codec's, neither of which may say a word:
-/// bytes that come out, for each.
+/// Plays a file with ffmpeg's own decoder and with the codec's, neither of which may print
+/// anything. Returns the number of decoded bytes of each.
 pub fn play(path: &Path) -> [usize; 2] {
     let (kind, decoders, output): (_, _, &[&str]) =
         match path.extension().and_then(|extension| extension.to_str()) {

@@ -50,7 +50,7 @@ pub fn level_extension(kind: Kind) -> ExtensionIds {
         .collect()
 }
 
-/// A router's outlet: collects what it sends.
+/// A router's outlet. It collects the datagrams that the router sends.
 pub struct RouterOutlet {
     pub sent: Vec<Datagram>,
     buffer: Vec<u8>,
@@ -83,25 +83,25 @@ impl Outgoing for RouterOutlet {
     }
 }
 
-/// What carries datagrams between the clients and the router.
+/// A carrier of datagrams between the clients and the router.
 pub trait Wire {
-    /// A client's connection is about to be made.
+    /// Tells the wire that a client's connection is about to be made.
     fn add(&mut self, _end: &WireEnd<'_>, _now: Time) {}
 
     fn send(&mut self, datagram: Datagram, now: Time);
 
-    /// The next datagram that has arrived by `now`.
+    /// Returns the next datagram that has arrived by `now`.
     fn poll(&mut self, now: Time) -> Option<(Time, Datagram)>;
 }
 
-/// What the two ends of a connection know of each other.
+/// Parameters by which the two ends of a connection reach and identify each other.
 pub struct WireEnd<'a> {
     pub identity: &'a Identity,
     pub epoch: Epoch,
     pub client: SocketAddr,
     pub client_credentials: &'a IceCredentials,
     pub router_credentials: &'a IceCredentials,
-    /// The router opens DTLS.
+    /// Whether the router opens DTLS.
     pub router_active: bool,
 }
 
@@ -122,22 +122,22 @@ pub struct Client {
     pub failed: bool,
 }
 
-/// What went over one client's leg of the link, by SSRC: how many RTP datagrams were sent, and how
-/// many arrived.
+/// Number of RTP datagrams of one SSRC that were sent over one client's leg of the link, and of
+/// those that arrived.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LegCount {
     pub sent: u64,
     pub arrived: u64,
 }
 
-/// Which way an RTP datagram goes: from or to which client.
+/// Direction of an RTP datagram: up from this client, or down to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leg {
     Up(usize),
     Down(usize),
 }
 
-/// Says of an RTP datagram, by its SSRC and its number, whether it is lost on a leg.
+/// Decides whether an RTP datagram with this SSRC and sequence number is lost on a leg.
 pub type Loss = Box<dyn FnMut(Leg, u32, u16) -> bool>;
 
 pub struct Relay<W = Link> {
@@ -148,25 +148,26 @@ pub struct Relay<W = Link> {
     pub now: Time,
     pub roster: Arc<Roster>,
     pub events: Vec<MediaEvent>,
-    /// `(client, up, ssrc)`.
+    /// Counts by `(client, up, ssrc)`.
     pub legs: HashMap<(usize, bool, u32), LegCount>,
-    /// All datagrams that reached the router, and that it sent.
+    /// Number of datagrams that reached the router. `router_out` counts those that it sent.
     pub router_in: u64,
     pub router_out: u64,
-    /// Set-up datagrams in either direction: ICE and DTLS libraries allocate.
+    /// Number of set-up datagrams in either direction. They matter because the ICE and DTLS
+    /// libraries allocate.
     pub setup_datagrams: u64,
-    /// What became of every client, after [`Relay::finish`].
+    /// Outcomes of all clients, after [`Relay::finish`].
     pub outcomes: Vec<PeerOutcome>,
-    /// On top of what the link does.
+    /// Loss in addition to that of the link.
     pub loss: Loss,
     pub keep: bool,
-    /// While `keep`: what reached clients.
+    /// Datagrams that reached clients while `keep` was set.
     pub kept: Vec<(Time, usize, Vec<u8>)>,
 }
 
 impl Relay {
-    /// `clients` of them, each with one connection, up. The link is perfect until its conditions
-    /// are changed. With `active` the router opens DTLS.
+    /// Returns `clients` clients, each with one connection that is up. The link is perfect until
+    /// its conditions are changed. With `active` the router opens DTLS.
     pub fn connected(clients: usize, send: SendMode, active: bool, seed: u64) -> Relay {
         Relay::over(
             Link::new(Conditions::default(), seed),
@@ -245,7 +246,8 @@ impl<W: Wire> Relay<W> {
                 obeys_bandwidth: false,
                 intended_at: Time::ZERO,
             };
-            // The client may be first: its check then waits for the router to hear of it.
+            // The client may be first. The router then keeps its connectivity check until it is
+            // told of the connection.
             shard.add_peer(PeerKey(0), peer, Time::ZERO, &mut outlet);
             relay.clients.push(Client {
                 shard,
@@ -275,7 +277,7 @@ impl<W: Wire> Relay<W> {
             .handle_command(command, self.now, &mut self.outlet);
     }
 
-    /// Client `client` publishes one source. Returns its track.
+    /// Publishes one source from `client`. Returns its track.
     pub fn publish(&mut self, client: usize, source: &MediaSource, pacing: Pacing) -> TrackId {
         self.publish_with(client, source, pacing, None)
     }
@@ -355,7 +357,7 @@ impl<W: Wire> Relay<W> {
         track
     }
 
-    /// Returns the subscription and the SSRCs that it comes on.
+    /// Subscribes a client to a track. Returns the subscription and its SSRCs.
     pub fn subscribe(
         &mut self,
         client: usize,
@@ -366,7 +368,7 @@ impl<W: Wire> Relay<W> {
         self.subscribe_with(client, track, payloads)
     }
 
-    /// The same, by a client that takes these payload types.
+    /// The same, for a client that accepts these payload types.
     pub fn subscribe_with(
         &mut self,
         client: usize,
@@ -418,7 +420,8 @@ impl<W: Wire> Relay<W> {
         }
     }
 
-    /// Stops the media, lets what is under way arrive, and hands out each client's account.
+    /// Stops the media, waits until what is on its way has arrived, and returns each client's
+    /// record.
     pub fn finish(&mut self) -> Vec<Record> {
         for client in &mut self.clients {
             client
@@ -434,8 +437,8 @@ impl<W: Wire> Relay<W> {
         self.clients.iter_mut().map(settle).collect()
     }
 
-    /// One millisecond: what has arrived is taken, then timers run, then what was sent goes on its
-    /// way.
+    /// Advances time by one millisecond: takes what has arrived, runs timers, then sends what was
+    /// queued.
     pub fn tick(&mut self) {
         self.now += TICK;
         let now = self.now;

@@ -1,9 +1,10 @@
 //! An independent WebRTC stack (`rtc`, the sans-IO core of webrtc-rs) as the server of our
 //! participants, in memory and in virtual time.
 //!
-//! A [`World`] holds one shard; each of its peers talks to a peer connection of `rtc` of its own.
-//! On leg 0 we publish. What `rtc` is sent there it sends to us on leg 1, with new SSRCs and
-//! sequence numbers, and it relays our key frame requests: a small SFU, of which no line is ours.
+//! A [`World`] holds one shard. Each of its peers talks to its own peer connection of `rtc`. We
+//! publish on leg 0. `rtc` forwards to us on leg 1 what it receives there, with new SSRCs and
+//! sequence numbers, and it relays our key frame requests. So it is a small SFU that uses none of
+//! our stack.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -60,20 +61,20 @@ use throng::units::{Epoch, Time};
 use super::link::{Conditions, Datagram, Link, Outlet};
 use super::pair::{AUDIO_SSRC, VIDEO_RTX_SSRC, VIDEO_SSRC, audio, ssrc_and_seq, video};
 
-/// What `rtc` sends on, under its own names.
+/// SSRCs of the streams that `rtc` forwards.
 pub const SENT_AUDIO_SSRC: u32 = 0x2000_0001;
 pub const SENT_VIDEO_SSRC: u32 = 0x2000_0002;
 pub const SENT_VIDEO_RTX_SSRC: u32 = 0x2000_0003;
-/// The forwarded streams begin here, so that their numbers soon wrap.
+/// First sequence number of the forwarded streams, chosen so that they soon wrap.
 pub const SENT_FIRST_SEQ: u16 = 65_500;
 pub const RUN: u32 = 77;
-/// One way; whole milliseconds, so that both ends' moments can be told from each other's.
+/// One-way delay. It is whole milliseconds, so that the times of the two ends can be told apart.
 pub const DELAY: Duration = Duration::from_millis(10);
 const TICK: Duration = Duration::from_millis(1);
 static SOURCES: LazyLock<[MediaSource; 2]> = LazyLock::new(|| [audio(), video()]);
 const CONNECT_TIMEOUT: Time = Time::from_millis(5_000);
 
-/// What a description lies about.
+/// False statement in a description.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Forged {
     Nothing,
@@ -84,15 +85,15 @@ pub enum Forged {
 /// One connection between us and `rtc`.
 #[derive(Clone)]
 pub struct Leg {
-    /// We offer, and send; otherwise `rtc` does.
+    /// Whether we offer and send. Otherwise `rtc` does.
     pub publish: bool,
-    /// We send the ClientHello.
+    /// Whether we send the ClientHello.
     pub dtls_active: bool,
-    /// `rtc` is an ICE-lite agent.
+    /// Whether `rtc` is an ICE-lite agent.
     pub ice_lite: bool,
-    /// Video is repaired over an SSRC of its own.
+    /// Whether video is retransmitted on a separate SSRC.
     pub rtx: bool,
-    /// Those that `rtc` knows; its own choice if there are none.
+    /// SRTP profiles that `rtc` supports. If empty, it uses its default.
     pub profiles: Vec<SrtpProtectionProfile>,
     pub forged: Forged,
 }
@@ -117,10 +118,10 @@ impl Leg {
     }
 }
 
-/// A packet that `rtc` took from the wire and decrypted, or put on it.
+/// A packet that `rtc` received and decrypted, or sent.
 #[derive(Clone)]
 pub struct Seen<T> {
-    /// Its place among all packets of its end.
+    /// Position among all packets of its end.
     pub order: usize,
     pub at: Time,
     pub packet: T,
@@ -132,8 +133,8 @@ pub enum Way {
     FromRtc,
 }
 
-/// Sits between the wire and all other interceptors: hears everything, and can keep packets from
-/// them.
+/// Interceptor between the wire and all others. It sees every packet, and can hide received ones
+/// from the others.
 #[derive(Clone, Default)]
 struct Tap(Arc<Mutex<Tape>>);
 
@@ -197,7 +198,7 @@ impl Interceptor for Tap {
 pub struct RtcEnd {
     pub pc: RTCPeerConnection,
     pub state: RTCPeerConnectionState,
-    /// What its application was given.
+    /// Packets that its application was given.
     pub delivered: Vec<rtp::Packet>,
     tap: Tap,
     senders: Vec<RTCRtpSenderId>,
@@ -225,7 +226,8 @@ impl RtcEnd {
         let interceptors = Registry::new()
             .with(Slot::Custom(1), tap.clone())
             .with(Slot::NackResponder, NackResponderBuilder::new().build())
-            // It does not see what comes over RTX, and would ask for it for ever.
+            // One NACK a packet: the generator does not see packets that come over RTX, and would
+            // request them for ever.
             .with(
                 Slot::NackGenerator,
                 NackGeneratorBuilder::new()
@@ -260,7 +262,7 @@ impl RtcEnd {
         }
     }
 
-    /// Takes our offer, gives its answer.
+    /// Takes our offer and returns its answer.
     fn answer(&mut self, offer: String) -> String {
         let now = self.epoch.instant(Time::ZERO);
         self.pc
@@ -271,7 +273,7 @@ impl RtcEnd {
         self.pc.local_description().unwrap().sdp
     }
 
-    /// Offers an audio and a video track.
+    /// Returns an offer with an audio and a video track.
     fn offer(&mut self, rtx: bool) -> String {
         for kind in [Kind::Audio, Kind::Video] {
             self.pc
@@ -300,7 +302,7 @@ impl RtcEnd {
             transport_protocol: TransportProtocol::UDP,
             ecn: None,
         };
-        // What it refuses it counts as nothing: the tests look at what came through.
+        // Packets that it refuses are ignored, because the tests look at what came through.
         let _ = self.pc.handle_read(TaggedBytesMut {
             now: self.epoch.instant(at),
             transport,
@@ -332,7 +334,7 @@ impl RtcEnd {
         }
     }
 
-    /// Sends a packet of the publisher's on.
+    /// Forwards a packet of the publisher.
     fn forward(&mut self, packet: &rtp::Packet, now: Time) {
         let is_video = packet.header.ssrc == VIDEO_SSRC;
         let track = usize::from(is_video);
@@ -364,7 +366,8 @@ impl RtcEnd {
             .unwrap();
     }
 
-    /// From now on `rtc` behaves as if it had not received these.
+    /// Makes `rtc` behave from now on as if it had not received the packets for which `loses`
+    /// returns true.
     pub fn pretend_to_lose(
         &mut self,
         loses: impl FnMut(&rtp::Packet) -> bool + Send + Sync + 'static,
@@ -383,7 +386,7 @@ impl RtcEnd {
         })
     }
 
-    /// All RTCP packets of one type.
+    /// Returns all RTCP packets of one type.
     pub fn rtcp<T: rtcp::Packet + Clone + 'static>(&self, way: Way) -> Vec<Seen<T>> {
         self.select(way, |packet| match packet {
             Packet::Rtcp(packets) => packets
@@ -522,10 +525,10 @@ fn send_only() -> RTCRtpTransceiverInit {
     }
 }
 
-/// What the descriptions of one leg agreed on.
+/// Result of the negotiation of one leg.
 pub struct Agreed {
     pub dtls_active: bool,
-    /// Of our tracks, audio first.
+    /// Our tracks, audio first.
     pub media: Vec<NegotiatedMedia>,
     streams: Vec<StreamParameters>,
     remote: RemoteTransport,
@@ -542,11 +545,11 @@ pub struct World {
     pub now: Time,
     pub epoch: Epoch,
     pub sources: [MediaSource; 2],
-    /// Jitter of RTP from `rtc`; everything else takes [`DELAY`].
+    /// Jitter of RTP from `rtc`. Everything else takes exactly [`DELAY`].
     pub jitter: Duration,
-    /// Hears every datagram, of both ends.
+    /// Called for every datagram of both ends.
     pub loses: LinkLoses,
-    /// Hears every RTP datagram as it reaches us.
+    /// Called for every RTP datagram as it reaches us.
     pub on_arrived: OnArrived,
     pub connected: Vec<bool>,
     pub failure: Option<PeerFailure>,
@@ -555,7 +558,7 @@ pub struct World {
 }
 
 impl World {
-    /// Connects every leg.
+    /// Returns a world with every leg connected.
     pub fn connected(legs: &[Leg]) -> World {
         let mut world = World::agreed(legs);
         while world.connected.contains(&false)
@@ -574,7 +577,7 @@ impl World {
         world
     }
 
-    /// Exchanges the descriptions; nothing has been sent yet.
+    /// Returns a world in which the descriptions have been exchanged and nothing has been sent yet.
     pub fn agreed(legs: &[Leg]) -> World {
         let (identity, epoch) = (Identity::generate().unwrap(), Epoch::read());
         let roster = Arc::new(Roster::new(RUN, legs.iter().map(|_| 0)));
@@ -671,7 +674,7 @@ impl World {
         self.agreed.push(agreed);
     }
 
-    /// Leg 0 publishes from the next whole second on.
+    /// Publishes on leg 0 from the next whole second on.
     pub fn publish(&mut self, pacing: Pacing) {
         let first_frame_at = Time::from_millis((self.now.as_millis() + 1).next_multiple_of(1_000));
         let tracks = self
@@ -726,7 +729,7 @@ impl World {
         }
     }
 
-    /// Stops the media, lets what is under way arrive, and hands out our account.
+    /// Stops the media, waits until what is on its way has arrived, and returns our record.
     pub fn finish(&mut self) -> Record {
         self.shard
             .handle_command(ShardCommand::StopPublishing, self.now, &mut self.outlet);
@@ -735,7 +738,7 @@ impl World {
         *self.shard.swap_record(Box::default())
     }
 
-    /// One millisecond.
+    /// Advances time by one millisecond.
     pub fn tick(&mut self) {
         self.now += TICK;
         let now = self.now;
@@ -804,7 +807,7 @@ impl World {
         }
     }
 
-    /// What an SFU does: media from leg 0 to leg 1, key frame requests back.
+    /// Acts as an SFU: forwards media from leg 0 to leg 1, and key frame requests back.
     fn forward(&mut self) {
         let [publisher, subscriber] = &mut self.ends[..] else {
             return;

@@ -1,4 +1,4 @@
-//! A coordinator for tests: answers as a script says, and remembers what it was asked.
+//! A coordinator for tests. It answers as a script says, and keeps a log of the requests.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -8,16 +8,17 @@ use axum::extract::State;
 use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use serde_json::Value;
 
-/// The answer to each question: its status and its body. A body that is a text is sent as it is.
+/// Returns the status and body of the answer to each request. A body that is a JSON string is sent
+/// as plain text.
 type Script = Box<dyn FnMut(&Asked) -> (u16, Value) + Send>;
 
 #[derive(Clone, Debug)]
 pub struct Asked {
-    /// `POST /beat/7`
+    /// Method and path, such as `POST /beat/7`.
     pub what: String,
     pub token: Option<String>,
     pub body: Value,
-    /// How often the same was asked before.
+    /// Number of earlier requests with the same method and path.
     pub before: usize,
 }
 
@@ -28,7 +29,7 @@ pub struct Scripted {
 }
 
 impl Scripted {
-    /// Listens on a port of its own, within a runtime.
+    /// Starts to listen on a free port, within a runtime. Returns the coordinator and its URL.
     pub async fn start(
         script: impl FnMut(&Asked) -> (u16, Value) + Send + 'static,
     ) -> (Scripted, String) {
@@ -49,7 +50,7 @@ impl Scripted {
         self.log.lock().unwrap().clone()
     }
 
-    /// How often each thing was asked.
+    /// Number of requests by method and path.
     pub fn counts(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
         self.asked()

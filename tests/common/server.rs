@@ -1,9 +1,9 @@
 //! A server on loopback, or in a network namespace, started for one test and stopped with it: a
-//! real LiveKit server, or the embedded SFU in a process of its own.
+//! real LiveKit server, or the embedded SFU in its own process.
 //!
 //! LiveKit's binary is `THRONG_LIVEKIT_SERVER`, or `livekit-server` on the PATH or in `~/go/bin`
-//! (`go install github.com/livekit/livekit-server/cmd/server@latest` names it `server`). Where
-//! there is none a test says so and passes, except under `CI`.
+//! (`go install github.com/livekit/livekit-server/cmd/server@latest` names it `server`). Without a
+//! binary a test prints that it was skipped and passes, except under `CI`.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -18,16 +18,16 @@ use throng::signal::{ApiKey, Endpoint};
 
 const KEY: &str = "devkey";
 const SECRET: &str = "a-secret-for-tests-of-thirty-two-or-more-characters";
-/// A server that is not up by then has failed: it takes 0.2 s, more on a busy host.
+/// Longest wait for a server to start. A start takes 0.2 s, more on a busy host.
 const START_WAIT: Duration = Duration::from_secs(20);
-/// An empty server ends within this; one with participants waits for them, and a second SIGTERM
-/// makes it stop at once.
+/// Time in which an empty server ends. One with participants waits for them, and a second SIGTERM
+/// stops it at once.
 const GRACE: Duration = Duration::from_millis(300);
 const STOP_WAIT: Duration = Duration::from_secs(5);
-/// UDP ports per server in port-range mode, two per participant.
+/// Number of UDP ports of a server in port-range mode, two per participant.
 const PORT_RANGE: u16 = 1_000;
 
-/// How media reaches the server.
+/// UDP ports on which the server takes media.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UdpPorts {
     /// A port for each connection, from a range of 1,000.
@@ -38,36 +38,36 @@ pub enum UdpPorts {
 
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Rooms are made when somebody joins.
+    /// Whether rooms are made when somebody joins.
     pub auto_create: bool,
     pub ice_lite: bool,
     pub udp: UdpPorts,
     pub log_level: &'static str,
     pub site: Site,
-    /// Where signalling listens, if that is another address than the site's.
+    /// Address for signalling, if it differs from the site's.
     pub signalling: Option<IpAddr>,
-    /// Media over TCP alone.
+    /// Whether media uses TCP only.
     pub force_tcp: bool,
-    /// Codecs that rooms take, as the server's configuration names them; empty: all.
+    /// Codecs that rooms accept, as named in the server's configuration. Empty means all.
     pub codecs: &'static [&'static str],
-    /// Its own relay, over UDP.
+    /// Whether the server runs its own relay, over UDP.
     pub turn: bool,
-    /// Set where the server is to allocate by bandwidth, pausing tracks included.
+    /// If set, the server allocates by bandwidth and may pause tracks.
     pub congestion: Option<Congestion>,
-    /// How long packets are in the server is measured.
+    /// Whether the server measures how long packets stay in it.
     pub forward_stats: bool,
 }
 
-/// Where a server has its estimate of a subscriber's path from.
+/// Source of the server's estimate of a subscriber's path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Congestion {
-    /// The subscriber's REMB: LiveKit's default.
+    /// The subscriber's REMB, which is LiveKit's default.
     Remote,
-    /// Its own, from transport-wide feedback.
+    /// The server's own estimate, from transport-wide feedback.
     SendSide,
 }
 
-/// Where a server listens and has its media.
+/// Address and network device of a server.
 #[derive(Clone, Copy, Debug)]
 pub struct Site {
     pub address: Ipv4Addr,
@@ -111,12 +111,12 @@ pub struct Server {
 }
 
 impl Server {
-    /// A LiveKit server with default options; `None` if there is no binary.
+    /// Starts a LiveKit server with default options; `None` if there is no binary.
     pub fn livekit() -> Option<Server> {
         Server::livekit_with(&Options::default())
     }
 
-    /// Asks the room service for something that no run ever asks for.
+    /// Sends the room service a request that no run sends, and asserts that it is accepted.
     pub fn ask(&self, room: &str, method: &str, mut request: serde_json::Value) {
         request["room"] = room.into();
         let authority = self.url.strip_prefix("ws://").unwrap();
@@ -136,7 +136,7 @@ impl Server {
         assert!(answer.contains(" 200 "), "{answer}");
     }
 
-    /// The embedded SFU.
+    /// Starts the embedded SFU.
     pub fn embedded() -> Server {
         Server::embedded_at(Site::LOOPBACK)
     }
@@ -162,7 +162,8 @@ impl Server {
             );
             return None;
         };
-        // Between looking for free ports and the server's use of them another process may take one.
+        // Three attempts, because another process may take a port between our search for free ones
+        // and the server's use of them.
         (0..3)
             .find_map(|_| launch_livekit(&binary, options))
             .or_else(|| panic!("{} did not start three times", binary.display()))
@@ -184,8 +185,8 @@ impl Server {
         fs::read_to_string(&self.log_path).unwrap_or_default()
     }
 
-    /// The server's Prometheus page: every sample under `name{labels}`, and under the bare `name`
-    /// the sum over its labels.
+    /// Reads the server's Prometheus page. Every sample is under `name{labels}`; the sum over all
+    /// labels is under the bare `name`.
     pub fn metrics(&self) -> HashMap<String, f64> {
         let page = http_ok(&self.prometheus_url).expect("the server's metrics page");
         let mut metrics = HashMap::new();
@@ -239,7 +240,7 @@ fn find_binary() -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// One attempt; `None` if the process ended at once.
+/// Makes one attempt to start it; `None` if the process ended at once.
 fn launch_embedded(address: IpAddr) -> Option<Server> {
     let port = Ports::find(UdpPorts::Mux).signal;
     let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
@@ -250,7 +251,7 @@ fn launch_embedded(address: IpAddr) -> Option<Server> {
     spawn(command, make_directory(), address, port, port)
 }
 
-/// One attempt; `None` if the process ended at once.
+/// Makes one attempt to start it; `None` if the process ended at once.
 fn launch_livekit(binary: &Path, options: &Options) -> Option<Server> {
     let directory = make_directory();
     let ports = Ports::find(options.udp);
@@ -328,8 +329,8 @@ fn wait_until_ready(server: &mut Server) -> bool {
     );
 }
 
-/// SIGTERM, once more for a server that waits for its participants to leave, and SIGKILL if neither
-/// helps.
+/// Stops a process: sends SIGTERM, a second SIGTERM in case the server waits for its participants
+/// to leave, and SIGKILL if neither helps.
 fn stop(process: &mut Child) {
     for patience in [GRACE, STOP_WAIT] {
         let _ = Command::new("kill")
@@ -397,7 +398,7 @@ fn config(ports: &Ports, options: &Options) -> String {
         format!(", enabled_codecs: [{}]", mimes.join(", "))
     };
     let turn = if options.turn {
-        // A relay that is on this host reaches nothing on it unless that is allowed.
+        // A relay refuses peers on its own host unless the configuration allows them.
         format!(
             "turn: {{enabled: true, udp_port: {}, bind_addresses: [\"{address}\"], allow_restricted_peer_cidrs: [\"{address}/32\"]}}\n",
             free_udp_port()
@@ -429,7 +430,7 @@ struct Ports {
 
 impl Ports {
     fn find(udp: UdpPorts) -> Ports {
-        // All three are held until the last is known, so that they differ.
+        // All three listeners are held until the last port is known, so that the ports differ.
         let held: Vec<TcpListener> = (0..3)
             .map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port"))
             .collect();
@@ -456,8 +457,8 @@ impl Ports {
     }
 }
 
-/// The start of a range below the ephemeral ports, another one for each server of a process;
-/// processes start at different ones.
+/// Returns the start of a range below the ephemeral ports. Each server of a process gets another
+/// one, and processes start at different ones.
 fn free_range() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let ranges = (32_000 - 10_000) / u32::from(PORT_RANGE);
@@ -465,7 +466,7 @@ fn free_range() -> u16 {
     10_000 + u16::try_from(index).expect("a small number") * PORT_RANGE
 }
 
-/// The body of a page that is served with status 200.
+/// Returns the body of a page that is served with status 200.
 pub fn http_ok(url: &str) -> io::Result<String> {
     let (authority, path) = url
         .strip_prefix("http://")

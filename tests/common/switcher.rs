@@ -1,5 +1,5 @@
-//! A made-up SFU between the three layers of a publisher and one subscriber, in virtual time. It
-//! knows what it forwarded: its log is the truth.
+//! A simulated SFU between the three layers of a publisher and one subscriber, in virtual time. It
+//! logs exactly what it forwarded, and this log is the ground truth.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -27,29 +27,30 @@ const RUN: u32 = 77;
 const DOWNLINK_SSRC: u32 = 0xD0_0001;
 const NOWHERE: &str = "192.0.2.1:1";
 
-/// What the SFU does to its subscriber.
+/// Behaviour of the SFU towards its subscriber.
 #[derive(Clone, Copy, Default)]
 pub struct Downlink {
     pub loss: f64,
-    /// So long it forwards nothing before it begins to switch.
+    /// Time for which it forwards nothing before it begins to switch.
     pub dark: Duration,
-    /// It never switches.
+    /// Whether it never switches.
     pub stuck: bool,
 }
 
-/// In frames, but for the last two.
+/// Counts of the SFU's actions. `switches` and `plis` count events, the others frames.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Log {
     pub forwarded: u64,
-    /// Of those, with every packet.
+    /// Number of forwarded frames that arrived with every packet.
     pub arrived: u64,
-    /// Due on the layer before a switch, after its last frame and before the first of the other.
+    /// Number of frames of the previous layer that fell due between its last forwarded frame and
+    /// the first of the new layer.
     pub withheld: u64,
     pub switches: u64,
     pub plis: u64,
 }
 
-/// One direction of an SRTP session.
+/// Returns the two ends of one direction of an SRTP session.
 fn direction(material: u8) -> (Sealer, Opener) {
     let profile = Profile::AeadAes128Gcm;
     let material = vec![material; profile.keying_material_len()];
@@ -72,12 +73,12 @@ pub struct World {
     extenders: [SeqExtender; 3],
     current: Option<usize>,
     target: Option<usize>,
-    /// The switch may begin then.
+    /// Earliest time of the switch.
     dark_until: Time,
-    /// Of the frame forwarded last: layer and intended moment.
+    /// Layer and intended moment of the last forwarded frame.
     last: Option<(usize, u64)>,
     next_index: u64,
-    /// A packet of the frame under way was lost.
+    /// Whether a packet of the current frame was lost.
     damaged: bool,
     random: Random,
     to_subscriber: (Sealer, Opener),
@@ -88,8 +89,8 @@ pub struct World {
 }
 
 impl World {
-    /// A publisher that begins at once. The SFU forwards the lowest layer until it is asked for
-    /// another.
+    /// Returns a world whose publisher begins at once. The SFU forwards the lowest layer until it
+    /// is asked for another.
     pub fn new(seed: u64, downlink: Downlink) -> World {
         let now = Time::from_millis(1_000);
         let roster = Roster::new(RUN, [0].into_iter());
@@ -157,7 +158,7 @@ impl World {
         }
     }
 
-    /// The subscriber asks for a layer, and the SFU hears it.
+    /// The subscriber requests a layer, and the SFU receives the request.
     pub fn ask(&mut self, layer: usize) {
         under_test(true, || {
             self.stream.watch(Some(layer as u8), self.now, &self.roster)
@@ -181,7 +182,7 @@ impl World {
         }
     }
 
-    /// Stops the publisher, and hands out both accounts.
+    /// Settles the subscriber's stream, and returns the SFU's log and the subscriber's record.
     pub fn finish(mut self) -> (Log, Record) {
         self.stream.settle(&self.roster, &mut self.record, self.now);
         self.stream.finish(&self.roster, &mut self.record);
@@ -194,7 +195,8 @@ impl World {
             .target
             .filter(|target| self.current != Some(*target) && self.now >= self.dark_until)
         {
-            // Taken at most once in 300 ms: asked for until it comes.
+            // The publisher accepts a request at most once in 300 ms, so it is repeated until the
+            // key frame comes.
             self.tracks[target].request_key_frame(self.now);
         }
         for track in &mut self.tracks {
@@ -311,8 +313,8 @@ impl World {
         taken.unwrap();
     }
 
-    /// A frame was forwarded: was there any, on the layer before, that the subscriber ought to have
-    /// got instead?
+    /// Logs a forwarded frame. After a switch it counts the withheld frames: those of the previous
+    /// layer that the subscriber should have received in between.
     fn note(&mut self, layer: usize, intended: u64) {
         self.log.forwarded += 1;
         if let Some((before, last)) = self.last.filter(|(before, _)| *before != layer) {

@@ -1,10 +1,11 @@
-//! A bad wire between clients and a router, in virtual time, that can read what it carries: it ends
-//! each connection's ICE and DTLS itself, once towards the client and once towards the router,
-//! opens every packet of media and control where it enters, writes down what it was and what
-//! becomes of it, and seals it again for the other side.
+//! A bad wire between clients and a router, in virtual time, that can read what it carries. It
+//! terminates each connection's ICE and DTLS, once towards the client and once towards the router.
+//! It decrypts every packet of media and control where it enters, logs it and its fate, and
+//! encrypts it again for the other side.
 //!
-//! So its log has what no capture has: which packet a retransmission repeats, which ones a NACK
-//! asks for, what a report says. Control packets are read by `rtc-rtcp`, which is not ours.
+//! Its log therefore shows more than a capture: which packet a retransmission repeats, which
+//! packets a NACK requests, what a report says. Control packets are read by `rtc-rtcp`, which is
+//! independent of our code.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -39,7 +40,7 @@ pub enum Direction {
 pub enum Content {
     Rtp(Rtp),
     Rtcp(Vec<Control>),
-    /// A STUN message: whether it answers one, and the transaction's number.
+    /// A STUN message: whether it is a response, and its transaction id.
     Stun {
         answers: bool,
         transaction: [u8; 12],
@@ -55,8 +56,8 @@ impl Content {
     fn of_setup(bytes: &[u8]) -> Content {
         match (classify(bytes), bytes.get(8..20)) {
             (Class::Stun, Some(transaction)) => Content::Stun {
-                // RFC 8489, section 5: the two bits of the class, of which the upper one is in
-                // every response.
+                // RFC 8489, section 5: the class has two bits, and the upper one is set in every
+                // response.
                 answers: bytes[0] & 1 != 0,
                 transaction: transaction.try_into().expect("12 bytes"),
             },
@@ -68,16 +69,16 @@ impl Content {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rtp {
     pub ssrc: Ssrc,
-    /// Over all wraps.
+    /// Sequence number extended over all wraps.
     pub index: u64,
     pub rtp_time: u32,
     pub marker: bool,
-    /// Header with extensions and payload, without padding.
+    /// Number of bytes of the header with extensions and of the payload, without padding.
     pub bytes: u64,
     pub payload: Vec<u8>,
 }
 
-/// One packet of a compound, as far as tests look at it.
+/// One packet of a compound packet, as far as tests look at it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Control {
     Nack { media_ssrc: Ssrc, seqs: Vec<u16> },
@@ -104,9 +105,9 @@ pub struct Entry {
     pub client: usize,
     pub direction: Direction,
     pub at: Time,
-    /// When each copy arrived; none where it was lost.
+    /// Arrival time of each copy; empty if it was lost.
     pub arrived: Vec<Time>,
-    /// On the wire: the payload of UDP.
+    /// Size on the wire: the UDP payload.
     pub wire_bytes: u64,
     pub content: Content,
 }
@@ -130,10 +131,10 @@ impl Entry {
 pub struct Tapped {
     pub log: Vec<Entry>,
     ends: Vec<End>,
-    /// By arrival, then in the order of sending: place in the log, and the datagram as its
-    /// receiver gets it.
+    /// Datagrams by arrival time, then in order of sending: index in the log, and the datagram as
+    /// its receiver gets it.
     under_way: BTreeMap<(Duration, u64), (usize, Datagram)>,
-    /// For the router at once: our own half of its connections.
+    /// Datagrams that reach the router at once, from our own half of its connections.
     to_router: VecDeque<Datagram>,
     count: u64,
     seed: u64,
@@ -142,7 +143,8 @@ pub struct Tapped {
 /// Our two halves of one connection.
 struct End {
     client: SocketAddr,
-    /// By [`Direction`]: what opens what comes from there, and seals what goes there.
+    /// Halves by [`Direction`], each towards that side: it decrypts what comes from there and
+    /// encrypts what goes there.
     halves: [Half; 2],
     paths: [Path; 2],
 }
@@ -165,7 +167,7 @@ impl Tapped {
         }
     }
 
-    /// From now on, for one client's packets of one direction.
+    /// Sets the conditions for one client's packets of one direction, from now on.
     pub fn set(&mut self, client: usize, direction: Direction, conditions: Conditions) {
         self.ends[client].paths[direction as usize].conditions = conditions;
     }
@@ -197,7 +199,7 @@ impl Tapped {
         });
     }
 
-    /// What our half towards one side has to say to it.
+    /// Sends what our half towards one side has to send.
     fn speak(&mut self, client: usize, towards: Direction, now: Time) {
         let end = &mut self.ends[client];
         let half = &mut end.halves[towards as usize];
@@ -225,7 +227,7 @@ impl Tapped {
         }
     }
 
-    /// Opens a packet that came in this direction, and seals it for where it goes.
+    /// Decrypts a packet that came in this direction, and encrypts it for its destination.
     fn pass(&mut self, (client, direction): (usize, Direction), mut datagram: Datagram, now: Time) {
         let [up, down] = &mut self.ends[client].halves;
         let (from, to) = match direction {
@@ -294,7 +296,8 @@ fn read(compound: &[u8]) -> Vec<Control> {
         rtc_rtcp::packet::unmarshal(&mut &compound[..]).expect("well-formed control packets")
     {
         let block = |report: &ReceptionReport| {
-            // 24 bits with a sign (RFC 3550, section 6.4.1), which rtc-rtcp hands out without.
+            // The field is a signed number of 24 bits (RFC 3550, section 6.4.1), which rtc-rtcp
+            // returns as unsigned.
             let total_lost = ((report.total_lost << 8) as i32) >> 8;
             Control::Block(Block {
                 ssrc: Ssrc(report.ssrc),
@@ -401,7 +404,7 @@ impl Wire for Tapped {
             .expect("a client of ours");
         let is_setup = matches!(classify(&datagram.bytes), Class::Stun | Class::Dtls);
         match (from_router, is_setup) {
-            // Between the router and our half of its connection nothing is ever lost.
+            // Nothing is ever lost between the router and our half of its connection.
             (true, true) => {
                 let half = &mut self.ends[client].halves[Direction::Up as usize];
                 half.peer
