@@ -1,13 +1,14 @@
-//! Imports point down: the modules of the crate, and which of them may know of which.
+//! Imports point down: lists the modules of the crate in layers, and checks that each imports only
+//! modules of lower layers.
 //!
-//! `cargo test --test cli architecture -- --nocapture` shows the layers and what each module
-//! imports.
+//! `cargo test --test cli architecture -- --nocapture` shows the layers and the imports of each
+//! module.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// From the top. A module imports modules of lower layers only, so that there is no circle.
+/// Layers from the top. A module imports only modules of lower layers, so there is no cycle.
 /// `docs/architecture.md` has the same table.
 const LAYERS: &[(&str, &[&str])] = &[
     ("command line", &["cli"]),
@@ -38,7 +39,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// Which file of a module imports which other module.
+/// Files by import: from the importing module to the imported one.
 type Imports = BTreeMap<(String, String), BTreeSet<PathBuf>>;
 
 #[test]
@@ -133,7 +134,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The height of each module: 0 is the ground.
+/// Returns the height of each module. 0 is the lowest layer.
 fn layers() -> BTreeMap<String, usize> {
     let from_below = LAYERS.iter().rev().enumerate();
     from_below
@@ -164,7 +165,7 @@ fn not_downward(imports: &Imports) -> Vec<String> {
         .collect()
 }
 
-/// Each layer with its modules, and below each module what it imports.
+/// Lists each layer with its modules, and beside each module its imports.
 fn picture(imports: &Imports) -> String {
     let mut lines = Vec::new();
     for (layer, modules) in LAYERS {
@@ -178,7 +179,7 @@ fn picture(imports: &Imports) -> String {
     lines.join("\n")
 }
 
-/// The modules that `src/lib.rs` declares.
+/// Returns the modules that `src/lib.rs` declares.
 fn modules_of_the_crate(source: &Path) -> BTreeSet<String> {
     let text = code_alone(&fs::read_to_string(source.join("lib.rs")).expect("lib.rs"));
     text.split(';')
@@ -187,7 +188,8 @@ fn modules_of_the_crate(source: &Path) -> BTreeSet<String> {
         .collect()
 }
 
-/// Reads every file below `source` but `main.rs` and `lib.rs`, which are the crate's own ends.
+/// Reads every file below `source` except tests (`tests.rs`) and `main.rs` and `lib.rs`, which are
+/// the crate's own ends.
 fn read_module_files(source: &Path, imports: &mut Imports) {
     let mut folders = vec![source.to_owned()];
     while let Some(folder) = folders.pop() {
@@ -219,7 +221,7 @@ fn read_file(source: &Path, path: &Path, imports: &mut Imports) {
     }
 }
 
-/// The text with comments, strings and characters left out.
+/// Returns the text without comments, strings and characters.
 fn code_alone(text: &str) -> String {
     let mut code = String::with_capacity(text.len());
     let mut rest = text;
@@ -236,8 +238,8 @@ fn code_alone(text: &str) -> String {
     code
 }
 
-/// The length of the comment, string or character that the text begins with; 0 where it begins with
-/// code.
+/// Returns the length of the comment, string or character at the start of the text; 0 if it starts
+/// with code.
 fn literal_len(text: &str) -> usize {
     let until = |end: &str, from: usize| {
         let found = text[from..].find(end);
@@ -267,7 +269,7 @@ fn literal_len(text: &str) -> usize {
             }
             text.len()
         }
-        // A character, and no lifetime.
+        // A character, not a lifetime.
         Some((_, '\'')) => match (chars.next(), chars.next()) {
             (Some((_, '\\')), _) => until("'", 3),
             (_, Some((at, '\''))) => at + 1,
@@ -277,7 +279,7 @@ fn literal_len(text: &str) -> usize {
     }
 }
 
-/// Code without the items that are compiled for tests alone.
+/// Returns the code without the items that are compiled only for tests.
 fn without_tests(code: &str) -> String {
     let mut kept = String::with_capacity(code.len());
     let mut rest = code;
@@ -285,7 +287,7 @@ fn without_tests(code: &str) -> String {
         kept.push_str(&rest[..at]);
         rest = &rest[at..];
         let mut depth = 0usize;
-        // To the semicolon or the last brace of the item; attributes are in brackets.
+        // The item ends at its semicolon or last brace. Attributes are in brackets.
         let end = rest.char_indices().find(|(_, next)| {
             match next {
                 '{' | '[' | '(' => depth += 1,
@@ -299,7 +301,7 @@ fn without_tests(code: &str) -> String {
     kept + rest
 }
 
-/// The modules of the crate that a path or a `use` in the code begins with.
+/// Returns the crate's modules with which the paths and `use` items of the code begin.
 fn imported(code: &str) -> BTreeSet<String> {
     let mut modules = BTreeSet::new();
     for (at, start) in code.match_indices("crate::") {
@@ -328,7 +330,7 @@ fn imported(code: &str) -> BTreeSet<String> {
     modules
 }
 
-/// The name that the text begins with, where that is a module's.
+/// Returns the name at the start of the text if it is a module's.
 fn name(text: &str) -> Option<String> {
     let end = text
         .find(|next: char| !next.is_alphanumeric() && next != '_')

@@ -1,4 +1,4 @@
-//! The command line as users type it, up to the plan that comes out. Nothing is connected to.
+//! The command line as users type it, up to the resulting plan. These tests connect to nothing.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -45,7 +45,7 @@ fn run(args: &[&str], env: &[(&str, &str)]) -> RunSpec {
     }
 }
 
-/// With a target on loopback.
+/// Parses the arguments of a run, with a target on loopback.
 fn local(args: &[&str]) -> RunSpec {
     run(&[TARGET, args].concat(), &[])
 }
@@ -128,7 +128,7 @@ fn a_relay_is_named_as_media_is_to_reach_it() {
         let [turn] = &asked.turn[..] else {
             panic!("one relay: {asked:?}");
         };
-        // `turn:` without a word of UDP or TCP is good for both.
+        // `turn:` without a transport fits both UDP and TCP.
         let choice = transport.parse::<TransportMix>().unwrap().only().unwrap();
         assert_eq!(turn.url.clone().over(choice).unwrap().to_string(), as_read);
         assert_eq!(
@@ -568,7 +568,7 @@ fn what_belongs_to_a_server_is_refused_without_one_and_the_other_way_round() {
     assert!(refusal(&["--api-secret", "hunter2"], &[]).contains("add --url"));
     let both = [TARGET, &["--sfu-send", "plain"]].concat();
     assert!(refusal(&both, &[]).contains("--url names another server"));
-    // Credentials that lie about in the environment choose no target.
+    // Credentials in the environment do not choose a target.
     assert!(
         run(
             &[],
@@ -756,7 +756,7 @@ fn tiers_are_as_asked_and_the_largest_counts() {
         ),
         (Duration::from_secs(2), None, 50.0)
     );
-    // 9 + 24 + 45 joins and 60 leaves at 50 a second, and four times 22 s and what comes between.
+    // 9 + 24 + 45 joins and 60 leaves at 50 per second, and four times 22 s and the pauses between.
     assert_eq!(
         plan.length(Duration::from_secs(1)),
         Some(Duration::from_millis(2_760) + Duration::from_secs(4 * 23))
@@ -833,7 +833,8 @@ fn without_tiers_the_time_to_ramp_is_that_of_all_joins() {
     assert!(plan.joining() < Duration::from_secs(30) && plan.joining() > Duration::from_secs(29));
 }
 
-/// A coordinator's job and a journal say the same of the same scenario: see the tests beside them.
+/// A coordinator's job and a journal refuse the same scenario with the same sentence: see the tests
+/// beside them.
 #[test]
 fn flags_are_refused_with_the_sentence_of_the_scenario() {
     /// Arguments, the flag that the refusal names, and the same mistake in a scenario.
@@ -1170,7 +1171,7 @@ fn a_calibration_takes_little_and_is_refused_what_it_does_not_know() {
     };
     assert_eq!((calibrate.threads, calibrate.quiet), (Some(3), true));
     assert!(calibrate.destinations().json_on_stdout());
-    // Whatever server the environment names, it is not the one that is calibrated against.
+    // A calibration ignores the server that the environment names.
     assert!(command(&["calibrate"], &[("LIVEKIT_URL", "wss://example.com")]).is_ok());
     assert!(command(&["calibrate", "--threads", "0"], &[]).is_err());
     assert!(command(&["calibrate", "--url", "ws://127.0.0.1:7880"], &[]).is_err());
@@ -1210,7 +1211,7 @@ fn the_log_is_asked_for_before_a_subcommand_or_behind_it() {
             "{refusal}"
         );
     }
-    // What only shows something needs no log.
+    // Commands that only print something need no log.
     assert!(log("throng --help", Some("loud")).is_ok());
     assert!(refusal(&["-v", "nonsense"], &[]).contains("nonsense"));
 }

@@ -1,5 +1,5 @@
-//! deploy/ as far as it can be held without a cluster: its files parse, say nothing that throng
-//! does not know, agree with each other, and run nobody as root.
+//! Checks deploy/ as far as is possible without a cluster: its files parse, use only names that
+//! throng knows, agree with each other, and run nothing as root.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -26,7 +26,7 @@ fn compose() -> Value {
     documents(&root().join("deploy/compose.yaml")).remove(0)
 }
 
-/// Each object of Kubernetes'.
+/// Returns all Kubernetes objects.
 fn kubernetes() -> Vec<Value> {
     let mut files: Vec<PathBuf> = fs::read_dir(root().join("deploy/kubernetes"))
         .expect("the manifests")
@@ -43,7 +43,7 @@ fn object<'a>(objects: &'a [Value], kind: &str, name: &str) -> &'a Value {
     found.unwrap_or_else(|| panic!("no {kind} {name}"))
 }
 
-/// The pods that the objects make, by what makes them.
+/// Returns the pods that the objects make, with the name of the object.
 fn pods(objects: &[Value]) -> Vec<(&str, &Value)> {
     let pod = |object: &'_ Value| match object["kind"].as_str() {
         Some("Pod") => Some("/spec"),
@@ -86,7 +86,7 @@ fn help() -> String {
     String::from_utf8(output.stdout).expect("text")
 }
 
-/// Words of a text that are made of such characters.
+/// Splits a text into words of the characters that `belongs` accepts.
 fn words(text: &str, belongs: impl Fn(char) -> bool) -> BTreeSet<&str> {
     text.split(|c| !belongs(c)).collect()
 }
@@ -99,7 +99,7 @@ fn is_of_a_variable(c: char) -> bool {
     c.is_ascii_uppercase() || c == '_'
 }
 
-/// The arguments that throng gets: those of the manifests, and those of the README's commands.
+/// Returns throng's arguments in the manifests and in the commands of the README.
 fn arguments() -> Vec<String> {
     let mut arguments = Vec::new();
     for (_, service) in compose()["services"].as_object().expect("services") {
@@ -172,7 +172,7 @@ fn every_variable_is_one_that_throng_reads() {
         let names = variables
             .iter()
             .map(|variable| variable["name"].as_str().expect("a name").to_owned());
-        // Some are only there for others to be made of.
+        // Some variables exist only for use in the values of others.
         used.extend(names.filter(|name| !values.contains(&format!("$({name})"))));
     }
     let fly: toml::Table = read("deploy/prober/fly.toml").parse().expect("TOML");
@@ -323,7 +323,7 @@ fn the_image_is_built_of_what_is_here() {
         kept.iter().all(|path| root().join(path).exists()),
         "{kept:?}"
     );
-    // Cargo reads the manifest only where all that it names is there.
+    // Cargo reads the manifest only if all the files that it names are there.
     let manifest: toml::Table = read("Cargo.toml").parse().expect("TOML");
     let benches = manifest["bench"].as_array().expect("benches");
     assert!(!benches.is_empty() && kept.iter().any(|path| path == "benches"));

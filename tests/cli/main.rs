@@ -1,5 +1,5 @@
-//! What the program says, without anything run: the command line, reports, and the documents that
-//! must agree with the code.
+//! Tests of the program's texts, which need no run: the command line, reports, and the documents
+//! that must agree with the code.
 
 mod architecture;
 mod args;

@@ -1,5 +1,5 @@
-//! docs/metrics.md is kept true: every figure has its sentence and its row in the table of truths,
-//! no row is without a figure, and the tests that it names exist.
+//! Keeps docs/metrics.md true: every figure has its description and its row in the table of truths,
+//! every row has a figure, and the tests that it names exist.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -20,14 +20,14 @@ fn schema() -> Value {
         .expect("the schema is JSON")
 }
 
-/// What the engine section says of its run rather than of a quantity.
+/// Properties of the engine section that describe the run and are no figures.
 const ENGINE_FACTS: &[&str] = &["threads", "valid", "reasons"];
 
-/// What a step of the server's pages says of itself rather than of the server.
+/// Properties of a step of the server's pages that describe the step and are no figures.
 const SERVER_FACTS: &[&str] = &["name", "seconds"];
 
-/// Every counter, histogram and score of the report, by its section; the engine's names as they are
-/// in the JSON.
+/// Returns every counter, histogram and score of the report, by section. The engine's names are
+/// those of the JSON.
 fn figures() -> BTreeSet<String> {
     let of = |section: &str, names: &[&str]| {
         names
@@ -65,7 +65,7 @@ fn figures() -> BTreeSet<String> {
     figures
 }
 
-/// The cells of each row of the tables below a heading, up to the next heading of its level.
+/// Returns the cells of each table row below a heading, up to the next heading of its level.
 fn rows(page: &str, heading: &str) -> Vec<Vec<String>> {
     let below = page
         .split_once(&format!("\n{heading}\n"))
@@ -85,7 +85,7 @@ fn rows(page: &str, heading: &str) -> Vec<Vec<String>> {
         .collect()
 }
 
-/// What stands between backquotes.
+/// Returns the texts between backquotes.
 fn quoted(cell: &str) -> Vec<String> {
     cell.split('`')
         .skip(1)
@@ -135,7 +135,8 @@ fn every_figure_has_its_sentence() {
     }
 }
 
-/// Where a test may name a figure: its own file, and those that it is made of.
+/// Returns the sources in which a test may name a figure: its own file, and the files of its
+/// modules.
 fn sources(file: &str) -> String {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join(file.trim_end_matches(".rs").trim_end_matches("/main"));
@@ -173,12 +174,12 @@ fn every_test_that_is_named_exists_and_looks_at_the_figure() {
         }
         assert!(looks, "{figure}: no test that its row names looks at it");
     }
-    // What nothing checks is said so, and is not to become more.
+    // The page says which figures nothing checks. Their number must not grow.
     assert!(none_yet.len() <= NONE_YET_MAX, "{none_yet:?}");
     eprintln!("without a ground truth: {none_yet:?}");
 }
 
-/// Lower it when one of them has got its ground truth.
+/// Limit on figures without ground truth. Lower it when one of them gets its ground truth.
 const NONE_YET_MAX: usize = 19;
 
 #[test]

@@ -1,4 +1,5 @@
-//! Reports of a made-up run: against the schema, back through HdrHistogram, and as people see them.
+//! Reports of a made-up run: checked against the schema, read back by HdrHistogram, and compared as
+//! text.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -43,7 +44,7 @@ fn plan() -> Plan {
     Plan::new(scenario, target, 0xC0FF_EE01)
 }
 
-/// The same rooms with other subscribers.
+/// Sets the number of subscribers, and keeps the other properties of the rooms.
 fn set_subscribers(plan: &mut Plan, subscribers: u32) {
     let people = RoomPeople {
         subscribers,
@@ -62,7 +63,7 @@ fn resources() -> Resources {
     }
 }
 
-/// `count` values around `middle_us`, with a tail.
+/// Returns `count` values around `middle_us`, with a tail.
 fn spread(count: u64, middle_us: u64) -> Histogram {
     let mut histogram = Histogram::default();
     for n in 0..count {
@@ -123,7 +124,7 @@ fn media(packets: u64, bytes: u64, frames: u64, latency_us: u64) -> Media {
     }
 }
 
-/// One for each of 450 streams, the best of them `best`.
+/// Returns one score for each of 450 streams, the highest of them `best`.
 fn scores(best: u64) -> Histogram {
     let mut histogram = Histogram::default();
     (0..450).for_each(|n| histogram.record_micros(best - n / 5));
@@ -247,7 +248,7 @@ fn listener() -> ParticipantOutcome {
     }
 }
 
-/// One who was not let in.
+/// Returns a participant that was not admitted.
 fn refused() -> ParticipantOutcome {
     ParticipantOutcome {
         timeline: JoinTimeline {
@@ -263,7 +264,7 @@ fn refused() -> ParticipantOutcome {
     }
 }
 
-/// One whose link lost nearly a third.
+/// Returns a participant whose link lost nearly a third.
 fn ruined() -> ParticipantOutcome {
     let heard = listener().audio;
     ParticipantOutcome {
@@ -365,7 +366,7 @@ fn layers_layouts_and_speakers_are_shown_where_there_are_any() {
     );
 }
 
-/// A tier of so many subscribers a room, and what it came to.
+/// Returns a tier with this many subscribers per room, and its result.
 fn tier(number: usize, subscribers: u32, verdict: Verdict) -> Step {
     let mut facts = TierFacts {
         subscribers: Some(subscribers),
@@ -395,7 +396,8 @@ fn tier(number: usize, subscribers: u32, verdict: Verdict) -> Step {
     }
 }
 
-/// A ramp of as many tiers as there are verdicts, and as many that it did not come to.
+/// Returns a ramp with one measured tier for each verdict, and `unmeasured` more that were not
+/// reached.
 fn ramp(verdicts: &[Verdict], unmeasured: usize) -> Outcome {
     let mut outcome = outcome();
     let tiers: Vec<u32> = (1..=verdicts.len() + unmeasured)
@@ -419,7 +421,8 @@ fn ramp(verdicts: &[Verdict], unmeasured: usize) -> Outcome {
     outcome
 }
 
-/// The report as text, which fits a terminal, and as JSON, which its schema allows.
+/// Returns the report as text and as JSON. Asserts that the text fits a terminal and the JSON its
+/// schema.
 fn shown(outcome: &Outcome) -> (String, Value) {
     let text = render(outcome, Style::default());
     assert!(
@@ -566,7 +569,7 @@ fn all_healthy_first_failed_and_not_measured_are_three_answers() {
 #[test]
 fn a_tier_whose_generator_gave_out_spoils_no_other_and_says_so_itself() {
     let mut outcome = ramp(&[Verdict::Pass, Verdict::Invalid], 0);
-    // What overloads one tier shows in the run as a whole.
+    // An overload in one tier also shows in the run as a whole.
     (outcome.engine.valid, outcome.engine.reasons) =
         (false, vec!["an engine thread was busy".into()]);
     let (text, report) = shown(&outcome);
@@ -691,7 +694,7 @@ fn stall(side: Side, cause: Cause, at: f64, seconds: f64) -> Stall {
     }
 }
 
-/// A run in which nearly everything that can go wrong did.
+/// Returns a run in which nearly everything that can go wrong did.
 fn troubled() -> Outcome {
     let mut outcome = outcome();
     outcome.judging.target_rtt = Some(Duration::from_micros(500));
@@ -827,7 +830,7 @@ fn the_schema_is_strict_enough_to_notice_what_is_missing() {
         "/engine/thread_times/0",
     ] {
         for key in good.pointer(pointer).unwrap().as_object().unwrap().keys() {
-            // New in this version: reports of earlier ones have none.
+            // The scenario is new in this version. Reports of earlier versions have none.
             if pointer == "/plan" && key == "scenario" {
                 continue;
             }
@@ -1246,8 +1249,8 @@ fn a_bad_run_tells_what_went_wrong_and_prints_no_unknown_as_zero() {
     same_screen(&render(&troubled(), Style::default()), "fail.txt", 80);
 }
 
-/// Compares with the text kept in `tests/golden`. With THRONG_BLESS set, keeps this one instead:
-/// read it before you commit it.
+/// Compares with the text in `tests/golden`. With THRONG_BLESS set, it replaces that text with this
+/// one instead: read it before you commit it.
 fn same_screen(text: &str, golden: &str, lines_max: usize) {
     let wide: Vec<&str> = text
         .lines()

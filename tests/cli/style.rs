@@ -1,10 +1,10 @@
-//! Rules of this repository that neither rustfmt nor clippy has, checked on the text of `src`.
+//! Rules of this repository that neither rustfmt nor clippy checks, applied to the text of `src`.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A search for a type's name finds that type alone.
+/// Type names are unique, so that a search for a name finds only that type.
 #[test]
 fn every_type_has_a_name_of_its_own() {
     let mut places: BTreeMap<String, Vec<String>> = BTreeMap::new();
@@ -29,7 +29,7 @@ fn every_type_has_a_name_of_its_own() {
     );
 }
 
-/// A condition is an `if`.
+/// Conditions are written with `if`.
 #[test]
 fn no_match_is_on_a_bool() {
     let mut faults = Vec::new();
@@ -47,7 +47,7 @@ fn no_match_is_on_a_bool() {
     );
 }
 
-/// A function fits a screen.
+/// Functions fit a screen.
 #[test]
 fn no_function_is_longer_than_60_lines() {
     const LINES_MAX: usize = 60;
@@ -68,7 +68,7 @@ fn no_function_is_longer_than_60_lines() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
-/// Comments are as narrow as code.
+/// Comments have the same width as code.
 #[test]
 fn no_comment_is_wider_than_100() {
     let mut faults = Vec::new();
@@ -85,7 +85,7 @@ fn no_comment_is_wider_than_100() {
     );
 }
 
-/// Errors are types to the edge: a `String` says nothing to the caller.
+/// Errors are typed up to the edge of the program, because a `String` tells the caller nothing.
 #[test]
 fn no_error_is_a_string() {
     let mut faults = Vec::new();
@@ -101,8 +101,8 @@ fn no_error_is_a_string() {
     );
 }
 
-/// The name that a line defines as a type. Indented aliases are associated types: their traits
-/// name them.
+/// Returns the name that a line defines as a type. Indented aliases are associated types, which are
+/// named by their traits.
 fn defined_type(line: &str) -> Option<&str> {
     let indented = line.starts_with(' ');
     let line = without_visibility(line.trim_start());
@@ -143,11 +143,11 @@ fn is_bool_arm(line: &str) -> bool {
 /// A function with a body.
 struct FoundFunction {
     name: String,
-    /// From its signature to its closing brace.
+    /// Number of lines from its signature to its closing brace.
     lines: usize,
 }
 
-/// The functions of a formatted source, nested ones included.
+/// Returns the functions of a formatted source, nested ones included.
 fn functions(text: &str) -> Vec<FoundFunction> {
     let lines: Vec<&str> = text.lines().collect();
     let mut found = Vec::new();
@@ -176,7 +176,8 @@ fn defined_function(line: &str) -> Option<&str> {
     Some(&rest[..end])
 }
 
-/// The lines of the item that begins with the first one, up to its closing brace or semicolon.
+/// Returns the lines of the item that begins with the first one, up to its closing brace or
+/// semicolon.
 fn item_lines<'a, 't>(lines: &'a [&'t str]) -> &'a [&'t str] {
     let head = lines
         .iter()
@@ -196,7 +197,7 @@ fn item_lines<'a, 't>(lines: &'a [&'t str]) -> &'a [&'t str] {
     &lines[..=head + 1 + body]
 }
 
-/// A source without the items that stand behind `#[cfg(test)]`.
+/// Returns a source without the items after `#[cfg(test)]`.
 fn without_tests(text: &str) -> String {
     let lines: Vec<&str> = text.lines().collect();
     let mut kept = String::new();
@@ -217,7 +218,7 @@ fn without_tests(text: &str) -> String {
     kept
 }
 
-/// `Result<_, String>`, or a trait's error that is one.
+/// Whether the line has a `Result<_, String>`, or a trait's error type that is `String`.
 fn has_string_for_error(line: &str) -> bool {
     let line = line.replace("->", "");
     line.contains("type Err = String;")
@@ -227,8 +228,8 @@ fn has_string_for_error(line: &str) -> bool {
             .any(|(at, head)| last_argument(&line[at + head.len()..]) == Some("String"))
 }
 
-/// The last of several generic arguments, of which the first begins here; `None` where the line
-/// does not have them all.
+/// Returns the last of several generic arguments, where `text` starts with the first. Returns
+/// `None` if the line does not have them all.
 fn last_argument(text: &str) -> Option<&str> {
     let (mut depth, mut from) = (0, None);
     for (at, c) in text.char_indices() {
@@ -243,7 +244,7 @@ fn last_argument(text: &str) -> Option<&str> {
     None
 }
 
-/// The sources without tests, with their paths below the repository's root.
+/// Returns the sources without tests, with their paths below the repository's root.
 fn sources_without_tests() -> impl Iterator<Item = (String, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     sources()
@@ -255,7 +256,7 @@ fn sources_without_tests() -> impl Iterator<Item = (String, String)> {
         })
 }
 
-/// The sources of the crate with their paths, in order.
+/// Returns the sources of the crate with their paths, in order.
 fn sources() -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
     collect(
