@@ -1,5 +1,5 @@
-//! The coordinator as a process, spoken to over HTTP on loopback: by strangers, by `voicegw`'s
-//! probers, by ours, and by nobody; killed, and out of disk.
+//! The coordinator as a process, called over HTTP on loopback by strangers, by `voicegw`'s probers,
+//! by ours, and by nobody. It is also killed, and runs out of disk.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -15,10 +15,10 @@ use throng::measure::Record;
 use throng::measure::wire::RecordWire;
 
 const TOKEN: &str = "sixteen-letters-or-more";
-/// Longer than anything here takes; a test that hits it has failed.
+/// Longest wait, longer than anything here takes. A test that reaches it has failed.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A directory of its own for each test; gone when it ends.
+/// A directory for one test, removed when the test ends.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -40,12 +40,12 @@ impl Drop for Scratch {
     }
 }
 
-/// A coordinator under way.
+/// A running coordinator.
 struct Coordinator {
     process: Child,
     stderr: BufReader<ChildStderr>,
     port: u16,
-    /// What it said before it listened.
+    /// Its output before it listened.
     greeting: String,
 }
 
@@ -62,7 +62,7 @@ impl Coordinator {
         command
     }
 
-    /// On any port, with a token that the test knows unless `args` say otherwise.
+    /// Starts a coordinator on any free port. It makes its own token unless `args` say otherwise.
     fn start(scratch: &Scratch, args: &[&str]) -> Coordinator {
         let mut all = vec![
             "--coordinator",
@@ -120,7 +120,7 @@ impl Coordinator {
             body.len()
         );
         stream.write_all(head.as_bytes()).unwrap();
-        // Whoever is refused by the head alone need not be heard out.
+        // The coordinator may refuse a request by its head and close before the body is sent.
         let _ = stream.write_all(body);
         answer(&mut stream)
     }
@@ -145,7 +145,7 @@ impl Coordinator {
         self.call("GET", path, &Value::Null)
     }
 
-    /// Reads on until it says this, and gives all of that.
+    /// Reads its output until this text occurs, and returns what was read.
     fn hear(&mut self, text: &str) -> String {
         let mut said = String::new();
         while !said.contains(text) {
@@ -157,7 +157,8 @@ impl Coordinator {
         said
     }
 
-    /// What it says until it has ended, the result with it, and how it ended.
+    /// Waits until it has ended. Returns the rest of its output, the result included, and its exit
+    /// code.
     fn end(mut self) -> (String, i32) {
         let mut said = String::new();
         self.stderr.read_to_string(&mut said).unwrap();
@@ -175,7 +176,7 @@ impl Coordinator {
         kill_process(Pid::from_child(&self.process), signal).unwrap();
     }
 
-    /// `kill -9`.
+    /// Kills the process with SIGKILL (`kill -9`).
     fn kill(mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
@@ -191,7 +192,7 @@ impl Drop for Coordinator {
 
 fn answer(stream: &mut TcpStream) -> (u16, Value) {
     let mut reply = Vec::new();
-    // A server that refuses a long body closes on what is still coming.
+    // A server that refuses a long body closes the connection while the body is still coming.
     let _ = stream.read_to_end(&mut reply);
     let text = String::from_utf8_lossy(&reply);
     let status = text
@@ -220,7 +221,7 @@ fn beat(seq: u64, ready_for: Option<u32>, tiers: &Value) -> Value {
     json!({ "seq": seq, "sent_at_us": 1_700_000_000_000_000u64, "stage": null, "ready_for": ready_for, "tiers": tiers, "live": { "participants": 3 } })
 }
 
-/// What a host measured of a tier: so many joins.
+/// Returns what a host measured of a tier: this many joins.
 fn tier(stage: u32, joins: u64) -> Value {
     let mut record = Record::default();
     record.session.joins_planned = joins;
@@ -287,7 +288,7 @@ fn nobody_is_let_in_without_the_token_and_everybody_may_ask_whether_it_is_well()
         (200, &json!(true), &json!("gathering"))
     );
     assert_eq!(coordinator.post("/register", &prober("ams")).0, 200);
-    // The one who gave the token has it: nothing says it again.
+    // Whoever gave the token already has it, so it is printed nowhere.
     assert!(
         !coordinator.greeting.contains(TOKEN),
         "{}",
@@ -435,7 +436,7 @@ fn over_tls_a_prober_comes_in_that_trusts_the_certificate_and_no_other() {
 struct Prober(Child);
 
 impl Prober {
-    /// Its first line.
+    /// Returns the first line of its output.
     fn says(&mut self) -> String {
         let mut line = String::new();
         BufReader::new(self.0.stderr.as_mut().unwrap())
@@ -579,7 +580,7 @@ fn what_makes_no_sense_is_refused_and_named() {
         );
     }
     assert_eq!(coordinator.get("/job/nobody").0, 404);
-    // It is none the worse for all this.
+    // All these requests have done it no harm.
     assert_eq!(
         coordinator
             .post(&format!("/beat/{id}"), &beat(1, Some(0), &json!([])))
@@ -596,7 +597,7 @@ fn a_report_of_a_gigabyte_is_refused_before_it_is_there() {
     let head = format!(
         "POST /report/{id} HTTP/1.1\r\nhost: c\r\nconnection: close\r\nauthorization: Bearer {TOKEN}\r\n"
     );
-    // It says how long it is.
+    // This request states its length.
     let mut stream = TcpStream::connect(("127.0.0.1", coordinator.port)).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream
@@ -607,7 +608,7 @@ fn a_report_of_a_gigabyte_is_refused_before_it_is_there() {
         refused.0 == 413 && error(&refused).contains(&REPORT_BYTES_MAX.to_string()),
         "{refused:?}"
     );
-    // It does not say, and goes on for as long as anybody listens.
+    // These requests do not state their length, and go on for as long as the coordinator reads.
     for (path, most) in [("report", REPORT_BYTES_MAX), ("beat", BEAT_BYTES_MAX)] {
         let mut stream = TcpStream::connect(("127.0.0.1", coordinator.port)).unwrap();
         let head = head.replace("/report/", &format!("/{path}/"));
@@ -618,7 +619,7 @@ fn a_report_of_a_gigabyte_is_refused_before_it_is_there() {
         let parts = (0..1_000_000_000 / 0x10000)
             .take_while(|_| stream.write_all(&part).is_ok())
             .count();
-        // What is refused, and what was on its way through two socket buffers.
+        // Up to the refusal, plus what was on its way in two socket buffers.
         assert!(
             parts * 0x10000 < most + (32 << 20),
             "{path}: {parts} parts of 64 KiB were taken"
@@ -637,7 +638,8 @@ fn a_report_of_a_gigabyte_is_refused_before_it_is_there() {
 
 #[test]
 fn clients_that_say_nothing_keep_nobody_out() {
-    /// More than the coordinator has places, and than many systems give a process files.
+    /// Number of silent clients: more than the coordinator has places, and more than the files that
+    /// many systems give a process.
     const SILENT: usize = 1_040;
     let mine = getrlimit(Resource::Nofile);
     let enough = Rlimit {
@@ -645,7 +647,7 @@ fn clients_that_say_nothing_keep_nobody_out() {
         maximum: mine.maximum,
     };
     setrlimit(Resource::Nofile, enough).unwrap();
-    // From one address, and from so many that each has less than its part.
+    // From one address, and from eight, so that each stays below its share.
     for addresses in [1, 8] {
         let scratch = Scratch::new(&format!("silent-{addresses}"));
         let coordinator =
@@ -654,7 +656,8 @@ fn clients_that_say_nothing_keep_nobody_out() {
             .map(|index| connect_from((index % addresses) as u8 + 1, coordinator.port))
             .collect();
         for (index, mut stream) in silent.iter().enumerate() {
-            // One that had to go for another is closed already.
+            // A write may fail, because the coordinator may have closed this connection to make
+            // room for another.
             let _ = stream.write_all(
                 &b"POST /register HTTP/1.1\r\ncontent-length: 40\r\n\r\n{"[..index % 48],
             );
@@ -664,7 +667,7 @@ fn clients_that_say_nothing_keep_nobody_out() {
     }
 }
 
-/// From an address of this host's loopback.
+/// Connects from an address of this host's loopback network.
 fn connect_from(last: u8, port: u16) -> TcpStream {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     let from = SocketAddr::from((Ipv4Addr::new(127, 0, 0, last), 0));
@@ -729,13 +732,14 @@ fn a_page_of_another_site_leads_no_run_where_everybody_is_let_in() {
     };
     let port = coordinator.port;
     let own = format!("host: 127.0.0.1:{port}\r\n");
-    // A page in a browser of this host says where it comes from.
+    // A page in a browser on this host states its own origin.
     for origin in ["https://elsewhere.example", "http://127.0.0.1:1", "null"] {
         let refused = ask("POST /cancel", &format!("{own}origin: {origin}\r\n"));
         assert_eq!(refused.0, 403, "{origin}");
         assert!(error(&refused).contains("another site"), "{refused:?}");
     }
-    // One that has had its own name lead here comes from there.
+    // DNS rebinding: a page whose own host name resolves to this host sends that name as host and
+    // origin.
     for request in ["GET /result", "POST /cancel", "GET /events", "GET /metrics"] {
         let name = format!("rebound.example:{port}");
         for origin in [String::new(), format!("origin: http://{name}\r\n")] {
@@ -747,7 +751,7 @@ fn a_page_of_another_site_leads_no_run_where_everybody_is_let_in() {
             );
         }
     }
-    // Its own page, and hosts that call it by a name that it was told.
+    // The coordinator's own page, and hosts that use a name that it was given.
     for headers in [
         own.clone(),
         format!("{own}origin: http://127.0.0.1:{port}\r\n"),
@@ -794,7 +798,7 @@ fn voicegw_s_probers_take_part_where_everybody_is_let_in() {
         (&json!(false), &json!(null))
     );
     let second = id(&call("POST", "/register", r#"{"vantage": "fra"}"#));
-    // The run is armed within the coordinator's next look.
+    // The coordinator arms the run at its next check.
     let asked = Instant::now();
     let job = loop {
         let job = call("GET", &format!("/job/{second}"), "").1;
@@ -895,7 +899,7 @@ fn killed_and_started_again_on_its_journal_it_goes_on_with_all_that_it_had_taken
         "{why}"
     );
 
-    // What a crash leaves at the end of a file.
+    // An incomplete entry, as a crash leaves it at the end of a file.
     let mut file = std::fs::OpenOptions::new()
         .append(true)
         .open(&journal)
@@ -914,7 +918,7 @@ fn killed_and_started_again_on_its_journal_it_goes_on_with_all_that_it_had_taken
         job,
         "the same run"
     );
-    // The same process registers again, a late beat comes, and one that is new.
+    // The same process registers again. Then a late beat comes, and a new one.
     assert_eq!(id(&coordinator.post("/register", &prober("ams"))), ids[0]);
     assert_eq!(
         coordinator
@@ -952,7 +956,7 @@ fn killed_and_started_again_on_its_journal_it_goes_on_with_all_that_it_had_taken
         std::fs::metadata(&journal).is_ok(),
         "it was asked for by name, and stays"
     );
-    // Once more on the same journal: the same result, and nobody is waited for.
+    // A further start on the same journal has the same result, and waits for nobody.
     let again = Command::new(env!("CARGO_BIN_EXE_throng"))
         .args([
             "--coordinator",
@@ -975,8 +979,8 @@ fn killed_and_started_again_on_its_journal_it_goes_on_with_all_that_it_had_taken
 #[test]
 fn a_full_disk_acknowledges_nothing_and_the_run_goes_on_when_there_is_room() {
     let scratch = Scratch::new("full");
-    // A limit on the size of files stands for the disk. Its signal is ignored, so that a write
-    // fails as it does on a full disk.
+    // A file size limit stands for the full disk. Its signal is ignored, so that a write fails as
+    // it does on a full disk.
     let limited = "trap '' XFSZ; ulimit -S -f 48; exec \"$0\" \"$@\"";
     let args = [
         "--coordinator",
@@ -1019,7 +1023,7 @@ fn a_full_disk_acknowledges_nothing_and_the_run_goes_on_when_there_is_room() {
         health.0 == 503 && health.1["problem"].as_str().unwrap().contains("journal"),
         "{health:?}"
     );
-    // What it has taken it has, and no more.
+    // The coordinator has exactly what it acknowledged.
     let joins = |coordinator: &Coordinator| {
         let result = coordinator.get("/result").1;
         result["steps"][0]["session"]["joins_ok"]
@@ -1118,7 +1122,7 @@ fn what_cannot_begin_says_why_and_what_to_do() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let missing = scratch.file("missing.pem");
-    // Nobody answers there.
+    // Nothing answers at this address.
     let nowhere = format!("http://{}", taken.local_addr().unwrap());
     let tls = [
         "--expect",

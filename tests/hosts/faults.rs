@@ -1,16 +1,16 @@
-//! A seed makes a schedule of faults, and a coordinator and three probers, each a process, go
-//! through it: whatever was acknowledged is in the result, the run ends, and its exit code
-//! and those that it calls missing are right.
+//! A seed makes a schedule of faults for a coordinator and three probers, each a process. The tests
+//! check that the result contains everything that was acknowledged, that the run ends, and that its
+//! exit code and its list of missing probers are right.
 //!
 //! The faults: `kill -9` of a prober, and of the coordinator, which is started again on its
-//! journal; a prober that is stopped for a while (SIGSTOP); a way that lets nothing through
-//! for a while; a journal that takes nothing for a while; and on every way answers that get lost,
-//! and beats that come twice, late and out of order. Clocks that are stepped are not among them,
-//! because all processes of a host share its wall clock: the seeds of `coordinator::state` and
+//! journal; a prober that is stopped for a while (SIGSTOP); a path that lets nothing through for a
+//! while; a journal that cannot be written for a while; and on every path lost answers, and beats
+//! that come twice, late and out of order. Steps of a clock are not among them, because all
+//! processes of a host share its wall clock. The seeds of `coordinator::state` and
 //! `coordinator::clock` have them, in virtual time.
 //!
-//! Between each prober and the coordinator is a relay, which makes what happens on the way, and is
-//! the witness of what was said and what was acknowledged.
+//! Between each prober and the coordinator is a relay. It makes the faults of the path, and logs
+//! what was sent and what was acknowledged.
 
 use std::cell::RefCell;
 use std::path::Path;
@@ -35,36 +35,37 @@ use tokio::runtime::Runtime;
 use tokio::sync::watch;
 
 const VANTAGES: [&str; 3] = ["ams", "fra", "iad"];
-/// The last one at which a fault begins: publishers stop, and reports are under way soon.
+/// Last stage at which a fault begins: the one in which publishers stop, with reports on their way
+/// soon.
 const LAST_STAGE: u64 = 3;
-/// Of the coordinator, in one schedule.
+/// Limit on outages of the coordinator in one schedule.
 const OUTAGES_MAX: usize = 2;
 
-/// How long faults last, and how long the coordinator hears nothing of a prober before it goes on
-/// without it.
+/// Lengths of the faults, and the silence after which the coordinator goes on without a prober.
 #[derive(Clone, Copy)]
 struct Scale {
     stopped: Duration,
     cut: Duration,
-    /// Until the coordinator is started again, or its journal takes entries again.
+    /// Time until the coordinator is started again, or until its journal can be written again.
     away: Duration,
     missing_after: Duration,
-    /// Whether the answer to a last report may get lost, too: then its prober tries for four times
-    /// `missing_after` to tell it to a coordinator that has ended.
+    /// Whether the answer to a last report may get lost, too. Its prober then tries for four times
+    /// `missing_after` to send it to a coordinator that has ended.
     last_answer_too: bool,
 }
 
-/// Nobody is lost but those that are killed.
+/// Faults so short that only killed probers are lost.
 const SHORT: Scale = Scale {
     stopped: Duration::from_secs(2),
     cut: Duration::from_secs(2),
     away: Duration::from_secs(1),
-    // Probers whose beats get lost one after the other pause for up to 5 s.
+    // Probers that lose several beats in a row pause for up to 5 s.
     missing_after: Duration::from_secs(10),
     last_answer_too: false,
 };
 
-/// Whoever is stopped or cut off is lost, and comes back when others have gone on.
+/// Faults so long that a stopped or cut-off prober is lost, and comes back when others have gone
+/// on.
 const LONG: Scale = Scale {
     stopped: Duration::from_secs(10),
     cut: Duration::from_secs(15),
@@ -85,8 +86,8 @@ fn three_schedules_of_faults_lose_nothing_that_was_acknowledged() {
     });
 }
 
-/// `THRONG_SEEDS=0..100 cargo test --test hosts faults:: -- --ignored --nocapture`, 75 minutes; any
-/// range of seeds repeats them. Every other seed has long faults.
+/// `THRONG_SEEDS=0..100 cargo test --test hosts faults:: -- --ignored --nocapture` takes 75
+/// minutes. Any range of seeds repeats its schedules. Every other seed has long faults.
 #[test]
 #[ignore = "takes 75 minutes"]
 fn a_hundred_schedules_of_faults_lose_nothing_that_was_acknowledged() {
@@ -107,14 +108,15 @@ enum Fault {
     JournalFull,
 }
 
-/// What happens in a run.
+/// The faults of a run.
 #[derive(Debug)]
 struct Schedule {
-    /// One after the other: at which stage, and how long into it.
+    /// Faults in order of time: the stage at which each begins, the time after the start of that
+    /// stage, and the fault.
     faults: Vec<(u64, Duration, Fault)>,
     on_missing: &'static str,
-    /// Of a hundred requests, how many lose their answer, are sent twice, and come after the next
-    /// one.
+    /// Percentage of requests that lose their answer. `twice` is the percentage that is sent twice,
+    /// and `late` the percentage that comes after the next request.
     unanswered: u64,
     twice: u64,
     late: u64,
@@ -141,8 +143,8 @@ impl Schedule {
             })
             .collect();
         faults.sort_by_key(|(stage, into, _)| (*stage, *into));
-        // Nobody is promised that a load goes on for longer than four times `missing_after` without
-        // a coordinator: three long outages in a row are more.
+        // A load is not guaranteed to go on for longer than four times `missing_after` without a
+        // coordinator, and three long outages in a row exceed that.
         let mut outages = 0;
         faults.retain(|(_, _, fault)| {
             outages += usize::from(matches!(
@@ -166,23 +168,23 @@ impl Schedule {
     }
 }
 
-/// Between a prober and the coordinator.
+/// The path between a prober and the coordinator.
 struct Way {
     state: Mutex<Passing>,
     cut: watch::Sender<bool>,
 }
 
 struct Passing {
-    /// Where the coordinator listens.
+    /// URL of the coordinator.
     to: String,
     chance: Seeded,
     unanswered: u64,
     twice: u64,
     late: u64,
     last_answer_too: bool,
-    /// Beats that have not been passed on when it was their turn.
+    /// Beats that were held back, to be passed on after a later request.
     held: Vec<Request>,
-    /// What was passed on to the coordinator, in this order.
+    /// Requests that were passed on to the coordinator, in this order.
     log: Vec<Passed>,
 }
 
@@ -197,7 +199,7 @@ struct Request {
 struct Passed {
     path: String,
     body: Value,
-    /// The prober was told that it had been taken.
+    /// Whether the prober was told that it had been accepted.
     acknowledged: bool,
 }
 
@@ -237,13 +239,14 @@ impl Way {
         url
     }
 
-    /// As TCP has it: what comes meanwhile gets through afterwards, if the one who sent it still
-    /// wants it to.
+    /// Waits until the path is no longer cut. As with TCP, what is sent meanwhile gets through
+    /// afterwards, if its sender still waits.
     async fn is_open(&self) {
         let _ = self.cut.subscribe().wait_for(|cut| !cut).await;
     }
 
-    /// The answer of the coordinator, if there is one.
+    /// Passes a request on. Returns the coordinator's answer, if there is one, with the request's
+    /// place in the log.
     async fn forward(&self, request: &Request) -> Option<(u16, Vec<u8>, usize)> {
         let (to, index) = {
             let mut state = self.lock();
@@ -276,7 +279,7 @@ impl Way {
         let text = String::from_utf8_lossy(&answer);
         let (head, body) = text.split_once("\r\n\r\n")?;
         let status = head.split(' ').nth(1)?.parse().ok()?;
-        // One that was cut short by the coordinator's end is none.
+        // An answer that was cut short by the end of the coordinator counts as none.
         serde_json::from_str::<Value>(body).ok()?;
         Some((status, body.as_bytes().to_vec(), index))
     }
@@ -331,7 +334,7 @@ async fn pass(
     }
 }
 
-/// A run under way.
+/// A run in progress.
 struct Run<'a> {
     seed: u64,
     scale: Scale,
@@ -340,16 +343,16 @@ struct Run<'a> {
     schedule: Schedule,
     coordinator: Coordinator,
     ways: Vec<Arc<Way>>,
-    /// `None`: killed.
+    /// Running probers; `None` if killed.
     probers: Vec<Option<Running>>,
     fates: Vec<Fate>,
 }
 
-/// What is to become of a prober.
+/// Expected fate of a prober.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     Stays,
-    /// Its report was under way.
+    /// Either, because its report was on its way.
     StaysOrIsLost,
     IsLost,
 }
@@ -360,8 +363,8 @@ fn coordinator(
     schedule: &Schedule,
     scale: Scale,
 ) -> Coordinator {
-    // A limit on the size of files will stand for a full disk. Its signal is ignored, so that a
-    // write fails as it does on one.
+    // A file size limit will stand for a full disk. Its signal is ignored, so that a write fails as
+    // it does on a full disk.
     let mut command = Command::new("bash");
     against(server, &mut command)
         .args([
@@ -416,7 +419,7 @@ fn go_through(seed: u64, scale: Scale, server: &Server) {
     for (stage, into, fault) in run.schedule.faults.clone() {
         run.wait_for_stage(stage);
         std::thread::sleep(into);
-        // Only where there is a run left.
+        // Only if the run still goes on.
         if !run.coordinator.has_ended() && !run.all_have_reported() {
             run.suffer(fault);
         }
@@ -457,7 +460,7 @@ impl Run<'_> {
         (0..VANTAGES.len()).all(|who| self.has_reported(who) || self.fates[who] == Fate::IsLost)
     }
 
-    /// Says nothing any more, or for so long.
+    /// Notes the expected fate of a prober that falls silent, for this long or for good (`None`).
     fn is_silent(&mut self, who: usize, silence: Option<Duration>) {
         let is_short = silence.is_some_and(|silence| silence < self.scale.missing_after);
         self.fates[who] = match (is_short, self.has_reported(who), self.fates[who]) {
@@ -471,7 +474,7 @@ impl Run<'_> {
         match fault {
             Fault::ProberKilled(who) => {
                 self.is_silent(who, None);
-                // Dropping it is `kill -9`.
+                // Dropping it sends SIGKILL (`kill -9`).
                 self.probers[who] = None;
             }
             Fault::ProberStopped(who) => {
@@ -510,7 +513,7 @@ impl Run<'_> {
             Fault::JournalFull => {
                 let pid = Pid::from_raw(self.coordinator.pid());
                 let limit = |current| {
-                    // One that has ended needs no limit.
+                    // Fails if the coordinator has ended, and it then needs no limit.
                     let _ = prlimit(
                         pid,
                         Resource::Fsize,
@@ -587,7 +590,7 @@ impl Run<'_> {
             .collect();
         assert!(differences.is_empty(), "{differences:#?} {about}");
 
-        // Who is missing, and what that makes of the run.
+        // The missing probers, and the result of the run with them.
         let names = |list: &Value, name: fn(&Value) -> &Value| -> Vec<String> {
             let entries = list.as_array().expect("a list").iter();
             entries
@@ -639,7 +642,8 @@ fn replayed(journal: &Path) -> RunState {
     state.into_inner().expect("a head")
 }
 
-/// All that was acknowledged is kept, or something newer that was said.
+/// Asserts that the coordinator has kept everything that was acknowledged, or something newer that
+/// was sent.
 fn witness(log: &[Passed], kept: &throng::coordinator::state::ProberState, about: &str) {
     let seq = |passed: &Passed| passed.body["seq"].as_u64().expect("a number");
     let beats = || {

@@ -1,4 +1,4 @@
-//! Runs over several hosts: the coordinator, its probers, and what may go wrong between them.
+//! Runs over several hosts: the coordinator, its probers, and the faults between them.
 
 #[path = "../common/mod.rs"]
 mod common;

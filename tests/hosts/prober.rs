@@ -1,5 +1,4 @@
-//! A prober as a process, against a coordinator that does as a script says, and an SFU that takes
-//! its media.
+//! A prober as a process, with a scripted coordinator, and an SFU that takes its media.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -23,7 +22,7 @@ fn unix_us() -> u64 {
         .as_micros() as u64
 }
 
-/// A prober in a directory of its own, where it may keep its report.
+/// A prober that has ended, and its directory, in which it may keep its report.
 struct Probing {
     dir: PathBuf,
     finished: Finished,
@@ -64,7 +63,7 @@ fn probe(
 }
 
 impl Probing {
-    /// Nothing but a host that has other work may be wrong with the run.
+    /// Asserts that the run passed, or was invalid because the host had other work.
     fn passed_unless_the_host_was_busy(&self) {
         let finished = &self.finished;
         assert!(
@@ -139,7 +138,7 @@ fn voicegw_s_own_coordinator_gets_a_step_for_each_tier() {
         [1, 3]
     );
     let last = &report.steps[1];
-    // Two who hear the one who speaks.
+    // One publisher and two subscribers that receive it.
     assert_eq!(
         (
             last.loss_pct,
@@ -159,7 +158,7 @@ fn voicegw_s_own_coordinator_gets_a_step_for_each_tier() {
     assert!(probing.kept().is_empty());
 }
 
-/// One publisher of audio and at most two subscribers, all of one prober.
+/// Returns a job with one publisher of audio and at most two subscribers, all of one prober.
 fn job(patience: Duration, hold: Duration) -> Value {
     let line = "throng --url ws://127.0.0.1:1 --api-key k --api-secret s --publishers 1 --subscribers 2 --num-per-second 20 --connection dual";
     let Ok(cli::CliCommand::Run(run)) =
@@ -207,7 +206,7 @@ fn job(patience: Duration, hold: Duration) -> Value {
     })
 }
 
-/// A coordinator with one prober: each stage begins when it is ready for it.
+/// Scripts a coordinator with one prober. Each stage begins when the prober is ready for it.
 fn lead(job: Value) -> impl FnMut(&Asked) -> (u16, Value) + Send + 'static {
     move |asked| match asked.what.as_str() {
         "POST /register" => (
@@ -221,7 +220,7 @@ fn lead(job: Value) -> impl FnMut(&Asked) -> (u16, Value) + Send + 'static {
     }
 }
 
-/// The answer to a beat; `stop`: why the run is to end.
+/// Returns the answer to a beat. `stop` is the reason for ending the run.
 fn beaten(asked: &Asked, stop: Option<&str>) -> Value {
     let (now, of) = (unix_us(), |field: &str| {
         asked.body[field].as_i64().unwrap_or(-1)
@@ -271,7 +270,7 @@ fn a_coordinator_of_ours_hears_all_that_a_run_counts_and_what_it_says_at_the_end
         .map(|beat| beat.body["seq"].as_u64().unwrap())
         .collect();
     assert!(seqs.is_sorted_by(|a, b| a < b));
-    // What beats said of a tier last is what the report says of it.
+    // The report has the same record of a tier as the last beat about it.
     for tier in &whole.tiers {
         let stage = u64::from(tier.measured.stage);
         let mut told = beats
@@ -288,7 +287,8 @@ fn a_coordinator_of_ours_hears_all_that_a_run_counts_and_what_it_says_at_the_end
         .iter()
         .flat_map(|beat| beat.body["starts"].as_array().unwrap())
         .collect();
-    // All but that of the last, which the report may overtake: nothing is measured in it.
+    // The start of the last stage may be missing, because the report can arrive before it. Nothing
+    // is measured in that stage.
     for stage in 0..4 {
         assert!(
             starts.iter().any(|start| start["stage"] == stage),

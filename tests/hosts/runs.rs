@@ -1,5 +1,5 @@
-//! A coordinator and three probers, each a process, in the same rooms: they keep step, and what
-//! they account for adds up.
+//! A coordinator and three probers, each a process, in the same rooms. They enter each stage
+//! together, and their counts add up.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ use throng::signal::rooms::RoomService;
 
 const TOKEN: &str = "sesame-sesame-sesame-sesame";
 
-/// A coordinator of three, with a journal that can be looked at.
+/// A coordinator of three probers, with a journal that the test can read.
 struct Leading {
     child: Child,
     stderr: BufReader<std::process::ChildStderr>,
@@ -36,7 +36,7 @@ impl Drop for Leading {
     }
 }
 
-/// What became of a run.
+/// Result of a run.
 struct Led {
     code: Option<i32>,
     stdout: String,
@@ -46,8 +46,8 @@ struct Led {
 }
 
 impl Leading {
-    /// With the load that these flags ask for. It knows the server and has its key; probers need
-    /// neither.
+    /// Starts a coordinator with the load that these flags request. It knows the server and has its
+    /// key; probers need neither.
     fn start(name: &str, server: &Server, flags: &str) -> Leading {
         let dir = std::env::temp_dir().join(format!("throng-hosts-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
@@ -93,7 +93,7 @@ impl Leading {
         }
     }
 
-    /// A prober that knows nothing but the coordinator.
+    /// Starts a prober that knows only the coordinator.
     fn prober(&self, vantage: &str, flags: &[&str]) -> Running {
         let mut command: Command = throng();
         command
@@ -109,7 +109,7 @@ impl Leading {
         )
     }
 
-    /// Reads on until it says so.
+    /// Reads its output until this text occurs.
     fn wait_for(&mut self, line: &str) {
         let mut said = String::new();
         while !said.contains(line) {
@@ -152,7 +152,7 @@ impl Leading {
 }
 
 impl Led {
-    /// In the order of their labels.
+    /// Returns the probers in the order of their labels.
     fn probers(&self) -> Vec<ProberState> {
         let mut probers = self.state.probers().to_vec();
         probers.sort_by(|a, b| a.vantage.cmp(&b.vantage));
@@ -160,7 +160,7 @@ impl Led {
     }
 }
 
-/// What all have reported of the whole run.
+/// Merges the reports of all probers on the whole run.
 fn merged(probers: &[ProberState]) -> Record {
     let mut merged = Record::default();
     for prober in probers {
@@ -171,7 +171,7 @@ fn merged(probers: &[ProberState]) -> Record {
             .throng
             .as_ref()
             .expect("ours");
-        // A host that does other things as well may be the limit: that says nothing of the counts.
+        // A host with other work may be the limit. That does not affect the counts.
         assert!(
             matches!(whole.verdict.0, Verdict::Pass | Verdict::Invalid),
             "{}: {:?}",
@@ -199,7 +199,7 @@ fn finish(running: Vec<Running>) {
     }
 }
 
-/// On LiveKit, whose pages come in portions; `hosts_places` has both servers.
+/// Uses LiveKit, whose pages come in portions. `hosts_places` has both servers.
 #[test]
 fn what_three_hosts_account_for_adds_up_and_they_keep_step() {
     let (_turn, server) = (
@@ -221,7 +221,8 @@ fn what_three_hosts_account_for_adds_up_and_they_keep_step() {
     assert!(matches!(led.code, Some(0 | 98)), "{}", led.stderr);
     let probers = led.probers();
     let merged = merged(&probers);
-    // Two rooms; in each three who speak, one on each host, and six who hear all three.
+    // Two rooms. Each has three publishers, one on each host, and six subscribers that receive all
+    // three.
     assert_eq!(
         (merged.session.joins_planned, merged.session.joins_ok),
         (18, 18)
@@ -260,7 +261,7 @@ fn what_three_hosts_account_for_adds_up_and_they_keep_step() {
             prober.starts
         );
         let report = prober.report.as_ref().unwrap();
-        // By the beats, what the report says at the end.
+        // The beats had the same records as the report at the end.
         for tier in &report.throng.as_ref().unwrap().tiers {
             let told = &prober.tiers[&tier.measured.stage];
             assert!(told.complete && told.record == tier.measured.record);
@@ -285,7 +286,8 @@ fn what_three_hosts_account_for_adds_up_and_they_keep_step() {
     the_servers_pages_and_the_series_are_of_all_hosts(&led, merged.audio.packets_received);
 }
 
-/// The coordinator reads the pages, and adds up what the hosts say each second.
+/// Checks that the coordinator reads the server's pages, and adds up the hosts' figures of each
+/// second.
 fn the_servers_pages_and_the_series_are_of_all_hosts(led: &Led, packets_received: u64) {
     let server = &led.report["server"];
     let steps = server["steps"].as_array().unwrap();
@@ -390,11 +392,11 @@ fn a_host_that_dies_leaves_what_it_said_and_the_others_go_on() {
     let (_turn, server) = (beside_one_other(), Server::embedded());
     let mut leading = Leading::start("dies", &server, "--publishers 3 --ramp 2,2,3");
     let [ams, fra, iad] = ["ams", "fra", "iad"].map(|vantage| leading.prober(vantage, &[]));
-    // All who are to hear have heard.
+    // All subscribers so far have received media.
     leading.wait_for("tier 2");
     fra.signal(Signal::KILL);
     for finished in [ams, iad].map(Running::finish) {
-        // Nobody who is left may wait for those who are gone.
+        // The remaining probers must not wait for the one that is gone.
         assert!(
             finished.stderr.contains("The coordinator has this report"),
             "{}",
@@ -413,8 +415,9 @@ fn a_host_that_dies_leaves_what_it_said_and_the_others_go_on() {
         let whole = prober.report.as_ref().unwrap().throng.as_ref().unwrap();
         let record = Record::from(&whole.totals.record);
         assert_eq!(whole.tiers.len(), 4, "{:?}", whole.partial);
-        // The one who died spoke to the first two: they were there together. The third comes later,
-        // and nobody expects him any more.
+        // The lost publisher counts for the first two subscribers of this host, which were there
+        // together with it. The third subscriber joins later, when that publisher is no longer
+        // expected.
         assert_eq!(
             (record.audio.tracks_expected, record.audio.tracks_live),
             (8, 8)
@@ -446,8 +449,8 @@ fn a_host_that_dies_leaves_what_it_said_and_the_others_go_on() {
     }
 }
 
-/// Each host plays one publisher and two subscribers. What the removed one was meant to send is
-/// owed to all six, wherever they are.
+/// Each host runs one publisher and two subscribers. What the removed publisher should have sent is
+/// counted as owed to all six, on every host.
 #[test]
 fn a_publisher_that_the_server_removes_stays_owed_on_every_host() {
     let (_turn, server) = (beside_one_other(), Server::embedded());
@@ -482,7 +485,7 @@ fn a_publisher_that_the_server_removes_stays_owed_on_every_host() {
     for prober in led.probers() {
         let whole = prober.report.as_ref().unwrap().throng.as_ref().unwrap();
         let audio = Record::from(&whole.totals.record).audio;
-        // Two tiers of it, for two.
+        // Its frames of two tiers, for two subscribers.
         assert!(
             audio.frames_lost_source > 2 * 3 * 50 && audio.frames_lost_source < 2 * 15 * 50,
             "{}: {}",
@@ -522,7 +525,7 @@ fn a_threshold_that_ends_the_run_does_so_for_all_and_fails_it() {
         list.map(|step| step["name"].as_str().unwrap_or_default().to_owned())
             .collect()
     };
-    // The baseline, in which it did not hold either, is not held to it.
+    // The threshold did not hold in the baseline either, but it does not apply there.
     assert_eq!(names("steps"), ["tier 1"]);
     assert!(
         led.report["vantages"]
