@@ -1,5 +1,5 @@
-//! Clients that lie to the embedded SFU, over real sockets: each costs the server a bounded share,
-//! and an honest client is served all the while.
+//! Clients that lie to the embedded SFU, over real sockets. Each costs the server a bounded share,
+//! and an honest client is served throughout.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,9 +23,9 @@ use tokio_tungstenite::tungstenite::http::{HeaderValue, header};
 use tokio_tungstenite::tungstenite::{self, Message};
 use tokio_tungstenite::{WebSocketStream, client_async};
 
-/// Everything here takes seconds; what takes this long hangs.
+/// Time limit for a test that hangs. Everything here takes seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What the server may hold at its peak. An idle one holds some 20 MB.
+/// Limit on the server's peak memory. An idle server uses some 20 MB.
 const RSS_MAX: u64 = 400 << 20;
 
 fn run<T>(test: impl Future<Output = T>) -> T {
@@ -40,7 +40,7 @@ fn run<T>(test: impl Future<Output = T>) -> T {
     })
 }
 
-/// A server, as its clients see it.
+/// A server, from the point of view of its clients.
 struct Target {
     endpoint: Endpoint,
     key: ApiKey,
@@ -69,7 +69,7 @@ impl Target {
         Ok((sender, receiver))
     }
 
-    /// An honest client is told what it came for.
+    /// Asserts that an honest client is served: it joins, and its ping is answered.
     async fn serves(&self, identity: &str) {
         let (mut sender, mut receiver) = self.join(identity).await.unwrap();
         assert!(matches!(
@@ -94,7 +94,7 @@ impl Target {
         TcpStream::connect(address).await.unwrap()
     }
 
-    /// A WebSocket without anything of ours on it.
+    /// Opens a WebSocket on which the client has sent nothing.
     async fn raw(&self, identity: &str) -> WebSocketStream<TcpStream> {
         let url = self.endpoint.websocket_url(&JoinOptions::default().path());
         let mut request = url.as_str().into_client_request().unwrap();
@@ -124,8 +124,8 @@ fn connections_beyond_the_bound_are_closed_and_others_are_served() {
         for _ in 0..5 * MOST {
             flood.push(target.tcp().await);
         }
-        // One address has a quarter of the places for those that have asked for nothing yet: the
-        // others are closed.
+        // Clients of one address that have sent no request yet may take a quarter of the places.
+        // The other connections are closed.
         let mut closed = 0;
         for stream in &mut flood {
             let mut byte = [0];
@@ -136,7 +136,7 @@ fn connections_beyond_the_bound_are_closed_and_others_are_served() {
             }
         }
         assert_eq!(closed, flood.len() - MOST / 4);
-        // Whoever asks finds a place, whatever waits there without a word.
+        // A client that sends a request finds a place, however many silent connections wait there.
         let mut joined = Vec::new();
         for at in 0..MOST {
             let name = format!("in time {at}");
@@ -161,7 +161,7 @@ fn a_request_that_drips_is_not_waited_for_without_end() {
     run(async {
         let mut stream = target.tcp().await;
         stream.write_all(b"GET /rtc HTTP/1.1\r\n").await.unwrap();
-        // [`run`] has the last word on how long that may be.
+        // [`run`] limits how long this may take.
         while stream.write_all(b"x-drip: 1\r\n").await.is_ok() {
             tokio::time::sleep(Duration::from_millis(250)).await;
         }
@@ -208,7 +208,7 @@ fn whatever_clients_say_an_honest_one_is_served_and_memory_is_bounded() {
     assert!(!server.log().contains("panicked"), "{}", server.log());
 }
 
-/// A gigabyte that is announced, fragments without end, and a masked frame that stops half-way.
+/// Announces a gigabyte, sends fragments without end, or stops in the middle of a masked frame.
 async fn frames_that_never_end(target: Arc<Target>) {
     for number in 0..10 {
         let mut socket = target.raw(&format!("frames-{number}")).await;
@@ -221,7 +221,7 @@ async fn frames_that_never_end(target: Arc<Target>) {
             }
             1 => {
                 let mut opcode = 2;
-                // Until the server has had enough of it.
+                // Until the server closes the connection.
                 for _ in 0..64 {
                     let fragment = [head(opcode, 1 << 20), vec![0; 1 << 20]].concat();
                     if stream.write_all(&fragment).await.is_err() {
@@ -239,7 +239,7 @@ async fn frames_that_never_end(target: Arc<Target>) {
     }
 }
 
-/// Two bytes each, and hundreds in memory.
+/// Sends lists of empty entries: each has two bytes in the message, and takes hundreds in memory.
 async fn lists_of_nothing(target: Arc<Target>) {
     let field = |number: u64, body: &[u8]| {
         let mut message = Vec::new();
@@ -268,7 +268,8 @@ async fn lists_of_nothing(target: Arc<Target>) {
 }
 
 async fn tracks_and_subscriptions(target: Arc<Target>) {
-    // In a room of its own, and with no offer to answer: it reads only what answers it.
+    // In its own room, and without an offer to answer, so that it reads only the answers to its
+    // requests.
     let permissions = Permissions {
         subscribe: false,
         ..Permissions::BOTH
@@ -310,15 +311,16 @@ async fn tracks_and_subscriptions(target: Arc<Target>) {
             subscribe: number % 2 == 0,
             ..Default::default()
         };
-        // Each sid that is not there is answered, and nobody reads the answers: the server may have
-        // had enough.
+        // Each unknown sid is answered, and nothing reads the answers, so the server may close the
+        // connection.
         if sender.send(Request::Subscription(storm)).await.is_err() {
             return;
         }
     }
 }
 
-/// Each is small; together they would be what everybody is told each time.
+/// Sends small attributes without end. Without a limit, all of them together would be in every
+/// update to every participant.
 async fn attributes_without_end(target: Arc<Target>) {
     let permissions = Permissions::BOTH;
     let lifetime = Duration::from_secs(60);
@@ -372,7 +374,7 @@ async fn descriptions(target: Arc<Target>) {
             .await
             .unwrap();
         let _ = sender.offer(sdp, 1).await;
-        // An answer, or the end.
+        // Waits for an answer, or for the end of the connection.
         while !matches!(
             receiver.next().await,
             Ok(SignalEvent::Answer(_) | SignalEvent::Leave(_)) | Err(_)
@@ -380,7 +382,8 @@ async fn descriptions(target: Arc<Target>) {
     }
 }
 
-/// Answers that nobody takes: the server closes the connection once too much waits.
+/// Sends requests and reads no answers. The server closes the connection once too many answers
+/// wait.
 async fn requests_and_no_reading(target: Arc<Target>) {
     let mut socket = target.raw("deaf").await;
     let ping = proto::SignalRequest {
@@ -418,7 +421,7 @@ async fn bad_tokens(target: Arc<Target>) {
     }
 }
 
-/// Heads and bodies that are longer than any that is read.
+/// Sends HTTP heads and bodies that exceed the limits.
 async fn oversize_http(target: Arc<Target>) {
     let bearer = target.key.service_token(None).unwrap();
     for number in 0..10 {

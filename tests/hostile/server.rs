@@ -1,7 +1,7 @@
-//! A server that lies, and the real program run against it: it costs counters and one participant's
-//! join, never a panic, never memory or time without end.
+//! The real program run against a server that lies. A lie costs counters and one participant's
+//! join; it never causes a panic, or unbounded use of memory or time.
 //!
-//! The server is LiveKit-like as far as a participant can tell: room service, WebSockets,
+//! The server resembles LiveKit as far as a participant can tell: room service, WebSockets,
 //! descriptions, and where a lie needs it a media side with true ICE, DTLS and keys.
 
 use std::net::{SocketAddr, UdpSocket};
@@ -34,25 +34,25 @@ use tokio_tungstenite::tungstenite::Message;
 
 const KEY: &str = "devkey";
 const SECRET: &str = "a-secret-for-tests-of-thirty-two-or-more-characters";
-/// What a run of so few may hold at its peak, media included: a run against an honest server takes
-/// some 60 MB.
+/// Limit on the peak memory of a run with so few participants, media included. A run against an
+/// honest server uses some 60 MB.
 const RSS_MAX: u64 = 400 << 20;
-/// What a join may take.
+/// Longest time of a join.
 const JOIN: Duration = Duration::from_secs(30);
-/// A lie that never ends ends here: the run's own bounds are shorter or equal, and this host has
-/// other things to do.
+/// Length of a lie without an end of its own. The run's own limits are shorter or equal, and this
+/// host has other things to do.
 const FLOOD: Duration = Duration::from_secs(4);
 
-/// One way to treat a participant.
+/// One lie to a participant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lie {
-    /// The head of the HTTP answer comes a byte at a time, for ever.
+    /// The head of the HTTP answer comes one byte at a time, for ever.
     SlowHandshake,
     NoJoin,
     GarbageFrames,
-    /// A frame says that it is 1 GB long.
+    /// A frame announces a length of 1 GB.
     AnnouncedGigabyte,
-    /// Fragments of one message, without end.
+    /// One message consists of fragments without end.
     EndlessMessage,
     TruncatedMessages,
     WrongDescription,
@@ -63,13 +63,13 @@ enum Lie {
     Updates,
     Speakers,
     Candidates,
-    /// Nobody asked.
+    /// Pongs without pings.
     Pongs,
-    /// Lists of messages of no bytes.
+    /// Lists of empty messages.
     EmptyLists,
     ResumeAgainAndAgain,
     RejoinAgainAndAgain,
-    /// Never reads, and pings.
+    /// The server never reads, and sends pings.
     Deaf,
 }
 
@@ -94,7 +94,7 @@ const LIES: [Lie; 18] = [
     Lie::Deaf,
 ];
 
-/// A server on a thread of its own, gone when it is dropped.
+/// A server with its own runtime. It ends when it is dropped.
 struct Liar {
     url: String,
     told: Arc<AtomicUsize>,
@@ -102,7 +102,7 @@ struct Liar {
 }
 
 impl Liar {
-    /// `treat` serves each WebSocket, by its place in the order of their coming.
+    /// Starts a server. `treat` serves each WebSocket, and gets its index in order of arrival.
     fn start<F>(treat: impl Fn(usize, TcpStream) -> F + Send + Sync + 'static) -> Liar
     where
         F: Future<Output = ()> + Send + 'static,
@@ -138,7 +138,8 @@ impl Liar {
         }
     }
 
-    /// How the run ended, its report, and a line on each participant.
+    /// Runs the program against the server. Returns how it ended, its report, and one line for each
+    /// participant.
     fn run(&self, arguments: &[&str]) -> (Finished, Report, String) {
         let scratch = Scratch::new();
         let json = scratch.path("run.json");
@@ -163,7 +164,8 @@ impl Liar {
     }
 }
 
-/// An empty message is an empty room, an empty list, and whatever else is asked for.
+/// Answers every request with an empty message, which stands for an empty room, an empty list, and
+/// everything else.
 async fn room_service(mut stream: TcpStream) {
     let mut request = [0; 8 << 10];
     while stream.read(&mut request).await.is_ok_and(|len| len > 0) {
@@ -247,14 +249,14 @@ fn sent_track(number: u32) -> SentTrack {
     }
 }
 
-/// Joins, then says these things until it has said them all, nobody listens or it has taken
-/// [`FLOOD`]; then waits for the end.
+/// Sends the Join, then the messages of `say` until there are no more, the connection ends or
+/// [`FLOOD`] has passed. Then waits for the end.
 async fn flood(socket: Socket, say: impl FnMut(u32) -> Option<Bytes>) {
     flood_for(FLOOD, socket, say).await;
 }
 
-/// It reads all the while: a server that does not is another lie, [`Lie::Deaf`], and would be
-/// refused for that once our answers fill the socket.
+/// The same with another limit. It reads throughout, because a server that does not read is another
+/// lie, [`Lie::Deaf`], and would be refused for that once our answers fill the socket.
 async fn flood_for(limit: Duration, mut socket: Socket, mut say: impl FnMut(u32) -> Option<Bytes>) {
     let started = Instant::now();
     send(&mut socket, join_message()).await;
@@ -350,9 +352,10 @@ async fn tell(lie: Lie, mut stream: TcpStream) {
         }
         Lie::OffersWithoutEnd => {
             let local = local(9, DtlsSetup::ActPass);
-            // Until it is refused, however slow the host is: a join has 30 s.
+            // The flood goes on until the server is refused, however slow the host is: a join has
+            // 30 s.
             flood_for(2 * JOIN, socket, |number| {
-                // Each restarts ICE, and all tracks are other ones.
+                // Each offer restarts ICE and replaces all tracks.
                 let mut offers = SubscriberOffer::default();
                 for track in 0..500 {
                     offers.add(sent_track(number * 500 + track));
@@ -403,14 +406,14 @@ async fn tell(lie: Lie, mut stream: TcpStream) {
         }
         Lie::EmptyLists => {
             // Field 19, `reconnect`, of 8 MiB: four million `ice_servers` of no bytes, each of
-            // which takes 72 in memory.
+            // which takes 72 bytes in memory.
             let entries = [0x0A, 0].repeat(4 << 20);
             let reconnect =
                 Bytes::from([&[0x9A, 0x01, 0x80, 0x80, 0x80, 0x04][..], &entries].concat());
             flood(socket, |number| (number < 5).then(|| reconnect.clone())).await;
         }
         Lie::ResumeAgainAndAgain => {
-            // A resume is answered as it should be, and ended in the same breath.
+            // A resume is answered correctly, and ended at once.
             let resumed = Response::Reconnect(proto::ReconnectResponse::default());
             let _ = send(&mut socket, resumed).await
                 && send(&mut socket, leave(proto::leave_request::Action::Resume)).await;
@@ -467,7 +470,7 @@ fn whatever_a_server_says_the_run_ends_on_time_and_reports() {
     ] {
         assert!(people.contains(said), "nobody says '{said}': {people}");
     }
-    // Joins are given up after 30 s at most; then the run holds nobody.
+    // Joins are given up after 30 s at most. The run then waits for nothing.
     assert!(
         finished.took < Duration::from_secs(60),
         "{:?}",
@@ -475,14 +478,14 @@ fn whatever_a_server_says_the_run_ends_on_time_and_reports() {
     );
 }
 
-/// A message of this kind that is cut short.
+/// Returns the first half of this message.
 fn torn(message: Response) -> Message {
     let whole = encoded(message);
     Message::Binary(whole.slice(..whole.len() / 2))
 }
 
-/// The first participant gets a torn Join; the second a torn Offer, the third a torn Answer; those
-/// after them torn news of speakers, which nobody needs.
+/// Sends the first participant a truncated Join, the second a truncated Offer, and the third a
+/// truncated Answer. Later ones get a truncated update about speakers, which nothing depends on.
 async fn tear(place: usize, stream: TcpStream) {
     let Ok(mut socket) = tokio_tungstenite::accept_async(stream).await else {
         return;
@@ -535,19 +538,20 @@ fn a_join_an_offer_or_an_answer_that_cannot_be_read_ends_the_attempt_at_once() {
     );
 }
 
-/// What the media side did, and what it got.
+/// Counters of what the media side sent and received.
 #[derive(Default)]
 struct MediaLog {
     connected: AtomicU64,
     sent: AtomicU64,
-    /// RTP on the publisher's media SSRCs, and on those of its retransmissions.
+    /// RTP packets on the publisher's media SSRCs. `resent` counts those on other SSRCs, which are
+    /// the publisher's retransmissions.
     media: AtomicU64,
     resent: AtomicU64,
     nacked: AtomicU64,
     stop: AtomicBool,
 }
 
-/// One connection's media side: a peer of ours as the server, on a socket of its own.
+/// The media side of one connection: one of our peers as the server, on its own socket.
 struct MediaEnd {
     socket: UdpSocket,
     peer: Peer,
@@ -578,8 +582,8 @@ impl MediaEnd {
                 .iter()
                 .map(|candidate| candidate.address)
                 .collect(),
-            // As a LiveKit server: it controls the connection that it offers, and answers `passive`
-            // on the other.
+            // As a LiveKit server does: it controls ICE on the connection that it offers, and
+            // answers `passive` on the other.
             ice_controlling: !publishing,
             dtls_active: remote.setup == DtlsSetup::Passive,
         };
@@ -591,7 +595,7 @@ impl MediaEnd {
         }
     }
 
-    /// Comes up, lies for some seconds, and then only keeps the connection up.
+    /// Connects, lies for some seconds, and then only keeps the connection up.
     fn run(mut self, ssrcs: &[Ssrc], log: &MediaLog) {
         let mut connected_at = None;
         let mut round = 0u32;
@@ -638,11 +642,11 @@ impl MediaEnd {
         }
     }
 
-    /// All at once, every millisecond.
+    /// Sends all lies at once. Called every millisecond.
     fn lie(&mut self, ssrcs: &[Ssrc], round: u32, log: &MediaLog) {
         for number in 0..20 {
-            // Mostly of SSRCs that nobody announced; some of one that was, with nonsense behind the
-            // header.
+            // With `publishing` all SSRCs are unannounced. Otherwise some packets have an announced
+            // SSRC, with nonsense after the header.
             let ssrc = if self.publishing || number > 2 {
                 Ssrc(0x7000_0000 + round % 5_000)
             } else {
@@ -709,7 +713,7 @@ impl MediaEnd {
                 )
             });
         }
-        // Forged ones: nobody's STUN, DTLS of no session, RTP under no key.
+        // Forged datagrams: STUN of no peer, DTLS of no session, RTP encrypted with no key.
         for mut forged in [[0; 64], [22; 64], [0x80; 64]] {
             forged[4..8].copy_from_slice(&[0x21, 0x12, 0xA4, 0x42]);
             forged[63] = round as u8;
@@ -735,12 +739,11 @@ impl MediaEnd {
 
     fn send(&self, bytes: &mut [u8], len: Option<usize>, log: &MediaLog) {
         if let (Some(len), Some(to)) = (len, self.peer.remote()) {
-            // Where the other's buffer is full, it is as full as it can be.
+            // A failure means that the other's buffer is full, which is as much as a flood can do.
             let _ = self.socket.send_to(&bytes[..len], to);
             log.sent.fetch_add(1, Relaxed);
             if len == 64 && bytes[0] == 0x80 {
-                // The same from a port that nobody knows: the kernel keeps it away from a connected
-                // socket.
+                // The same from an unknown port. The kernel keeps it away from a connected socket.
                 let stranger = UdpSocket::bind("127.0.0.1:0").unwrap();
                 let _ = stranger.send_to(&bytes[..len], to);
             }
@@ -748,7 +751,7 @@ impl MediaEnd {
     }
 }
 
-/// Signals as it should, so that media flows, and hands the connections to the lying media side.
+/// Signals correctly, so that media flows, and hands the connections to the lying media side.
 async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
     let Ok(mut socket) = tokio_tungstenite::accept_async(stream).await else {
         return;
@@ -828,7 +831,8 @@ async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
     }
 }
 
-/// A client that offers `active` or `actpass` and is answered `passive` opens DTLS.
+/// Sets the client's DTLS role to `active`: a client that offers `active` or `actpass` and is
+/// answered `passive` opens DTLS.
 fn active(remote: RemoteTransport) -> RemoteTransport {
     RemoteTransport {
         setup: DtlsSetup::Active,
@@ -866,7 +870,7 @@ fn media_and_feedback_of_any_content_cost_counters_and_resends_stay_within_their
         log.connected.load(Relaxed) >= 2 && log.sent.load(Relaxed) > 1_000,
         "the lies were told"
     );
-    // FAIL, for nothing true arrived; or INVALID, where this host was too busy to read all the
+    // FAIL, because nothing true arrived, or INVALID if this host was too busy to read all the
     // lies.
     assert!(
         matches!(finished.code, Some(98 | 99)),
@@ -883,8 +887,9 @@ fn media_and_feedback_of_any_content_cost_counters_and_resends_stay_within_their
         "{}",
         finished.stdout
     );
-    // 256 KiB at once and then as much as the media itself, each resend being charged 1,200 bytes:
-    // of a hundred times as many that were asked for.
+    // The rate limit of retransmissions is 256 KiB at once, and then as much as the media itself,
+    // with each counted as 1,200 bytes. The bound here is twice that. A hundred times as many were
+    // requested.
     let (nacked, resent) = (
         log.nacked.load(Relaxed),
         report.counter("video", "rtx_sent") + report.counter("audio", "rtx_sent"),
