@@ -1,12 +1,12 @@
-//! Who is blamed? Generator and server are processes of their own; one of them is stopped,
-//! throttled or starved at known moments, and the report must say which.
+//! Blame for stalls: generator and server are separate processes. One of them is stopped, throttled
+//! or starved at known moments, and the report must say which.
 //!
 //! Ground truth is what was done to a process, by the clock of the test, and what the kernel
 //! counted of it (`schedstat`, `cpu.stat`). A host that is busy with other things stalls processes
-//! too: where the kernel's counters say that the side which was *not* meddled with was kept waiting
-//! as well, naming it is no mistake.
+//! too. If the kernel's counters say that the *other* side was also kept waiting, it is no mistake
+//! to name that side.
 //!
-//! `cargo test --test blame -- --ignored --nocapture` is the whole of it: 100 injections from seeds
+//! `cargo test --test blame -- --ignored --nocapture` is the full test: 100 injections from seeds
 //! and 20 runs without any, in some 15 minutes, with a table.
 
 mod common;
@@ -27,19 +27,22 @@ on_both_servers!(
     whoever_is_stopped_is_named_with_the_second_and_a_stopped_server_shows_in_the_percentiles
 );
 
-/// After the engine's threads have started: everybody is in, and what is usual is known.
+/// Time from the start of the engine's threads to the first injection. By then everybody has
+/// joined, and the engine knows the usual timing.
 const SETTLING: Duration = Duration::from_secs(3);
-/// From one injection to the next: what is usual must be known again. Where there are only two, one
-/// after the other, less will do.
+/// Time from one injection to the next, in which the engine must learn the usual timing again. Less
+/// is enough if there are only two injections, one after the other.
 const SPACING: Duration = Duration::from_millis(5_500);
 const SPACING_SHORT: Duration = Duration::from_millis(3_500);
-/// What an injection's traces may come later: the tick that notices, the first datagram after it.
+/// Longest delay of an injection's traces, in seconds: the tick that notices it, and the first
+/// datagram after it.
 const AFTERMATH: f64 = 0.3;
-/// A starvation that kept its victim waiting for less than this was none.
+/// Shortest wait of a starved victim. A starvation with less effect does not count as one.
 const EFFECT_MIN: Duration = Duration::from_millis(60);
-/// Of an injection, what the report must account for.
+/// Share of an injection that the report must account for.
 const SHARE_FOUND: f64 = 0.4;
-/// On the wrong side anything from here on is a wrong blame, unless the kernel confirms it.
+/// Shortest stall, in seconds, that counts as wrong blame if it is attributed to the wrong side,
+/// unless the kernel confirms it.
 const BLAME_MIN: f64 = 0.04;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,11 +53,11 @@ enum Victim {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Means {
-    /// SIGSTOP, and SIGCONT.
+    /// SIGSTOP, then SIGCONT.
     Stop,
     /// A control group's quota that is far too small.
     Quota,
-    /// A loop with the highest priority on the one CPU that is left to the victim.
+    /// A loop with the highest priority on the only CPU that is left to the victim.
     Neighbour,
 }
 
@@ -65,23 +68,23 @@ struct Injection {
     length: Duration,
 }
 
-/// What was done, by the wall clock (seconds since 1970), and what the kernel says of it.
+/// The injection, by the wall clock (seconds since 1970), and the kernel's figures for it.
 #[derive(Debug)]
 struct Truth {
     injection: Injection,
     from: f64,
     to: f64,
-    /// For how long the victim was kept from running.
+    /// Time for which the victim was kept from running.
     still: Duration,
-    /// What the other side, and the whole host, was kept waiting meanwhile.
+    /// Time that the other side, and the whole host, was kept waiting meanwhile.
     other_waited: Duration,
 }
 
-/// A process and what the kernel says of its threads.
+/// A process whose threads are observed through the kernel.
 #[derive(Clone, Copy)]
 struct Target {
     pid: u32,
-    /// Only threads with such names count: those whose lateness matters.
+    /// Prefix of the names of the threads that count: those whose lateness matters.
     threads: &'static str,
 }
 
@@ -114,7 +117,7 @@ impl Target {
             .any(|task| name(task).starts_with(prefix))
     }
 
-    /// How long each of its threads has been ready and waited for a CPU so far.
+    /// Returns the time that each of its threads has been ready and waited for a CPU so far.
     fn waits(&self) -> Vec<(PathBuf, Duration)> {
         let wait = |task: PathBuf| {
             let name = fs::read_to_string(task.join("comm")).ok()?;
@@ -126,7 +129,7 @@ impl Target {
         self.tasks().into_iter().filter_map(wait).collect()
     }
 
-    /// Of the thread that waited longest.
+    /// Returns the wait since `before` of the thread that waited longest.
     fn waited_since(&self, before: &[(PathBuf, Duration)]) -> Duration {
         let earlier = |task: &PathBuf| {
             before
@@ -140,7 +143,7 @@ impl Target {
 
     fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(self.pid as i32).expect("a process id");
-        // One that has ended is noticed when its report is missing.
+        // If the process has ended, its missing report shows it.
         let _ = kill_process(pid, signal);
     }
 
@@ -150,13 +153,13 @@ impl Target {
                 .file_name()
                 .and_then(|name| name.to_str()?.parse().ok())
                 .and_then(Pid::from_raw);
-            // A thread may end meanwhile; one that starts inherits.
+            // A thread may end meanwhile. A new one inherits the affinity.
             let _ = id.map(|id| sched_setaffinity(Some(id), cpus));
         }
     }
 }
 
-/// A stopped process goes on when this is dropped.
+/// A stopped process, which is continued when this is dropped.
 struct Stopped(Target);
 
 impl Stopped {
@@ -172,8 +175,8 @@ impl Drop for Stopped {
     }
 }
 
-/// A control group of our own with one process in it. Dropped, the process is back where it was,
-/// and the group gone.
+/// A control group of our own with one process in it. Dropping it puts the process back where it
+/// was, and removes the group.
 struct Group {
     dir: PathBuf,
     root: PathBuf,
@@ -182,7 +185,7 @@ struct Group {
 }
 
 impl Group {
-    /// `None` where this test may not make control groups.
+    /// Makes a group with the process in it; `None` if this test may not make control groups.
     fn with(target: Target) -> Option<Group> {
         let (root, is_v1) = [("/sys/fs/cgroup/cpu", true), ("/sys/fs/cgroup", false)]
             .into_iter()
@@ -208,7 +211,8 @@ impl Group {
             pid: target.pid,
         };
         if !is_v1 {
-            // Where the controller is on already, or may not be switched on, the quota tells.
+            // This fails if the controller is on already, or may not be switched on. Writing the
+            // quota then shows whether it is on.
             let _ = fs::write(group.root.join("cgroup.subtree_control"), "+cpu");
         }
         group.limit(None).then_some(())?;
@@ -216,7 +220,7 @@ impl Group {
         Some(group)
     }
 
-    /// Microseconds of CPU in each 100 ms.
+    /// Sets the quota in microseconds of CPU per 100 ms. Returns whether that succeeded.
     fn limit(&self, quota_us: Option<u32>) -> bool {
         let (file, text) = match (self.is_v1, quota_us) {
             (true, quota) => (
@@ -249,7 +253,7 @@ impl Drop for Group {
     }
 }
 
-/// Loops that take all of a CPU, and the victim alone with them on it.
+/// Loops that take all of one CPU. The victim is the only other process on that CPU.
 struct Neighbours {
     loops: Vec<Child>,
     all: CpuSet,
@@ -257,7 +261,7 @@ struct Neighbours {
 }
 
 impl Neighbours {
-    /// `None` where there are not two CPUs, or no right to the highest priority.
+    /// Starts the loops; `None` without a second CPU, or without the right to the highest priority.
     fn of(victim: Target, other: Target) -> Option<Neighbours> {
         let all = sched_getaffinity(None).ok()?;
         let cpus: Vec<usize> = (0..CpuSet::MAX_CPU)
@@ -278,8 +282,9 @@ impl Neighbours {
             pinned: [victim, other],
         };
         for _ in 0..2 {
-            // In a session of its own: kernels that group by session weigh sessions against each
-            // other, and would have the loop's neighbours pay for it on other CPUs.
+            // In its own session, because kernels that group by session weigh sessions against each
+            // other. In a shared session, the loop would slow its session's processes on other
+            // CPUs.
             let mut command = Command::new("setsid");
             command.args([
                 "nice",
@@ -315,7 +320,7 @@ fn unix_now() -> f64 {
         .as_secs_f64()
 }
 
-/// What the hypervisor has taken so far, over all CPUs.
+/// Returns the CPU time that the hypervisor has taken so far, over all CPUs.
 fn stolen() -> Duration {
     let text = fs::read_to_string("/proc/stat").unwrap_or_default();
     let ticks: Option<u64> = text
@@ -325,7 +330,7 @@ fn stolen() -> Duration {
     Duration::from_millis(ticks.unwrap_or(0) * 10)
 }
 
-/// Does it; `None` where this host does not let the test, or where it had no effect.
+/// Makes an injection; `None` if this host does not permit it, or if it had no effect.
 fn inject(injection: Injection, generator: Target, server: Target) -> Option<Truth> {
     let (victim, other) = match injection.victim {
         Victim::Generator => (generator, server),
@@ -358,7 +363,7 @@ fn inject(injection: Injection, generator: Target, server: Target) -> Option<Tru
         }
     };
     let to = unix_now();
-    // Longer than the stall: a wait is counted when it is over.
+    // Longer than the stall, because a wait is counted when it is over.
     std::thread::sleep(Duration::from_secs(1));
     let other_waited = other.waited_since(&other_before) + stolen().saturating_sub(stolen_before);
     (injection.means == Means::Stop || still >= EFFECT_MIN).then_some(Truth {
@@ -370,7 +375,7 @@ fn inject(injection: Injection, generator: Target, server: Target) -> Option<Tru
     })
 }
 
-/// A run with these injections, one after the other.
+/// Runs the program with these injections, one after the other.
 fn run_with(
     server: &Server,
     injections: &[Injection],
@@ -415,7 +420,7 @@ fn run_with(
     )
 }
 
-/// A stall of the report, by the wall clock, and by the run's.
+/// A stall in the report: `at` by the run's clock, `from` and `to` by the wall clock.
 #[derive(Debug)]
 struct Told {
     side: Victim,
@@ -425,8 +430,8 @@ struct Told {
     seconds: f64,
 }
 
-/// Both of the report's own sides are this process's: whose fault on this side a stall was is
-/// another question.
+/// Reads the stalls of the report. Both of the report's sides other than the server count as the
+/// generator, because whose fault a stall on this side was is another question.
 fn told(report: &Report) -> Vec<Told> {
     let started = report.0["started_at"].as_str().expect("a time");
     let started = humantime::parse_rfc3339(started).expect("RFC 3339");
@@ -456,10 +461,10 @@ fn told(report: &Report) -> Vec<Told> {
 enum Outcome {
     Found,
     Missed,
-    /// The other side was blamed, for a time in which the kernel did not keep it waiting.
+    /// The other side was blamed for a time in which the kernel did not keep it waiting.
     Wrong,
-    /// Missed, or the other side named, and the kernel says that the other side was kept waiting
-    /// too: nobody can tell.
+    /// Missed, or the other side was named, and the kernel says that the other side was kept
+    /// waiting too. The cause cannot be told.
     Unclear,
 }
 
@@ -477,7 +482,7 @@ fn judge(truth: &Truth, told: &[Told]) -> Outcome {
         .map(|stall| stall.seconds)
         .sum();
     let other = truth.other_waited.as_secs_f64();
-    // A starved victim runs a little now and then, and stands still for less than it waits.
+    // A starved victim runs a little now and then, so it stands still for less than it waits.
     let owed = match truth.injection.means {
         Means::Stop => truth.still.as_secs_f64() * SHARE_FOUND,
         Means::Quota | Means::Neighbour => 0.02,
@@ -512,8 +517,8 @@ fn whoever_is_stopped_is_named_with_the_second_and_a_stopped_server_shows_in_the
             "{outcome:?}: {truth:?}\n{told:#?}"
         );
     }
-    // 600 ms of the generator are more than a second may have: INVALID, for the second in which it
-    // was.
+    // 600 ms of the generator are more than is allowed in one second. The run is INVALID, and the
+    // reason names that second.
     assert_eq!(
         (report.result(), code),
         ("INVALID", Some(98)),
@@ -530,7 +535,8 @@ fn whoever_is_stopped_is_named_with_the_second_and_a_stopped_server_shows_in_the
         "{longest:?} is not in: {}",
         report.reasons()
     );
-    // The server's second is a note, with how long it was; never a reason against the generator.
+    // The stall of the server is a note that states its length. It is never a reason against the
+    // generator.
     assert!(
         report.notes().contains("the server was silent for"),
         "{}",
@@ -539,9 +545,9 @@ fn whoever_is_stopped_is_named_with_the_second_and_a_stopped_server_shows_in_the
     shows_in_full(&report);
 }
 
-/// Whether a reason says that the generator stood still in this second, in a list as `seconds 3-5,
-/// 9 and 12`. On a host that stalls all the time a list ends with `and 7 more`, and may mean it
-/// there.
+/// Whether a reason says that the generator stood still in this second, in a list such as `seconds
+/// 3-5, 9 and 12`. On a host that stalls all the time a list ends with `and 7 more`, which may
+/// include the second.
 fn names_second(reasons: &str, second: u64) -> bool {
     if reasons
         .lines()
@@ -563,15 +569,16 @@ fn names_second(reasons: &str, second: u64) -> bool {
         .any(|range| range.contains(&second))
 }
 
-/// Two seconds of a run of some fifteen: an eighth of all frames came up to two seconds late, or
-/// never. They lie evenly below that, so the p95 is above one second.
+/// The server was silent for two seconds of a run of some fifteen, so an eighth of all frames came
+/// up to two seconds late, or never. Their delays are spread evenly below two seconds, so the p95
+/// is above one second.
 fn shows_in_full(report: &Report) {
     let p95 = report.micros("audio", "one_way_latency", "p95");
     assert!(p95.is_none_or(|us| us > 900_000), "p95 {p95:?} us");
     let p99 = report.micros("audio", "one_way_latency", "p99");
     assert!(p99.is_none_or(|us| us > 1_500_000), "p99 {p99:?} us");
-    // 4 publishers to 6 subscribers, 50 frames a second; those of the last 0.4 s are not late by
-    // the 400 ms that count.
+    // 4 publishers to 6 subscribers, 50 frames a second. Frames of the last 0.4 s of the stall do
+    // not count as late, because they are late by less than 400 ms.
     let undelivered =
         report.counter("audio", "frames_expected") - report.counter("audio", "frames_delivered");
     let late = report.counter("audio", "frames_late") + undelivered;
@@ -638,7 +645,7 @@ fn a_hundred_stalls_are_blamed_on_the_right_side_and_twenty_clean_runs_are_valid
     );
 }
 
-/// The real server and the embedded one in turns; `None` where there is no real one.
+/// Alternates between the embedded server and the real one; `None` if there is no real one.
 fn server_for(turn: usize) -> Option<(&'static str, Server)> {
     match turn % 2 {
         0 => Some(("throng sfu", Server::embedded())),
@@ -657,8 +664,8 @@ fn drawn(chance: &mut Seeded) -> Injection {
         6..8 => Means::Quota,
         _ => Means::Neighbour,
     };
-    // A quota takes hold when its first period's share is used up, and a neighbour takes turns:
-    // they need a while to be one.
+    // A quota takes effect when the share of its first period is used up, and a neighbour takes
+    // turns with the victim. Both need some time to have an effect.
     let shortest = if means == Means::Stop { 50 } else { 600 };
     Injection {
         victim,
@@ -670,8 +677,8 @@ fn drawn(chance: &mut Seeded) -> Injection {
 #[derive(Debug)]
 struct CleanRun {
     valid: bool,
-    /// Not valid, and the kernel says why: the engine, or the host, was kept waiting for at least
-    /// half of what the report says that it stood still.
+    /// Whether the kernel confirms an invalid run: the engine, or the host, was kept waiting for at
+    /// least half of the time that the report says it stood still.
     confirmed: bool,
     #[allow(dead_code, reason = "printed where it is not valid")]
     reasons: String,
@@ -696,7 +703,7 @@ fn clean_run(server: &Server) -> CleanRun {
     let generator = Target::generator(&running);
     let (stolen_before, mut running, mut waited) = (stolen(), running, Duration::ZERO);
     while !running.has_ended() {
-        // The last look before the engine's threads end is what they waited.
+        // The last value before the engine's threads end is their total wait.
         waited = waited.max(generator.waited_since(&[]));
         std::thread::sleep(Duration::from_millis(100));
     }

@@ -1,7 +1,8 @@
-//! The video source against two independent decoders (ffmpeg's own and libvpx, both through the
-//! `ffmpeg` command), by pixels and not by silence.
+//! The video source, decoded by two independent decoders (ffmpeg's own and libvpx, both through the
+//! `ffmpeg` command). The tests compare pixels, and do not only check that a decoder reports no
+//! error.
 //!
-//! Without `ffmpeg` the decoder tests print that they were skipped; where the environment variable
+//! Without `ffmpeg` the decoder tests print that they were skipped. If the environment variable
 //! `CI` is set they fail instead. Ten minutes of the default layers: `cargo test --release --test
 //! vp8 -- --ignored --nocapture`.
 
@@ -28,19 +29,19 @@ fn generated(spec: Vp8Spec) -> VideoClip {
     VideoClip::generate(&spec, 2).unwrap_or_else(|error| panic!("{spec:?}: {error}"))
 }
 
-/// The smallest default layer, which most tests play with.
+/// Returns a clip of the smallest default layer, which most tests use.
 fn small_clip() -> &'static VideoClip {
     static CLIP: OnceLock<VideoClip> = OnceLock::new();
     CLIP.get_or_init(|| generated(spec(320, 180, 15, "150k")))
 }
 
-/// Odd in both directions, so that the last macroblocks are cut.
+/// Returns a clip of odd width and height, so that the last macroblocks are cut.
 fn odd_clip() -> &'static VideoClip {
     static CLIP: OnceLock<VideoClip> = OnceLock::new();
     CLIP.get_or_init(|| generated(spec(855, 481, 12, "500k")))
 }
 
-/// One frame of a stream under test, and the index whose picture the decoder must show then.
+/// One frame of a stream under test, and the index of the picture that the decoder must then show.
 struct Sent {
     bytes: Vec<u8>,
     shows: usize,
@@ -60,8 +61,8 @@ fn key(clip: &VideoClip, index: usize) -> Sent {
     }
 }
 
-/// A join at `start` and `count` frames from there; `asks_key(turn)` tells where a key frame is
-/// sent instead.
+/// Returns `count` frames from `start`, as after a join there. Where `asks_key(turn)` is true, a
+/// key frame is sent.
 fn play(
     clip: &VideoClip,
     start: usize,
@@ -79,7 +80,7 @@ fn play(
     (0..count).map(frame).collect()
 }
 
-/// A seeded generator: every run plays the same.
+/// A seeded random generator, so that every run is the same.
 struct Lcg(u64);
 
 impl Lcg {
@@ -96,7 +97,7 @@ impl Lcg {
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Decoder {
-    /// ffmpeg's own.
+    /// ffmpeg's own decoder.
     Native,
     Libvpx,
 }
@@ -118,7 +119,7 @@ impl Decoder {
     }
 }
 
-/// Whether the decoder tests can run; says so if not.
+/// Whether the decoder tests can run. Prints a line if not, and panics under `CI`.
 fn has_ffmpeg() -> bool {
     let found = Command::new("ffmpeg")
         .arg("-version")
@@ -136,17 +137,17 @@ fn has_ffmpeg() -> bool {
     found
 }
 
-/// What became of a stream.
+/// Result of decoding a stream.
 #[derive(Debug, PartialEq)]
 struct Outcome {
-    /// Pictures that came out.
+    /// Number of decoded pictures.
     frames: usize,
-    /// The first picture that is not what the model says.
+    /// Index of the first picture that differs from the model.
     first_wrong: Option<usize>,
     stderr: String,
 }
 
-/// Asserts that the stream comes out pixel for pixel and without a word, in both decoders.
+/// Asserts that both decoders decode the stream pixel for pixel and print nothing.
 fn assert_exact(clip: &VideoClip, sent: &[Sent], what: &str) {
     for decoder in DECODERS {
         let outcome = decode(decoder, clip, sent);
@@ -193,7 +194,8 @@ fn decode(decoder: Decoder, clip: &VideoClip, sent: &[Sent]) -> Outcome {
     }
 }
 
-/// Reads pictures as they are decoded: how many there are, and the first wrong one.
+/// Compares pictures as they are decoded. Returns their number, and the index of the first wrong
+/// one.
 fn compare(mut pixels: impl Read, clip: &VideoClip, sent: &[Sent]) -> (usize, Option<usize>) {
     let mut picture = vec![0; clip.reconstruction(0).data.len()];
     let (mut frames, mut first_wrong) = (0, None);
@@ -246,7 +248,7 @@ fn write_ivf<'a>(
     out.flush()
 }
 
-// What decoders show
+// Decoded pictures
 
 #[test]
 fn the_loop_plays_twice_round_pixel_for_pixel() {
@@ -305,7 +307,7 @@ fn every_key_frame_stands_alone_and_every_inter_frame_follows_it() {
     if !has_ffmpeg() {
         return;
     }
-    // Backwards, so that no key frame can lean on the picture before it.
+    // Backwards, so that no key frame can depend on the picture before it.
     for clip in [small_clip(), odd_clip()] {
         let pair = |index: usize| [key(clip, index), inter(clip, (index + 1) % clip.len())];
         let sent: Vec<Sent> = (0..clip.len()).rev().flat_map(pair).collect();
@@ -356,7 +358,7 @@ fn a_lost_inter_frame_or_a_wrong_key_frame_is_seen() {
             Some(40),
             "{decoder:?}: a wrong key frame went unnoticed"
         );
-        // The wrong key frame's damage must last, or the index would not matter.
+        // The damage of the wrong key frame must last. Otherwise the index would not matter.
         wrong[40].shows = 60;
         let late: Vec<Sent> = wrong.into_iter().skip(40).collect();
         assert!(
@@ -388,7 +390,7 @@ fn the_index_row_tells_the_frame() {
     }
 }
 
-// What the bytes are
+// Bitstream
 
 #[test]
 fn nearly_all_bytes_are_read_by_the_entropy_decoder() {
@@ -411,7 +413,7 @@ fn nearly_all_bytes_are_read_by_the_entropy_decoder() {
         );
         assert!(least_share >= 0.95);
     }
-    // The parser must be able to say no.
+    // The parser must also be able to detect unused bytes.
     let padded = [small_clip().inter_frame(3), &[0x55; 200]].concat();
     assert!(100 * Usage::of(&padded, small_clip().spec()).read < 95 * padded.len());
 }
@@ -427,12 +429,12 @@ fn most_bits_are_coefficients() {
     }
 }
 
-/// What a reader of the bitstream finds in a frame, by the RFC's syntax and tables, restricted to
-/// what this project writes.
+/// Figures of one frame's bitstream, read by the RFC's syntax and tables as far as this project
+/// uses them.
 #[derive(Debug)]
 struct Usage {
     is_key: bool,
-    /// Bytes that the frame's uncompressed part and its two partitions need.
+    /// Number of bytes that the frame's uncompressed part and its two partitions need.
     read: usize,
     token_bytes: usize,
 }
@@ -516,8 +518,8 @@ impl<'a> Reader<'a> {
         (0..bits).fold(0, |value, _| value << 1 | u32::from(self.bool(128)))
     }
 
-    /// The bytes that the decisions so far depend on: what was shifted in, and the eight bits
-    /// compared with.
+    /// Number of bytes that the decisions so far depend on: the bits that were shifted in, and the
+    /// eight bits of the last comparison.
     fn bytes_read(&self) -> usize {
         (self.shifts + 8).div_ceil(8)
     }
@@ -529,7 +531,8 @@ struct Probs {
     last: u8,
 }
 
-/// Section 19.2, asserting what makes key frames and inter frames interchangeable.
+/// Reads the header (section 19.2), and asserts the properties that make key frames and inter
+/// frames interchangeable.
 fn read_header(modes: &mut Reader, is_key: bool) -> Probs {
     if is_key {
         modes.literal(2);
@@ -583,7 +586,7 @@ fn read_header(modes: &mut Reader, is_key: bool) -> Probs {
     }
 }
 
-/// Which macroblocks have no coefficients.
+/// Returns for each macroblock whether it has no coefficients.
 fn read_modes(
     modes: &mut Reader,
     is_key: bool,
@@ -626,7 +629,7 @@ fn read_modes(
     skips
 }
 
-/// The nine flags of an edge: Y2, four of luma, two of each chroma plane.
+/// The nine flags of an edge: one of Y2, four of luma, two of each chroma plane.
 type Edge = [u8; 9];
 
 fn read_tokens(tokens: &mut Reader, skips: &[bool], columns: usize) {
@@ -650,7 +653,7 @@ fn read_tokens(tokens: &mut Reader, skips: &[bool], columns: usize) {
     }
 }
 
-/// One block's tokens; 1 if it holds a coefficient.
+/// Reads the tokens of one block. Returns 1 if it holds a coefficient, else 0.
 fn read_block(tokens: &mut Reader, block_type: usize, mut context: usize) -> u8 {
     let first = usize::from(block_type == 0);
     let (mut at, mut after_zero) = (first, false);
@@ -723,8 +726,8 @@ fn bitrates_hold_over_every_window() {
             .map(|index| clip.key_frame(index).len())
             .collect();
         let mean_bytes = spec.bitrate.bps() as f64 / 8.0 / f64::from(spec.fps);
-        // Over the whole loop, which is ten seconds from wherever one starts; shorter windows may
-        // stray further.
+        // Over the whole loop, which is ten seconds from any start. Shorter windows may deviate
+        // more.
         for (seconds, tolerated) in [(10, 0.01), (3, 0.12), (1, 0.35)] {
             let worst = worst_window(&inter, (seconds * spec.fps) as usize, mean_bytes);
             assert!(
@@ -753,7 +756,8 @@ fn bitrates_hold_over_every_window() {
     }
 }
 
-/// By which share the worst window of `length` frames, round the loop, misses the mean.
+/// Returns the relative deviation from the mean of the worst window of `length` frames. Windows may
+/// wrap around the loop.
 fn worst_window(sizes: &[usize], length: usize, mean_bytes: f64) -> f64 {
     let window = |start: usize| {
         (start..start + length)
@@ -897,8 +901,8 @@ fn ten_minutes_of_the_default_layers_decode_without_a_word() {
     println!("all: {:.1} s", started.elapsed().as_secs_f64());
 }
 
-/// Streams `count` frames, a key frame now and then, and returns how many the decoder showed and
-/// what it said.
+/// Streams `count` frames, with a key frame now and then. Returns the number of frames that the
+/// decoder showed, and its output.
 fn decode_stream(decoder: Decoder, clip: &VideoClip, count: usize) -> (usize, String) {
     let mut command = decoder.command("pipe:0");
     command.args(["-progress", "pipe:1", "-nostats", "-f", "null", "-"]);
