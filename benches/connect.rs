@@ -1,6 +1,6 @@
-//! What a connection costs before any media: CPU time of its set-up (ICE and DTLS, our side only),
-//! and the memory that it then holds, without and with media that has flowed. Beside it other
-//! stacks, connected to the same ends.
+//! Cost of a connection before any media: the CPU time of its set-up (ICE and DTLS, our side only),
+//! and the memory that it then holds, without media and after media has flowed. Other stacks,
+//! connected to the same ends, are measured beside it.
 //!
 //! `cargo bench --bench connect`
 
@@ -25,12 +25,13 @@ use throng::measure::Kind;
 #[global_allocator]
 static ALLOCATOR: counting::Counting = counting::Counting;
 
-/// Connections that are set up side by side: a second's joins would be no more.
+/// Number of connections that are set up side by side. One second of joins would have no more in
+/// progress.
 const AT_ONCE: u64 = 32;
 const SET_UP: &str = "set-up of a connection";
 const IDLE: &str = "a second of a connection without media";
-/// Connections that are idle side by side: what looks at all of them each millisecond is shared by
-/// them.
+/// Number of connections that are idle side by side. They share the cost of code that looks at all
+/// connections each millisecond.
 const IDLE_CONNECTIONS: usize = 250;
 const SUBSCRIBER: Setting = Setting::media_only(Role::Receives, Kind::Video);
 
@@ -60,7 +61,7 @@ fn main() {
 
 fn set_up<S: Stack>(criterion: &mut Criterion, table: &mut Table) {
     let mut benches = criterion.benchmark_group(SET_UP);
-    // An iteration is a connection: a flat number of them, because one costs much.
+    // An iteration is a connection. Sampling is flat, because one connection costs much.
     benches.sampling_mode(SamplingMode::Flat);
     benches.bench_function(S::NAME, |bencher| bencher.iter_custom(connect::<S>));
     benches.finish();
@@ -99,7 +100,7 @@ fn connect<S: Stack>(count: u64) -> Duration {
 
 fn memory<S: Stack>(connections: usize) {
     const PACKETS: u64 = 187;
-    // Whatever a stack allocates once for all, the first connection pays here.
+    // The first connection pays for everything that a stack allocates only once.
     drop(Fixture::<S>::connected(1, SUBSCRIBER));
     let one = held(|| Fixture::<S>::connected(1, SUBSCRIBER), |_| {});
     let all = held(

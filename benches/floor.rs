@@ -1,7 +1,7 @@
-//! What a received packet costs a whole engine worker, kernel included, as a multiple of the named
-//! floor program (`common::floor`): both get the same trace from the same sender, turn by turn, in
-//! one run. A third program is the floor on sockets without the kernel's stamps and drop counts:
-//! what those cost.
+//! Cost of a received packet in a whole engine worker, kernel included, as a multiple of the floor
+//! program (`common::floor`). Both get the same trace from the same kind of sender, in turns, in
+//! one run. A third program is the floor on sockets without the kernel's time stamps and drop
+//! counts. It shows what those cost.
 //!
 //! `cargo bench --bench floor`
 
@@ -31,9 +31,10 @@ use throng::transport::peer::IceCredentials;
 use throng::units::Epoch;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-/// Connections come up at some thousands a second; beyond this something hangs.
+/// Limit for connecting. Some thousands of connections come up a second, so beyond this something
+/// hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What is under way when the sender pauses has arrived by then.
+/// Pause after sending, in which all packets under way arrive.
 const SETTLE: Duration = Duration::from_millis(60);
 
 fn main() {
@@ -57,8 +58,8 @@ fn main() {
     print(connections, &floor.sender, &turns);
 }
 
-/// The floor program, and a sender of its own: what one program misses must not be counted as
-/// another's.
+/// The floor program with its own sender, so that packets which one program misses are not counted
+/// as another's.
 struct Bare {
     ends: Vec<BareEnd>,
     sender: Sender,
@@ -84,7 +85,7 @@ impl Bare {
         }
     }
 
-    /// One turn, as [`Engine::window`].
+    /// Runs one turn, as [`Engine::window`] does.
     fn window(&mut self, time: Duration) -> Row {
         let floor = Floor::start(std::mem::take(&mut self.ends), self.epoch);
         let before = self.sender.sent;
@@ -155,7 +156,7 @@ impl Display for Row {
     }
 }
 
-/// A real worker on its thread, and the sender of its packets.
+/// A real worker on its thread, and the sender of the packets that it receives.
 struct Engine {
     config: ShardConfig,
     sender: Sender,
@@ -203,7 +204,8 @@ impl Engine {
         }
     }
 
-    /// One turn: what the worker took for what it received, and how much was sent to it.
+    /// Runs one turn. Returns the worker's CPU time, the packets that it received, and the number
+    /// that were sent to it.
     fn window(&mut self, time: Duration) -> Row {
         let (cpu_before, _) = self.report();
         let sent_before = self.sender.sent;
@@ -217,7 +219,7 @@ impl Engine {
         Row::new(taken, self.sender.sent - sent_before)
     }
 
-    /// What was counted since the last call, and the thread's CPU time so far.
+    /// Returns the thread's CPU time so far, and what was counted since the last call.
     fn report(&mut self) -> (Duration, Record) {
         self.commands
             .send(ShardCommand::Report)
@@ -240,7 +242,7 @@ impl Engine {
     }
 }
 
-/// A subscriber of the worker's; what the sender has to know of it.
+/// Adds a subscriber to the worker. Returns the target that the sender needs.
 fn add(
     key: usize,
     sender: std::net::SocketAddr,
@@ -268,7 +270,7 @@ fn add(
         abs_send_time_extension: None,
         nack: true,
     }];
-    // Nobody listens to what becomes of it: the other end knows.
+    // Nobody reads the peer's events, because the other end knows when it is connected.
     let events = unbounded_channel().0;
     let add = ShardCommand::AddPeer {
         key,

@@ -1,18 +1,19 @@
-//! Instructions and allocations a packet of our own code, counted by callgrind and by the
-//! allocator: unlike times they do not drift with what else the host does, so a change of a few per
-//! cent shows.
+//! Instructions and allocations per packet of our own code, counted by callgrind and by the
+//! allocator. Unlike times, counts do not drift with what else the host does, so a change of a few
+//! per cent shows.
 //!
-//! The guard is of the profile that `cargo test` builds, because CI has that one anyway:
+//! The committed counts are those of the profile that `cargo test` builds, because CI builds it
+//! anyway:
 //!
-//! `cargo test --bench instructions -- --count` fails where a count is further than the tolerance
-//! from `benches/instructions.txt`; `cargo test --bench instructions -- --save` writes that file
-//! anew. A new compiler is a reason to. `cargo bench --bench instructions` counts in the other
-//! profile, to compare a change with what was before it, and judges nothing: its counts depend on
-//! how the release is linked.
+//! `cargo test --bench instructions -- --count` fails if a count differs from
+//! `benches/instructions.txt` by more than the tolerance. `cargo test --bench instructions --
+//! --save` writes that file anew, for example after a change of compiler. `cargo bench --bench
+//! instructions` counts in the other profile, to compare a change with what was before it. It
+//! judges nothing, because its counts depend on how the release is linked.
 //!
-//! It wants `valgrind`; where there is none it says so, and fails only under `CI`. The processor
-//! that valgrind shows has AES and AVX2 where the host has them, and nothing newer: so counts are
-//! the same on all that have.
+//! It needs `valgrind`. Without valgrind it says so, and fails only under `CI`. The processor that
+//! valgrind shows has AES and AVX2 if the host has them, and nothing newer. So counts are the same
+//! on all hosts that have them.
 
 mod common;
 #[path = "../tests/common/counting.rs"]
@@ -47,7 +48,8 @@ const PROGRAMS: [(&str, Setting); 4] = [
 ];
 const CONNECTIONS: usize = 16;
 const PACKETS: u64 = 2_000;
-/// Per cent. Keys and addresses differ from run to run, and with them the steps of a few searches.
+/// Tolerance in per cent. Keys and addresses differ from run to run, and with them the steps of a
+/// few searches.
 const TOLERANCE: f64 = 3.0;
 
 fn main() {
@@ -67,7 +69,7 @@ fn main() {
         assert!(std::env::var_os("CI").is_none(), "no valgrind under CI");
         return println!("SKIPPED: no valgrind");
     }
-    // Side by side, as far as the host has cores: what is counted does not depend on it.
+    // The programs run side by side, as far as the host has cores. The counts do not depend on it.
     let started = PROGRAMS.map(|(name, _)| (name, Counting::start(name)));
     let counts = started.map(|(name, counting)| (name, counting.finish()));
     if has("--save") {
@@ -86,7 +88,8 @@ fn main() {
     }
 }
 
-/// What callgrind looks at: a fixed number of packets, the first of each connection among them.
+/// Runs the program that callgrind counts: a fixed number of packets, including the first of each
+/// connection.
 fn run(name: &str) {
     let (_, setting) = PROGRAMS
         .iter()
@@ -105,13 +108,13 @@ const ALLOCATED: &str = "allocations: ";
 
 #[derive(Clone, Copy)]
 struct Counts {
-    /// A packet.
+    /// Per packet.
     instructions: u64,
-    /// Of all packets together.
+    /// For all packets together.
     allocations: u64,
 }
 
-/// A program under callgrind.
+/// A program that runs under callgrind.
 struct Counting {
     child: Child,
     profile: PathBuf,

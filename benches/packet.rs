@@ -1,6 +1,7 @@
-//! What a packet costs in user space alone: received, and sent; with few connections, whose state
-//! stays in the cache, and with many, each of which has gone cold by its next packet. Beside it the
-//! floor, AES-GCM with as many keys and nothing else, and other stacks that do the same work.
+//! Cost of a packet in user space alone, received and sent. With few connections their state stays
+//! in the cache. With many, each connection has gone cold by its next packet. Beside it are the
+//! floor, which is AES-GCM with as many keys and nothing else, and other stacks that do the same
+//! work.
 //!
 //! `cargo bench --bench packet`
 
@@ -24,7 +25,8 @@ use throng::transport::srtp::Profile;
 use throng::units::Time;
 
 const TAG_LEN: usize = 16;
-/// Each of some thousand packets: enough for a median, and no more time than that takes.
+/// Number of samples, each of some thousand packets. This is enough for a median, without taking
+/// more time than needed.
 const SAMPLES: usize = 15;
 
 fn main() {
@@ -55,7 +57,7 @@ fn main() {
     table.print();
 }
 
-/// What telling the server of the path costs: the same packets with timers that run, without and
+/// Cost of telling the server about the path: the same packets with running timers, without and
 /// with transport-wide feedback.
 fn feedback(criterion: &mut Criterion, table: &mut Table, connections: usize, packets: u64) {
     let of = |control| Setting {
@@ -125,8 +127,8 @@ fn compare(
         common::media(setting.kind),
         facts.len
     );
-    // What is built for one row would fill the cache of the next: each is gone before the next one
-    // is made.
+    // State that is built for one row would fill the cache of the next. So each is dropped before
+    // the next one is made.
     {
         let mut floor = Floor::new(&facts, connections);
         row(criterion, table, &group, "floor", packets, |packets| {
@@ -148,7 +150,7 @@ fn stack<S: Stack>(
     setting: Setting,
     (connections, packets): (usize, u64),
 ) {
-    // Connected when the row runs, and not where a filter leaves it out.
+    // It is connected when the row runs, so not at all if a filter leaves the row out.
     let mut fixture: Option<Fixture<S>> = None;
     row(criterion, table, group, name, packets, |packets| {
         let fixture = fixture.get_or_insert_with(|| Fixture::connected(connections, setting));
@@ -167,9 +169,9 @@ fn stack<S: Stack>(
     }
 }
 
-/// Times `work`, which takes a number of packets. An iteration is `packets` of them, several of
-/// each connection: the first of all, which connects and meets memory that was never touched, is
-/// criterion's warming up, and no sample is a handful of packets.
+/// Times `work`, which takes a number of packets. An iteration is `packets` packets, several for
+/// each connection. The first iteration connects and touches new memory: it falls into criterion's
+/// warm-up. No sample is just a handful of packets.
 fn row(
     criterion: &mut Criterion,
     table: &mut Table,
@@ -189,9 +191,9 @@ fn row(
     table.add_per(group, name, packets as f64);
 }
 
-/// What the floor has to know of the packets that the stacks handle.
+/// Properties of the stacks' packets that the floor must know.
 struct Facts {
-    /// The mean, as it is on the wire.
+    /// Mean length on the wire.
     len: usize,
     header_len: usize,
     profile: Profile,
@@ -218,10 +220,10 @@ impl Facts {
     }
 }
 
-/// The keys of so many connections, each used for one packet in turn. No receiver has less state
-/// than these 544 bytes a connection: of 1,000 they fit a second-level cache of 1 MB, so the cold
-/// floor is hardly colder than the hot one. That is what a stack's state could come to at best, not
-/// a flaw of the row.
+/// Keys of so many connections, each used for one packet in turn. No receiver has less state than
+/// these 544 bytes a connection. The keys of 1,000 connections fit a second-level cache of 1 MB, so
+/// the cold floor is hardly colder than the hot one. This is not a flaw of the row: it is the least
+/// that a stack's state could come to.
 struct Floor {
     keys: Vec<LessSafeKey>,
     packets: Vec<Vec<u8>>,

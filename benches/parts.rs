@@ -1,5 +1,5 @@
-//! What is done once, or seldom: media made at the start, records merged each second, descriptions
-//! answered.
+//! Cost of work that is done once or seldom: media made at the start, records merged each second,
+//! descriptions answered.
 //!
 //! `cargo bench --bench parts`
 
@@ -40,8 +40,8 @@ fn main() {
     video(is_full);
 }
 
-/// A subscriber's answer to LiveKit-shaped offers. The first row reads the same text with a general
-/// parser and does nothing else.
+/// A subscriber's answer to offers in LiveKit's shape. The first row parses the same text with a
+/// general parser and does nothing else.
 fn descriptions(criterion: &mut Criterion, table: &mut Table) {
     let mut offers = SubscriberOffer::default();
     for index in 0..SECTIONS {
@@ -86,8 +86,8 @@ fn descriptions(criterion: &mut Criterion, table: &mut Table) {
     table.add_per(&group, "answered, one changed", 2.0);
 }
 
-/// What the run does each second with what each worker hands out. An empty record costs what its
-/// histograms' bounds cost; a full one has values in all of them.
+/// The run's merging of the records that each worker hands out each second. An empty record costs
+/// as much as its histograms' bounds; a full one has values in all of them.
 fn records(criterion: &mut Criterion, table: &mut Table) {
     let group = "a record merged into another";
     let mut benches = criterion.benchmark_group(group);
@@ -99,14 +99,14 @@ fn records(criterion: &mut Criterion, table: &mut Table) {
     benches.finish();
 }
 
-/// What each counted latency costs: a value into one of a record's histograms, with the bounds of a
-/// run.
+/// Cost of counting one latency: a value goes into one of a record's histograms, with the bounds of
+/// a run.
 fn histogram(criterion: &mut Criterion, table: &mut Table) {
     const VALUES: u64 = 1_000;
     let group = "a histogram takes a value";
     let mut benches = criterion.benchmark_group(group);
     let mut record = Record::default();
-    // An iteration is many values, of the spread that latencies have.
+    // An iteration is many values, spread as latencies are.
     benches.bench_function("recorded", |bencher| {
         bencher.iter(|| {
             (0..VALUES).for_each(|value| {
@@ -171,7 +171,7 @@ fn audio(criterion: &mut Criterion, table: &mut Table) {
     benches.finish();
 }
 
-/// Seconds each: once is enough.
+/// Video takes seconds to make, so each size is made and timed only once.
 fn video(is_full: bool) {
     let sizes: &[(u32, u32, u32, u64)] = if is_full {
         &[

@@ -1,15 +1,16 @@
-//! What the same load on the same real server costs `lk load-test` and us: a room with one
-//! publisher of 720p video and so many subscribers, in turn. CPU of the process that has the
-//! subscribers, by `/proc`, over the packets that the server says it sent, less those dropped at
-//! its sockets; and its resident memory a participant.
+//! Cost of the same load on the same real server for `lk load-test` and for us: a room with one
+//! publisher of 720p video and so many subscribers, one program after the other. It measures two
+//! things. One is the CPU time of the process that has the subscribers, by `/proc`, over the
+//! packets that the server says it sent, less those dropped at its sockets. The other is the
+//! process's resident memory per participant.
 //!
 //! `cargo bench --bench peer -- --lk PATH --livekit PATH [--subscribers 200] [--seconds 30] [--port
 //! 23100]`
 //!
-//! It wants `lk` of livekit-cli and `livekit-server`, some minutes and a quiet host; without both
-//! it says so and measures nothing. The publisher of lk's subscribers is a process of ours, and not
-//! in lk's figures; our own publisher is in ours. So what lk spends on publishing is left out, to
-//! its advantage.
+//! It needs `lk` of livekit-cli and `livekit-server`, some minutes and a quiet host. Without both
+//! programs it says so and measures nothing. The publisher for lk's subscribers is a process of
+//! ours, and not in lk's figures; our own publisher is in ours. So lk's figures leave out the cost
+//! of publishing, to its advantage.
 
 #[allow(dead_code)]
 #[path = "common/process.rs"]
@@ -28,16 +29,16 @@ use serde_json::Value;
 
 const KEY: &str = "devkey";
 const SECRET: &str = "throng-loopback-secret-for-no-real-server";
-/// What lk joins at most, whatever it is told.
+/// Join rate of lk. It joins no faster, whatever it is told.
 const LK_JOINS_PER_SECOND: u64 = 10;
-/// From the last join on: tracks are subscribed and the first key frame has come.
+/// Time after the last join in which tracks are subscribed and the first key frame arrives.
 const SETTLE: Duration = Duration::from_secs(6);
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
-/// A server that is not up by then has failed.
+/// Limit for the server's start. A server that is not up by then has failed.
 const START_WAIT: Duration = Duration::from_secs(20);
-/// Media that is made, joins and farewells take no longer.
+/// Limit for making media, for joining, and for leaving.
 const PATIENCE: Duration = Duration::from_secs(90);
-/// The server brings its counters up to date so often.
+/// Interval at which the server updates its counters.
 const FLUSH: Duration = Duration::from_secs(5);
 
 struct Options {
@@ -88,22 +89,23 @@ impl Options {
     }
 }
 
-/// What one of the two took, over the same time of the same load.
+/// Cost of one of the two programs, over the same time of the same load.
 struct Taken {
     name: &'static str,
     seconds: f64,
     cpu: Duration,
-    /// Of that the threads of our engine.
+    /// Part of `cpu` that our engine's threads took.
     engine_cpu: Duration,
     packets: f64,
-    /// What the kernel dropped at the doors of the process: sent, and never received.
+    /// Packets that the kernel dropped at the process's sockets: sent, and never received.
     dropped: f64,
-    /// Of the packets: where it is more than a little, somebody had no time to receive, and the
-    /// figures are of an overload.
+    /// Part of `packets` that are retransmissions. If they are more than a little, somebody had no
+    /// time to receive, and the figures are those of an overload.
     resent: f64,
     server_cpu: Duration,
     resident: u64,
-    /// When the first of the participants were in: what a process has for all of them is in both.
+    /// State when the first participants were in. Memory that a process has for all participants
+    /// together is in both values.
     early: Early,
 }
 
@@ -169,7 +171,7 @@ fn against_lk(options: &Options, server: &mut Server) -> Taken {
     command.env("HOME", env!("CARGO_TARGET_TMPDIR"));
     let mut subscribers = Process::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
     let taken = measure("lk load-test", &mut subscribers, options, server);
-    // It has nothing more to tell.
+    // lk's own output is not needed.
     subscribers.stop();
     publisher.stop();
     server.wait_for_participants(&mut subscribers, 0);
@@ -212,7 +214,7 @@ fn against_throng(options: &Options, server: &mut Server) -> Taken {
         std::thread::sleep(LOOK_INTERVAL);
     }
     let text = fs::read_to_string(&report).expect("a report");
-    // It is read, and nobody else looks for it.
+    // The report has been read, and nobody else looks for it.
     let _ = fs::remove_file(&report);
     let report: Value = serde_json::from_str(&text).expect("a report");
     let hold = &report["steps"][0];
@@ -230,8 +232,8 @@ fn against_throng(options: &Options, server: &mut Server) -> Taken {
     taken
 }
 
-/// Lets `process` join, then looks at it and at the server from one flush of the server's counters
-/// to another.
+/// Lets `process` join, then samples it and the server from one flush of the server's counters to a
+/// later one.
 fn measure(
     name: &'static str,
     process: &mut Process,
@@ -302,8 +304,8 @@ fn print(options: &Options, lk: &Taken, throng: &Taken) {
     );
 }
 
-/// Datagrams that the UDP sockets of a process have had no room for: of `/proc/net/udp` (proc(5))
-/// the lines whose inodes are among its files.
+/// Returns the number of datagrams for which the UDP sockets of a process had no room. It sums the
+/// lines of `/proc/net/udp` (proc(5)) whose inodes are among the process's files.
 fn socket_drops(pid: u32) -> f64 {
     let files = fs::read_dir(format!("/proc/{pid}/fd"))
         .into_iter()
@@ -356,8 +358,8 @@ struct Server {
 impl Server {
     fn start(options: &Options) -> Server {
         let port = options.port;
-        // Its counters come from a port of their own, and so does ICE over TCP, which neither of
-        // the two uses.
+        // Its counters have a port of their own. So does ICE over TCP, which neither of the two
+        // programs uses.
         let (metrics_port, tcp_port) = (port + 1, port + 2);
         let config = format!(
             "port: {port}\nbind_addresses: [\"127.0.0.1\"]\nkeys: {{{KEY}: {SECRET}}}\nrtc:\n  node_ip: 127.0.0.1\n  enable_loopback_candidate: true\n  \
@@ -388,7 +390,7 @@ impl Server {
         server
     }
 
-    /// Since it started.
+    /// Returns the server's CPU time since it started.
     fn cpu(&mut self) -> Duration {
         self.process.watch();
         self.process
@@ -397,8 +399,8 @@ impl Server {
             .total()
     }
 
-    /// Media packets that it has sent, by its own count, which it brings up to date every
-    /// [`FLUSH`].
+    /// Returns the number of media packets that the server has sent, by its own count. It updates
+    /// the count every [`FLUSH`].
     fn packets_sent(&self) -> Option<f64> {
         self.metric("livekit_packet_total", "direction=\"outgoing\"")
     }
@@ -408,8 +410,8 @@ impl Server {
             .unwrap_or(0.0)
     }
 
-    /// Looks at `process` until so many are in the server's rooms: how it was when a tenth of them
-    /// were.
+    /// Samples `process` until `count` participants are in the server's rooms. Returns the state
+    /// when a tenth of them were.
     fn wait_for_participants(&self, process: &mut Process, count: u64) -> Early {
         let (patience, mut early) = (Instant::now() + PATIENCE, None);
         loop {
@@ -433,7 +435,8 @@ impl Server {
         }
     }
 
-    /// The sum of a metric's values with such a label; zero where there is none.
+    /// Returns the sum of a metric's values with such a label, or zero if there is none. `None` if
+    /// the page cannot be read.
     fn metric(&self, name: &str, label: &str) -> Option<f64> {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.metrics_port)).ok()?;
         stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").ok()?;
@@ -449,7 +452,8 @@ impl Server {
         )
     }
 
-    /// Waits until the count changes: when that was, since 1970, and the count.
+    /// Waits until the count of sent packets changes. Returns the time of the change since 1970,
+    /// and the count.
     fn next_flush(&self) -> (Duration, f64) {
         let before = self.packets_sent();
         loop {

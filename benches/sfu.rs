@@ -1,12 +1,12 @@
-//! What a packet costs the embedded SFU's thread: from the CPU time of the thread and the packets
-//! that it sent, on loopback, to few and to many subscribers, whose sockets are the engine's.
-//! Beside it the floor: as many bytes to the same sockets, only sent, by a thread of its own, too.
-//! Both in turn, so that what else the host does meets both. A third thread empties the sockets in
-//! between, so the kernel's part ends with a datagram in its socket, and never with one that finds
-//! no room.
+//! Cost of a packet in the embedded SFU's thread, on loopback, with few and with many subscribers,
+//! whose sockets are the engine's. It is the CPU time of the thread over the packets that it sent.
+//! The floor beside it sends as many bytes to the same sockets and does nothing else, also on a
+//! thread of its own. The two take turns, so that what else the host does affects both. A third
+//! thread empties the sockets in between. So the kernel's part always ends with a datagram in its
+//! socket, and never with one that finds no room.
 //!
-//! `cargo bench --bench sfu`, or `cargo bench --bench sfu -- gso` for the rows whose names have
-//! that in them.
+//! `cargo bench --bench sfu`, or `cargo bench --bench sfu -- gso` for the rows whose names contain
+//! that.
 
 #[path = "../tests/common/loopback.rs"]
 #[allow(dead_code)]
@@ -22,21 +22,21 @@ use throng::measure::Kind;
 use throng::net;
 use throng::sfu::SendMode;
 
-/// Packets of a frame of 720p.
+/// Number of packets in a frame of 720p.
 const FRAME: u16 = 6;
 const AUDIO_BYTES: usize = 120;
-/// With header and tag, about 1,100 bytes on the wire.
+/// Payload size. With header and tag, a packet has about 1,100 bytes on the wire.
 const VIDEO_BYTES: usize = 1_072;
-/// Of the fixed header and the tag.
+/// Bytes of the fixed header and the tag.
 const OVERHEAD: usize = 28;
-/// Turns of either, and rounds of one turn: what a socket's buffer holds.
+/// Number of rounds in one turn: as many as a socket's buffer holds.
 const ROUNDS: u32 = 8;
-/// Packets that a setting sends, about.
+/// Number of packets that a setting sends, about.
 const PACKETS: u32 = 800_000;
 
 fn main() {
-    // Thousands of sockets are more than many hosts give unless they are asked; where they refuse,
-    // the sockets do not open and say so.
+    // Many hosts do not allow thousands of sockets unless the limit is raised. If the host refuses,
+    // the sockets do not open, and the error says so.
     let files = getrlimit(Resource::Nofile);
     let _ = setrlimit(
         Resource::Nofile,
@@ -45,7 +45,7 @@ fn main() {
             ..files
         },
     );
-    // Among the tests it runs once, in small, so that it does not rot.
+    // Among the tests it runs once in a small size, so that it does not rot.
     let is_full = std::env::args().any(|argument| argument == "--bench");
     let (sizes, packets): (&[u32], _) = if is_full {
         (&[100, 1_000, 3_000], PACKETS)
@@ -70,7 +70,7 @@ fn main() {
     }
 }
 
-/// Forwards about so many packets, and sends as many without the SFU, in turn.
+/// Forwards about `packets` packets through the SFU, and sends as many without it, in turns.
 fn measure(name: &str, bench: &mut Bench, packets: u32) {
     let (subscribers, burst) = (
         bench.loopback.ends.len() as u32 - 1,
@@ -78,7 +78,7 @@ fn measure(name: &str, bench: &mut Bench, packets: u32) {
     );
     let turns = packets / (subscribers * burst * ROUNDS) + 1;
     let (mut forwarded, mut floor) = (Duration::ZERO, Duration::ZERO);
-    // The first one meets what was never touched.
+    // The first turn meets memory that was never touched, so it is not counted.
     bench.forward();
     bench.floor();
     for _ in 0..turns {
@@ -125,8 +125,8 @@ impl Bench {
         }
     }
 
-    /// Publishes frames, each once the last subscriber has the one before: the CPU time of the
-    /// thread that forwards them.
+    /// Publishes frames, each as soon as the last subscriber has the one before. Returns the CPU
+    /// time of the thread that forwards them.
     fn forward(&mut self) -> Duration {
         let before = self.loopback.worker.cpu().expect("it runs");
         let ends = self.loopback.ends.len();
@@ -148,7 +148,8 @@ impl Bench {
         after - before
     }
 
-    /// A long picture id, and one frame after the other: the first of all is a key frame.
+    /// Writes VP8 descriptors with a long picture id, which goes up by one a frame. The first frame
+    /// of all is a key frame.
     fn write_descriptors(&mut self) {
         if self.payloads.len() == 1 {
             return;
@@ -173,7 +174,7 @@ impl Bench {
     }
 }
 
-/// The sends, and nothing else.
+/// The floor: the sends, and nothing else.
 struct Floor {
     receivers: Vec<SocketAddr>,
     len: usize,
@@ -182,7 +183,7 @@ struct Floor {
 }
 
 impl Floor {
-    /// CPU time of one turn.
+    /// Sends the packets of one turn. Returns the CPU time.
     fn send(&self, socket: &UdpSocket, batch: &mut net::SendBatch) -> Duration {
         let before = net::thread_cpu();
         for _ in 0..ROUNDS {
@@ -200,20 +201,21 @@ impl Floor {
     }
 }
 
-/// What a thread sends another frees: it costs the sender more than what it receives itself.
+/// Thread that sends the floor's packets, while another thread frees them. A packet that another
+/// thread frees costs the sender more than one that it receives itself.
 struct FloorThread {
     turns: Sender<()>,
     times: Receiver<Duration>,
 }
 
 impl FloorThread {
-    /// Ends with the handle.
+    /// Starts the thread, which ends when the handle is dropped.
     fn start(floor: Floor) -> FloorThread {
         let ((turns, asked), (answer, times)) = (channel(), channel());
         std::thread::spawn(move || {
             let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
             let mut batch = net::SendBatch::default();
-            // Memory that was never written is one page of zeros, which every cache holds.
+            // Memory that was never written is a single page of zeros, which every cache holds.
             batch.lend().fill(1);
             while asked.recv().is_ok() && answer.send(floor.send(&socket, &mut batch)).is_ok() {}
         });

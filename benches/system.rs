@@ -1,12 +1,13 @@
-//! Whole runs: `throng sfu` and `throng run` as two processes on this host, by the scenarios that
-//! the project measures itself by. Each prints its verdict and, of the hold alone, the CPU time of
-//! both processes by thread, user and system apart; the SFU is never in the generator's figures.
-//! The floor program runs beside each stream. Then what a participant costs, as differences of two
-//! runs that differ in one thing only; in full, at the end, each goal and whether it is met.
+//! Whole runs: `throng sfu` and `throng run` as two processes on this host, in the scenarios by
+//! which the project measures itself. Each run prints its verdict. For the hold alone it also
+//! prints the CPU time of both processes by thread, user and system apart; the SFU is never in the
+//! generator's figures. After each stream the floor program runs with the same kind of packets.
+//! Then follows the cost of a participant, as the difference of two runs that differ in one thing
+//! only. In full, at the end, each goal is printed and whether it is met.
 //!
-//! `cargo bench --bench system` in a middling size, `cargo bench --bench system -- --full` in full:
-//! that wants a quarter of an hour and a quiet host. `cargo bench --bench system -- --full 'one
-//! publisher'` runs the scenarios whose names contain that.
+//! `cargo bench --bench system` runs a middling size. `cargo bench --bench system -- --full` runs
+//! in full, which needs a quarter of an hour and a quiet host. `cargo bench --bench system --
+//! --full 'one publisher'` runs the scenarios whose names contain that.
 
 mod common;
 #[path = "../tests/common/link.rs"]
@@ -29,33 +30,33 @@ use throng::net;
 use throng::sfu::server::{DEV_KEY, DEV_SECRET};
 use throng::transport::srtp::Profile;
 
-/// How often processes are looked at: so exactly is known what they had used when the hold began.
-/// Looking takes a hundredth of a core.
+/// Interval at which processes are sampled. It is how precisely their CPU time at the start of the
+/// hold is known. Sampling takes a hundredth of a core.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
-/// Beyond its plan a run takes this long at most.
+/// Time that a run may take beyond its plan.
 const PATIENCE: Duration = Duration::from_secs(150);
-/// As many connections as one engine thread is to bear.
+/// Number of connections that one engine thread is expected to bear.
 const FLOOR_CONNECTIONS_MAX: u32 = 1_000;
 
-/// How large all of it is.
+/// Size of all scenarios.
 struct Size {
-    /// 720p takes seconds to make: too long for a test.
+    /// Flags of the video. 720p takes seconds to make, which is too long for a test.
     video: &'static str,
-    /// Also how many are in a room where rooms are small.
+    /// Number of participants in a small run. It is also the room size where rooms are small.
     few: u32,
     many: u32,
-    /// Of `many`, in per cent, largest first: what is tried where packets are sent one by one.
+    /// Sizes to try where packets are sent one by one, in per cent of `many`, largest first.
     plain_shares: &'static [u32],
     joins_per_second: u32,
     meeting: u32,
     meeting_joins_per_second: u32,
     seconds: u32,
-    /// How long those who have nothing to hear are held.
+    /// Length of the hold for participants that have nothing to hear.
     idle_seconds: u32,
     goals: bool,
 }
 
-/// A picture a second, and one who speaks.
+/// One picture a second, and one speaker.
 const LEAST_MEDIA: &str = "--video-resolution 96x54 --video-bitrate 12k --video-fps 1 --no-simulcast --simulate-speakers --audio-dtx";
 
 const TINY: Size = Size {
@@ -83,7 +84,7 @@ const MIDDLING: Size = Size {
     goals: false,
 };
 const FULL: Size = Size {
-    // What a subscriber of LiveKit's published livestream got: 187 packets a second.
+    // The rate that a subscriber of LiveKit's published livestream got: 187 packets a second.
     video: "--video-resolution high --video-bitrate 1650k",
     few: 100,
     many: 3_000,
@@ -119,11 +120,11 @@ fn main() {
     }
 }
 
-/// What has run: all scenarios, or those whose names contain the filter.
+/// Runs of all scenarios, or of those whose names contain the filter.
 struct Runs {
     stream_few: Option<Stream>,
     stream_many: Option<Stream>,
-    /// The first that was whole; the smallest where none was.
+    /// First run that was whole, or the smallest if none was.
     stream_plain: Option<Stream>,
     audio: Option<Run>,
     meeting: Option<Run>,
@@ -131,7 +132,7 @@ struct Runs {
     silent_many: Option<Run>,
 }
 
-/// One publisher of video to everybody, and the floor program for such packets.
+/// Run with one publisher of video to everybody, and the floor program's cost for such packets.
 struct Stream {
     run: Run,
     subscribers: u32,
@@ -162,7 +163,8 @@ impl Runs {
         };
         let stream = |subscribers: u32, send: &str| {
             let name = format!("one publisher of video, {subscribers} subscribers, sent {send}");
-            // The SFU sends on what comes together: with a pacer a frame comes in several bursts.
+            // The SFU forwards in one burst what arrives together. With a pacer a frame arrives in
+            // several bursts.
             let pacing = if send == "gso" { "--pacing burst" } else { "" };
             let shape = format!(
                 "--publishers 0 --video-publishers 1 --subscribers {subscribers} {} {pacing}",
@@ -208,8 +210,8 @@ impl Runs {
                     many.min(10)
                 ),
             ),
-            // What the room costs, with as little media as there can be: with 149 whole videos for
-            // each, two cores carry nothing else.
+            // This measures the cost of the room, with as little media as possible. If each
+            // participant got 149 whole videos, two cores could carry nothing else.
             meeting: run_at(
                 size.meeting_joins_per_second,
                 format!("a meeting of {meeting}, audio and video"),
@@ -371,8 +373,8 @@ impl Runs {
             );
             at_most("CPU of an idle participant a second", idle, 8.0, " us");
             let (rate, planned) = (many.joins_per_second(), f64::from(size.joins_per_second));
-            // The last joins end when they end: the plan's rate is sustained where it ends no later
-            // than by a tenth.
+            // The last joins take as long as they take. So the rate counts as sustained if it is at
+            // most a tenth below the plan's.
             state(
                 "joins a second, sustained",
                 &format!("{rate:.0}"),
@@ -424,8 +426,9 @@ fn resident_kib(run: &Run) -> f64 {
 }
 
 impl Stream {
-    /// The floor program with as many sockets, as far as one thread is to bear them; by the floor
-    /// bench's trace, packets of about the same size.
+    /// Runs the floor program with as many sockets as the run had subscribers, up to what one
+    /// thread is expected to bear. It uses the trace of the floor bench, with packets of about the
+    /// same size.
     fn beside_the_floor(run: Run, subscribers: u32, send: &str) -> Stream {
         let connections = subscribers.min(FLOOR_CONNECTIONS_MAX);
         let config = shard_config(connections as usize);
@@ -454,14 +457,15 @@ impl Stream {
 
 #[derive(Clone, Copy)]
 enum Part {
-    /// From the first look at the process: its media is made before anybody joins, so that is in
-    /// it, once a run.
+    /// From the first sample of the process until everybody is in. This includes making the media,
+    /// once a run, because that comes before the first join.
     Joining,
-    /// From when everybody is in to when media stops.
+    /// From when everybody is in until media stops.
     Hold,
 }
 
-/// Of the 99th percentiles of single seconds the median, in microseconds.
+/// Medians of the tick lateness p99 of single seconds, and the worst of these seconds, in
+/// microseconds.
 struct Lateness {
     joining: f64,
     after: f64,
@@ -476,7 +480,7 @@ struct Run {
     report: Value,
     generator: Process,
     sfu: Process,
-    /// When everybody was in, and when media stopped: since 1970, by the report.
+    /// Times at which everybody was in, and at which media stopped, since 1970, by the report.
     hold: Duration,
     end: Duration,
 }
@@ -495,7 +499,8 @@ impl Run {
             .env("LIVEKIT_URL", url)
             .env("LIVEKIT_API_KEY", DEV_KEY)
             .env("LIVEKIT_API_SECRET", DEV_SECRET);
-        // What it says is in the report; why it could not run is not.
+        // Its output is in the report, so it is dropped. The reason why it could not run is only on
+        // standard error, which is kept.
         let mut generator = Process::start(command.stdout(Stdio::null()));
         let deadline = Instant::now() + Duration::from_secs(seconds.into()) + PATIENCE;
         while !generator.has_ended() {
@@ -507,7 +512,7 @@ impl Run {
         sfu.stop();
         let text = fs::read_to_string(&report)
             .unwrap_or_else(|error| panic!("{name}: no report ({error})"));
-        // It is read, and nobody else looks for it.
+        // The report has been read, and nobody else looks for it.
         let _ = fs::remove_file(&report);
         let report: Value = serde_json::from_str(&text).expect("a report");
         let started = report["started_at"]
@@ -590,13 +595,13 @@ impl Run {
         self.report["result"].as_str().unwrap_or("?")
     }
 
-    /// Everything that was to arrive has, and the generator can be believed.
+    /// Returns whether all expected frames were delivered and the generator can be believed.
     fn is_whole(&self) -> bool {
         let frames = |counter| self.media(&self.report["totals"], counter);
         self.is_valid() && frames("frames_delivered") >= frames("frames_expected")
     }
 
-    /// The generator was not the limit.
+    /// Returns whether the generator was not the limit.
     fn is_valid(&self) -> bool {
         self.report["engine"]["valid"].as_bool() == Some(true)
     }
@@ -617,7 +622,7 @@ impl Run {
             .unwrap_or(0.0)
     }
 
-    /// All of them, over the time until the last was in.
+    /// Returns the number of joins over the time until the last participant was in.
     fn joins_per_second(&self) -> f64 {
         let total = self.report["totals"]["seconds"].as_f64().unwrap_or(0.0);
         self.joined() / (total - self.hold_seconds())
@@ -627,24 +632,25 @@ impl Run {
         (self.end - self.hold).as_secs_f64()
     }
 
-    /// Of audio and video together.
+    /// Returns a counter of audio and video together.
     fn media(&self, step: &Value, counter: &str) -> f64 {
         let of = |kind: &str| step[kind][counter].as_f64().unwrap_or(0.0);
         of("audio") + of("video")
     }
 
-    /// Media packets that the generator has sent or received in the hold.
+    /// Returns the number of media packets that the generator sent or received in the hold.
     fn packets(&self) -> f64 {
         let hold = &self.report["steps"][0];
         self.media(hold, "packets_sent") + self.media(hold, "packets_received")
     }
 
-    /// CPU of the engine threads a packet, in the hold.
+    /// Returns the CPU time of the engine threads per packet, in the hold.
     fn engine_micros(&self) -> f64 {
         self.generator_cpu(Part::Hold, "engine-") / self.packets()
     }
 
-    /// CPU of the SFU's media threads a packet that it sent and that was received, in the hold.
+    /// Returns the CPU time of the SFU's media threads per packet that it sent and that was
+    /// received, in the hold.
     fn sfu_micros(&self) -> f64 {
         let media = self.sfu_cpu(Part::Hold, "sfu-") - self.sfu_cpu(Part::Hold, "sfu-signal");
         media / self.media(&self.report["steps"][0], "packets_received")
@@ -674,7 +680,7 @@ impl Run {
         Some(engine["send_lag_us"]["p99"].as_f64()? / bare)
     }
 
-    /// `None` where joining or what followed took less than a second.
+    /// Returns `None` if joining, or the time after it, took less than a second.
     fn lateness(&self) -> Option<Lateness> {
         let total = self.report["totals"]["seconds"].as_f64()?;
         let hold_at = total - self.hold_seconds();
@@ -688,7 +694,7 @@ impl Run {
             Some((*p99s.get(p99s.len() / 2)?, *p99s.last()?))
         };
         let (joining, worst_joining) = of(|t, hold_at| t <= hold_at)?;
-        // The second in which the last joined is of both.
+        // The second in which the last participant joined belongs to both, so it is left out.
         let (after, worst_after) = of(|t, hold_at| t > hold_at + 1.0)?;
         Some(Lateness {
             joining,
@@ -733,17 +739,18 @@ fn micros(value: &Value) -> String {
     })
 }
 
-/// The embedded SFU in a process of its own, and where it listens.
+/// Starts the embedded SFU in its own process. Returns the process and the address at which it
+/// listens.
 fn start_sfu(send: &str) -> (Process, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_throng"));
     command.args(["sfu", "--listen", "127.0.0.1:0", "--send", send]);
     let mut process = Process::start(command.stdout(Stdio::piped()));
-    // Left to the kernel, its busy thread and the generator's share a processor now and then, for a
-    // second, while another has nothing to do.
+    // Without this, the kernel now and then puts its busy thread and one of the generator's on the
+    // same processor for a second, while another processor is idle.
     if let [_, .., last] = net::allowed_cpus()[..] {
         let mut set = CpuSet::new();
         set.set(last);
-        // Without the right to it, the run still means what it says.
+        // If this is not permitted, the run is still valid.
         let _ = sched_setaffinity(Some(Pid::from_child(&process.child)), &set);
     }
     let stdout = process.child.stdout.take().expect("piped");
@@ -753,7 +760,7 @@ fn start_sfu(send: &str) -> (Process, String) {
             .find(|word| word.starts_with("ws://"))
             .map(str::to_owned)
     });
-    // It must not wait for somebody to read what it says at its end.
+    // Its output is read to the end, so that it never blocks when it writes.
     std::thread::spawn(move || lines.for_each(drop));
     (process, url.expect("the greeting"))
 }

@@ -1,6 +1,6 @@
-//! The embedded SFU as the server in a test of somebody else's LiveKit client: it starts in the
-//! test's own process, at a free port, and says afterwards what it saw. Here a few lines with a
-//! WebSocket stand for that client.
+//! The embedded SFU as the server in a test of another LiveKit client. It starts in the test's own
+//! process, at a free port, and reports afterwards what it saw. In this example a few lines with a
+//! WebSocket take the place of that client.
 //!
 //! `cargo run --example sfu_for_a_client`
 

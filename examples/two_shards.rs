@@ -1,4 +1,4 @@
-//! The engine without sockets and without a clock: one shard sends, one receives, and a simulated
+//! The engine without sockets and without a clock. One shard sends, one receives, and a simulated
 //! link loses packets between them. Ten seconds of media take a moment, and the same seed gives the
 //! same figures every time.
 //!

@@ -1,4 +1,4 @@
-//! Connections of one stack, each to a [`Remote`] of ours, in memory and in virtual time; and the
+//! Connections of one stack, each to a [`Remote`] of ours, in memory and in virtual time, and the
 //! two loops that are timed.
 
 use std::time::Duration;
@@ -14,12 +14,13 @@ use super::{TRANSPORT_CC, cpu_clock};
 use crate::link::{UNDER_TEST, under_test};
 
 const TICK: Duration = Duration::from_millis(1);
-/// Packets between two readings of the thread's CPU clock, each of another connection: what a
-/// reading costs (a system call, a third of a microsecond), and the first packets for which nothing
-/// was fetched ahead, is then little of each. More would not stay in the first-level cache, as what
-/// the kernel has just copied does.
+/// Number of packets between two readings of the thread's CPU clock, each packet of another
+/// connection. With so many, two costs are a small part of each packet's: the reading (a system
+/// call, a third of a microsecond), and the first packets, for which nothing was prefetched. More
+/// packets would not stay in the first-level cache, while data that the kernel has just copied
+/// does.
 pub const BATCH: usize = 16;
-/// Far beyond what any stack here takes to connect, in virtual time.
+/// Limit for connecting, in virtual time. It is far beyond what any stack here needs.
 const PATIENCE: Time = Time::from_millis(20_000);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -28,18 +29,18 @@ pub enum Role {
     Sends,
 }
 
-/// What is timed beside the packets themselves.
+/// Control work that is timed besides the packets themselves.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Control {
     Nothing,
-    /// What is due as the publisher's time goes by: reports, consent.
+    /// Timers that become due as the publisher's time passes: reports, consent.
     Timers,
-    /// And transport-wide feedback, agreed on: packets carry its numbers, and messages tell of
-    /// them.
+    /// Timers and negotiated transport-wide feedback: packets carry its sequence numbers, and
+    /// feedback messages report them.
     TransportCc,
 }
 
-/// What a connection of a bench is for: one track, one way.
+/// Purpose of a bench's connections: one track, one way.
 #[derive(Clone, Copy)]
 pub struct Setting {
     pub role: Role,
@@ -56,60 +57,61 @@ impl Setting {
         }
     }
 
-    /// The header extension that packets carry.
+    /// Returns the id of the header extension that packets carry.
     pub fn transport_cc_extension(self) -> Option<u8> {
         (self.control == Control::TransportCc).then_some(TRANSPORT_CC)
     }
 }
 
-/// A sealed packet that has come for connection `key`.
+/// A sealed packet that has arrived for connection `key`.
 #[derive(Default)]
 pub struct Sealed {
     pub key: usize,
     pub bytes: Vec<u8>,
 }
 
-/// A WebRTC stack under test: many connections on one thread, as a load generator has them. It is
+/// A WebRTC stack under test: many connections on one thread, as in a load generator. The stack is
 /// ICE-controlling and the DTLS client.
 pub trait Stack {
     const NAME: &'static str;
 
     fn new(connections: usize, setting: Setting, config: &ShardConfig) -> Self;
 
-    /// Makes connection `key` to `remote`; says what that one has to know.
+    /// Makes connection `key` to `remote`. Returns what the remote end must know of this one.
     fn add(&mut self, key: usize, remote: &Side, now: Time) -> Side;
 
-    /// A STUN or DTLS datagram.
+    /// Handles a STUN or DTLS datagram.
     fn handle_setup(&mut self, key: usize, datagram: &[u8], from: &Side, now: Time);
 
-    /// Does what is due.
+    /// Handles the timers that are due.
     fn turn(&mut self, now: Time);
 
     fn is_connected(&self, key: usize) -> bool;
 
-    /// Set-up datagrams that have been sent since the last call.
+    /// Returns the set-up datagrams that the stack has sent since the last call.
     fn take_sent(&mut self) -> Vec<(usize, Vec<u8>)>;
 
-    /// Handles media up to where an application would have it.
+    /// Handles media packets up to the point where an application would get them.
     fn receive(&mut self, batch: &mut [Sealed], now: Time);
 
-    /// Media packets that the stack has accepted so far.
+    /// Returns the number of media packets that the stack has accepted so far.
     fn received(&self) -> u64;
 
-    /// RTCP datagrams that it has sent so far.
+    /// Returns the number of RTCP datagrams that the stack has sent so far.
     fn rtcp_sent(&self) -> u64;
 
-    /// Begins to send, where sending goes by a timer.
+    /// Starts sending, for stacks that send by a timer.
     fn start_sending(&mut self, now: Time);
 
-    /// Sends one packet or more; `payload` is what stacks without media of their own send.
+    /// Sends at least one packet, and returns the CPU time that it took. Stacks without media of
+    /// their own take the payload from `origin`.
     fn send(&mut self, origin: &mut Origin) -> Duration;
 
-    /// Media packets that have been handed to the network so far.
+    /// Returns the number of media packets that the stack has handed to the network so far.
     fn sent(&self) -> u64;
 }
 
-/// What connecting took of the stack under test: of the other end nothing is in it.
+/// CPU time that connecting took in the stack under test. The other end's time is not included.
 #[derive(Clone, Copy, Default)]
 pub struct SetupCost {
     pub spent: Duration,
@@ -167,8 +169,8 @@ impl<S: Stack> Fixture<S> {
         }
     }
 
-    /// Time that so many milliseconds without media take of all connections together: consent,
-    /// reports, timers.
+    /// Returns the time that all connections together take for so many milliseconds without media:
+    /// consent, reports, timers.
     pub fn idle(&mut self, milliseconds: u64) -> Duration {
         let before = self.setup.spent;
         for _ in 0..milliseconds {
@@ -193,7 +195,7 @@ impl<S: Stack> Fixture<S> {
         self.idle(milliseconds as u64)
     }
 
-    /// Time to receive so many packets, each of the next connection.
+    /// Returns the time to receive so many packets. The connections take turns, one packet each.
     pub fn receive(&mut self, packets: u64) -> Duration {
         let (mut left, mut spent, before) = (packets, Duration::ZERO, self.stack.received());
         while left > 0 {
@@ -230,7 +232,7 @@ impl<S: Stack> Fixture<S> {
         plain.at
     }
 
-    /// Time to send so many packets.
+    /// Returns the time to send so many packets.
     pub fn send(&mut self, packets: u64) -> Duration {
         let (before, mut spent) = (self.stack.sent(), Duration::ZERO);
         let sent = loop {
@@ -244,7 +246,7 @@ impl<S: Stack> Fixture<S> {
     }
 }
 
-/// A function of its own, by whose name callgrind knows when to count.
+/// Separate function, because callgrind starts and stops counting by its name.
 #[inline(never)]
 fn measured_receive<S: Stack>(stack: &mut S, batch: &mut [Sealed], at: Time) {
     let before = UNDER_TEST.replace(true);
@@ -252,14 +254,14 @@ fn measured_receive<S: Stack>(stack: &mut S, batch: &mut [Sealed], at: Time) {
     UNDER_TEST.set(before);
 }
 
-/// As [`measured_receive`]; what it counts includes taking the next payload from the origin, where
-/// a stack has no media of its own.
+/// As [`measured_receive`]. For a stack without media of its own, the count includes taking the
+/// next payload from the origin.
 #[inline(never)]
 fn measured_send<S: Stack>(stack: &mut S, origin: &mut Origin) -> Duration {
     stack.send(origin)
 }
 
-/// Runs the stack's own work, timed and with its allocations counted.
+/// Runs the stack's own work. The work is timed and its allocations are counted.
 fn metered<R>(setup: &mut SetupCost, work: impl FnOnce() -> R) -> R {
     let started = cpu_clock();
     let result = under_test(true, work);
@@ -267,7 +269,7 @@ fn metered<R>(setup: &mut SetupCost, work: impl FnOnce() -> R) -> R {
     result
 }
 
-/// A millisecond passes.
+/// Runs one step of virtual time: carries the set-up datagrams both ways and handles timers.
 fn step<S: Stack>(stack: &mut S, remotes: &mut [Remote], setup: &mut SetupCost, now: Time) {
     for (key, datagram) in stack.take_sent() {
         assert!(matches!(

@@ -1,9 +1,10 @@
-//! The named floor: what no receiver of this traffic can do without. The same sockets, options and
-//! tick as an engine worker's; each datagram is taken by `recvmmsg` with the kernel's stamp and
-//! opened with its connection's key. Nothing is parsed, counted, put in order or answered.
+//! The floor program: the work that no receiver of this traffic can do without. It has the same
+//! sockets, options and tick as an engine worker. It takes each datagram by `recvmmsg` with the
+//! kernel's time stamp and opens it with its connection's key. Nothing is parsed, counted, put in
+//! order or answered.
 //!
-//! And the sender that drives it and a real worker alike: one socket, one burst after the other to
-//! everybody, as an SFU forwards one publisher.
+//! This module also has the sender, which drives the floor program and a real worker alike: one
+//! socket that sends one burst after the other to everybody, as an SFU forwards one publisher.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
@@ -29,16 +30,17 @@ use super::origin::{Origin, Plain};
 use super::remote::Remote;
 
 pub const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-/// As a run asks for where the host grants it.
+/// Size of the receive buffer. A run asks for the same, where the host grants it.
 pub const RECEIVE_BUFFER_BYTES: usize = 1 << 20;
-/// An RTP header without extensions: what the sender's packets have.
+/// Length of an RTP header without extensions, which is what the sender's packets have.
 const HEADER_LEN: usize = 12;
-/// Of one call, where the sender segments: what fits is what a publisher's frame has.
+/// Maximum number of segments in one call, where the sender segments. A publisher's frame fits.
 const SEGMENTS_MAX: usize = 32;
-/// Ends and consents are looked at this often: it is no part of what is measured.
+/// Interval at which the sender looks at the ends and their consent. This work is not part of what
+/// is measured.
 const UPKEEP: Duration = Duration::from_millis(20);
 
-/// What one program took, and what it got for it.
+/// CPU time that one program took, and the packets that it received in that time.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Taken {
     pub packets: u64,
@@ -51,22 +53,22 @@ impl Taken {
     }
 }
 
-/// One connection's receiving end without anything around it.
+/// Receiving end of one connection, without anything around it.
 pub struct BareEnd {
     pub socket: UdpSocket,
     pub opener: Opener,
     extender: SeqExtender,
 }
 
-/// What a bare end's socket tells of a datagram.
+/// Information that a bare end's socket gives with each datagram.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Notes {
-    /// As an engine's: when it came, and what was dropped before it.
+    /// As on an engine's socket: when the datagram arrived, and what was dropped before it.
     Kept,
     Nothing,
 }
 
-/// A receiving end, and what its sender has to know.
+/// Makes a receiving end, and the target that its sender needs.
 pub fn bare_end(
     index: usize,
     sender: SocketAddr,
@@ -103,7 +105,7 @@ fn plain_socket() -> std::io::Result<UdpSocket> {
     Ok(socket)
 }
 
-/// The floor program on a thread of its own, until it is stopped.
+/// The floor program on its own thread. It runs until it is stopped.
 pub struct Floor {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<(Vec<BareEnd>, Taken)>,
@@ -143,7 +145,7 @@ fn receive_until(mut ends: Vec<BareEnd>, epoch: Epoch, stop: &AtomicBool) -> (Ve
     let mut beat = TickGrid::start(epoch);
     let started = net::thread_cpu();
     while !stop.load(Ordering::Relaxed) {
-        // As a worker that sends no media and has nobody joining.
+        // Waits as a worker does that sends no media and has nobody joining.
         beat.wait(2);
         poll.poll(&mut events, Some(Duration::ZERO)).expect("epoll");
         for event in &events {
@@ -183,7 +185,7 @@ fn drain(end: &mut BareEnd, batch: &mut net::ReceiveBatch) -> u64 {
     opened
 }
 
-/// Where the sender sends to.
+/// Destination of a sender, with its keys.
 pub struct Target {
     pub to: SocketAddr,
     pub keys: Keys,
@@ -191,7 +193,7 @@ pub struct Target {
 
 pub enum Keys {
     Bare(Box<Sealer>),
-    /// A whole connection: ICE and DTLS have been, and consent is kept up.
+    /// Whole connection: it goes through ICE and DTLS, and consent is kept up.
     Peer(Box<Remote>),
 }
 
@@ -212,7 +214,7 @@ pub struct Sender {
     epoch: Epoch,
     batch: net::SendBatch,
     burst: Vec<Plain>,
-    /// Packets of one size that leave together go with one call.
+    /// Whether packets of one size that leave together are sent with one call.
     pub segmented: bool,
     next_upkeep: Time,
     pub sent: u64,
@@ -220,7 +222,7 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// With a publisher of its own, which is participant `origin` of `config`.
+    /// Makes a sender with its own publisher, which is participant `origin` of `config`.
     pub fn new(
         socket: UdpSocket,
         targets: Vec<Target>,
@@ -247,7 +249,7 @@ impl Sender {
         }
     }
 
-    /// Sends what the publisher has for so long, in time.
+    /// Sends the publisher's packets for the given time, in real time.
     pub fn run_for(&mut self, time: Duration) {
         let mut beat = TickGrid::start(self.epoch);
         let end = self.epoch.now() + time;
@@ -261,7 +263,7 @@ impl Sender {
         }
     }
 
-    /// Until every connection is up.
+    /// Waits until every connection is up.
     pub fn connect(&mut self, patience: Duration) {
         let end = self.epoch.now() + patience;
         let is_up = |target: &Target| match &target.keys {
@@ -308,7 +310,7 @@ impl Sender {
         self.burst.clear();
     }
 
-    /// Answers checks, and does what else connections need.
+    /// Answers connectivity checks, and does the rest of the work that connections need.
     fn keep_up(&mut self, now: Time) {
         if now < self.next_upkeep {
             return;
@@ -329,7 +331,7 @@ impl Sender {
         for target in &mut self.targets {
             let (socket, to) = (&self.socket, target.to);
             if let Keys::Peer(remote) = &mut target.keys {
-                // What is not sent is sent again.
+                // A datagram that is not sent now is retransmitted later.
                 remote.turn(now, |datagram| drop(socket.send_to(datagram, to)));
             }
         }

@@ -1,5 +1,5 @@
-//! What several benches share: a publisher whose packets they all get, the other end of every
-//! connection, and the stacks that are compared.
+//! Parts that several benches share: a publisher whose packets all stacks get, the other end of
+//! every connection, and the stacks that are compared.
 #![allow(dead_code)]
 
 pub mod fixture;
@@ -18,17 +18,18 @@ use std::time::Duration;
 use ::throng::measure::Kind;
 use ::throng::net;
 
-/// Whether the whole size is asked for: `cargo bench` says so. Among the tests everything runs
-/// once, in small, so that it does not rot.
+/// Returns whether the full size is requested, as `cargo bench` does. Among the tests everything
+/// runs once in a small size, so that it does not rot.
 pub fn is_full() -> bool {
     std::env::args().any(|argument| argument == "--bench")
 }
 
-/// Set where nothing is to be timed: under callgrind, where the clock's library does not find what
-/// it looks for, and counts are what is wanted.
+/// Set if nothing is to be timed. This is the case under callgrind: the clock's library does not
+/// find what it looks for there, and only counts are wanted.
 pub static UNTIMED: AtomicBool = AtomicBool::new(false);
 
-/// CPU time of this thread so far: what others on the host do is not in it.
+/// Returns the CPU time of this thread so far, which excludes what others on the host do. Zero if
+/// [`UNTIMED`] is set.
 pub fn cpu_clock() -> Duration {
     if UNTIMED.load(Ordering::Relaxed) {
         Duration::ZERO
@@ -37,11 +38,11 @@ pub fn cpu_clock() -> Duration {
     }
 }
 
-/// The SSRC of the one track of a connection.
+/// SSRC of the only track of a connection.
 pub const SSRC: u32 = 0x1000_0001;
 
-/// The id of the header extension for transport-wide sequence numbers, where a bench has agreed on
-/// it: the one that `rtc` offers, for the others follow.
+/// Id of the header extension for transport-wide sequence numbers, in benches that negotiate it. It
+/// is the id that `rtc` offers, because the other stacks follow.
 pub const TRANSPORT_CC: u8 = 4;
 
 pub const fn payload_type(kind: Kind) -> u8 {
@@ -51,7 +52,7 @@ pub const fn payload_type(kind: Kind) -> u8 {
     }
 }
 
-/// How rows are called.
+/// Returns the name of the media in the names of rows.
 pub const fn media(kind: Kind) -> &'static str {
     match kind {
         Kind::Audio => "audio",

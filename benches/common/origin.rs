@@ -1,5 +1,5 @@
-//! One publisher of ours whose packets are handed out opened: real frames with real identities, cut
-//! and paced as a run's are.
+//! One publisher of ours, whose packets are handed out decrypted: real frames with real identities,
+//! packetised and paced as in a run.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -27,7 +27,8 @@ use super::{SSRC, is_full, payload_type};
 const RUN: u32 = 77;
 const TICK: Duration = Duration::from_millis(1);
 
-/// What all participants of a bench share. The publisher is the one after the `receivers`.
+/// Returns the configuration that all participants of a bench share. The publisher is the
+/// participant after the `receivers`.
 pub fn shard_config(receivers: usize) -> ShardConfig {
     ShardConfig {
         identity: Identity::generate().expect("a certificate"),
@@ -36,9 +37,10 @@ pub fn shard_config(receivers: usize) -> ShardConfig {
     }
 }
 
-/// The media: packets of about 1,100 bytes of video on the wire, or of about 100 of audio. A frame
-/// is cut into equal packets, so only one of many packets fills them: the video has few frames and
-/// large ones. In the small size it is a small one, too: a packet a frame.
+/// Returns the media: video in packets of about 1,100 bytes on the wire, or audio in packets of
+/// about 100. A frame is cut into equal packets, so packets are full only if a frame has many of
+/// them. Therefore the video has few frames, and large ones. In the small size the frames are small
+/// too: one packet each.
 pub fn source(kind: Kind) -> MediaSource {
     static VIDEO: OnceLock<Arc<VideoClip>> = OnceLock::new();
     static AUDIO: OnceLock<Arc<AudioClip>> = OnceLock::new();
@@ -73,7 +75,7 @@ pub fn source(kind: Kind) -> MediaSource {
     }
 }
 
-/// What is agreed for a track of participant `publisher`.
+/// Returns the negotiated parameters of a track of participant `publisher`.
 pub fn track(
     kind: Kind,
     transport_cc_extension: Option<u8>,
@@ -112,7 +114,7 @@ pub struct Plain {
     pub header_len: usize,
     /// ROC << 16 | SEQ.
     pub index: u64,
-    /// When the publisher sent it.
+    /// Time at which the publisher sent it.
     pub at: Time,
 }
 
@@ -126,7 +128,7 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Publishes from `now` on.
+    /// Makes a publisher that publishes from `now` on.
     pub fn publishing(
         kind: Kind,
         transport_cc_extension: Option<u8>,
@@ -159,7 +161,7 @@ impl Origin {
         while !origin.remote.connected {
             origin.connect(ours.address);
         }
-        // The last flight is still to be taken.
+        // The last DTLS flight still has to be delivered.
         origin.connect(ours.address);
         let tracks = vec![track(
             kind,
@@ -178,7 +180,7 @@ impl Origin {
         origin
     }
 
-    /// The next packet, however long that takes in virtual time.
+    /// Returns the next packet, however long it takes in virtual time.
     pub fn next(&mut self) -> Plain {
         loop {
             if let Some(packet) = self.packets.pop_front() {
@@ -188,13 +190,14 @@ impl Origin {
         }
     }
 
-    /// The packets that are due by `now`, each handed to `take`.
+    /// Hands each packet that is due by `now` to `take`.
     pub fn send(&mut self, now: Time, mut take: impl FnMut(&Plain)) {
         self.send_until(now);
         self.packets.drain(..).for_each(|packet| take(&packet));
     }
 
-    /// What its connection, and so every connection to an end of ours, has agreed on.
+    /// Returns the SRTP profile that its connection has agreed on, and so has every connection to
+    /// an end of ours.
     pub fn profile(&self) -> Profile {
         self.remote.peer.sealer().expect("connected").profile()
     }
@@ -242,7 +245,7 @@ impl Origin {
     }
 }
 
-/// A participant of ours as signalling describes it to a shard.
+/// Returns a participant of ours, as signalling describes it to a shard.
 pub fn new_peer(participant: usize, ours: &Side, theirs: &Side) -> NewPeer {
     NewPeer {
         participant: participant as u32,
@@ -263,7 +266,7 @@ pub fn new_peer(participant: usize, ours: &Side, theirs: &Side) -> NewPeer {
     }
 }
 
-/// Keeps every datagram.
+/// [`Io`] that keeps every datagram.
 struct Capture {
     buffer: Vec<u8>,
     sent: Vec<Vec<u8>>,

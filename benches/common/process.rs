@@ -1,4 +1,4 @@
-//! Other processes: started, watched by `/proc`, and not outliving the bench.
+//! Other processes: the bench starts them, watches them by `/proc`, and ends them when it ends.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,18 +7,18 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-/// A child that ends with the bench, and what has been seen of it.
+/// A child process that ends with the bench, and the samples that were taken of it.
 pub struct Process {
     pub child: Child,
     samples: Vec<Sample>,
 }
 
-/// A look at a process.
+/// One sample of a process.
 #[derive(Clone, Default)]
 pub struct Sample {
-    /// Since 1970, as reports have it.
+    /// Time since 1970, as in reports.
     at: Duration,
-    /// By thread: one that has ended stays as it was last seen.
+    /// Threads by their id. A thread that has ended keeps its last values.
     threads: BTreeMap<u32, Thread>,
     pub resident_bytes: u64,
 }
@@ -26,10 +26,10 @@ pub struct Sample {
 #[derive(Clone, Default)]
 struct Thread {
     name: String,
-    /// What the scheduler has accounted, in nanoseconds.
+    /// CPU time by the scheduler's account, in nanoseconds.
     cpu: Duration,
-    /// User and system time in ticks of a hundredth of a second: coarse, so they only divide
-    /// `cpu`.
+    /// User and system time in ticks of a hundredth of a second. Ticks are coarse, so they are used
+    /// only to divide `cpu`.
     ticks: (u64, u64),
 }
 
@@ -74,7 +74,7 @@ impl Process {
         self.samples.first().expect("looked at while it ran")
     }
 
-    /// The look that came closest to a moment since 1970.
+    /// Returns the sample that is closest to a moment since 1970.
     pub fn at(&self, moment: Duration) -> &Sample {
         let nearest = self
             .samples
@@ -87,7 +87,7 @@ impl Process {
         self.samples.last().expect("looked at while it ran")
     }
 
-    /// Asks it to end, and waits until it has.
+    /// Asks the process to end, and waits until it has.
     pub fn stop(&mut self) {
         self.watch();
         // It may have ended by itself.
@@ -104,11 +104,11 @@ impl Drop for Process {
 }
 
 impl Sample {
-    /// `None` where the process is gone.
+    /// Takes a sample. Returns `None` if the process is gone.
     fn look(&mut self, pid: u32) -> Option<()> {
         for task in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
             let read = |file: &str| fs::read_to_string(task.path().join(file)).ok();
-            // A thread may end meanwhile: then what was seen of it last stays.
+            // A thread may end meanwhile. Then its last values stay.
             let (Some(stat), Some(schedstat)) = (read("stat"), read("schedstat")) else {
                 continue;
             };
@@ -128,7 +128,7 @@ impl Sample {
         self.at.saturating_sub(before.at).as_secs_f64()
     }
 
-    /// CPU time since `before` of the threads whose names begin so.
+    /// Returns the CPU time since `before` of the threads whose names start with `prefix`.
     pub fn cpu_since(&self, before: &Sample, prefix: &str) -> Cpu {
         let by_name = self.by_name_since(before);
         let threads = by_name.iter().filter(|(name, _)| name.starts_with(prefix));
@@ -138,7 +138,7 @@ impl Sample {
         })
     }
 
-    /// CPU time since `before`, and the number of threads, by name.
+    /// Returns the CPU time since `before` and the number of threads, by thread name.
     pub fn by_name_since(&self, before: &Sample) -> BTreeMap<&str, (Cpu, u32)> {
         let mut by_name: BTreeMap<&str, (Cpu, u32)> = BTreeMap::new();
         for (tid, thread) in &self.threads {
@@ -153,8 +153,8 @@ impl Sample {
 }
 
 impl Thread {
-    /// Of `/proc/PID/task/TID/stat` and `schedstat` (proc(5)). The name may hold spaces and
-    /// brackets.
+    /// Reads `/proc/PID/task/TID/stat` and `schedstat` (proc(5)). The thread's name may contain
+    /// spaces and brackets.
     fn read(stat: &str, schedstat: &str) -> Option<(u32, Thread)> {
         let (tid, rest) = stat.split_once(" (")?;
         let (name, fields) = rest.rsplit_once(") ")?;
@@ -173,7 +173,8 @@ impl Thread {
         let before = before.unwrap_or(&none);
         let cpu = self.cpu.saturating_sub(before.cpu);
         let (user, system) = (self.ticks.0 - before.ticks.0, self.ticks.1 - before.ticks.1);
-        // Without a tick nothing is known of the division: a thread that short is in its program.
+        // Without a tick the division is unknown. A thread that ran for so short counts as user
+        // time.
         let share = if user + system == 0 {
             1.0
         } else {
@@ -187,7 +188,7 @@ impl Thread {
     }
 }
 
-/// Of the last minute: what a figure has to be judged by.
+/// Returns the load average of the last minute, by which a figure has to be judged.
 pub fn load_average() -> String {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split_whitespace().next().unwrap_or("?").to_owned()

@@ -1,5 +1,5 @@
-//! The other end of a connection under test: ours for every stack, so that all of them get the same
-//! datagrams.
+//! The other end of a connection under test. It is ours for every stack, so that all of them get
+//! the same datagrams.
 
 use std::net::SocketAddr;
 
@@ -10,7 +10,7 @@ use throng::units::Time;
 
 use super::origin::Plain;
 
-/// What one end's description says of its transport.
+/// Transport parameters of one end, as its description gives them.
 #[derive(Clone)]
 pub struct Side {
     pub address: SocketAddr,
@@ -18,8 +18,8 @@ pub struct Side {
     pub fingerprint: Fingerprint,
 }
 
-/// An ICE-lite end and DTLS server, as an SFU is. It has no media of its own: it seals what an
-/// [`super::origin::Origin`] has made.
+/// An ICE-lite end and DTLS server, as an SFU is. It has no media of its own: it seals the packets
+/// of an [`super::origin::Origin`].
 pub struct Remote {
     pub side: Side,
     pub peer: Peer,
@@ -28,7 +28,8 @@ pub struct Remote {
 }
 
 impl Remote {
-    /// What the stack under test is to know before this end knows of it.
+    /// Returns what the stack under test must know of this end. This is known before this end knows
+    /// of the stack.
     pub fn side(key: usize, config: &ShardConfig) -> Side {
         Side {
             address: address(2, key),
@@ -62,10 +63,10 @@ impl Remote {
         self.next_turn = now;
     }
 
-    /// Handles what is due, and hands out what is to be sent.
+    /// Handles timers that are due, and passes outgoing datagrams to `send`.
     pub fn turn(&mut self, now: Time, send: impl FnMut(&[u8])) {
-        // Looked at each millisecond: little of it, for what is looked at here the stack under test
-        // no longer has in the cache.
+        // This runs each millisecond and should touch little memory: what it touches evicts the
+        // state of the stack under test from the cache.
         if self.next_turn > now {
             return;
         }
@@ -92,7 +93,7 @@ impl Remote {
     }
 }
 
-/// Where the end `host` of connection `key` is, in a network that exists in memory only.
+/// Returns the address of end `host` of connection `key`, in a network that exists in memory only.
 pub fn address(host: u8, key: usize) -> SocketAddr {
     SocketAddr::from(([192, 0, 2, host], 10_000 + key as u16))
 }

@@ -1,6 +1,6 @@
-//! `rtc`, the sans-IO core of webrtc-rs, as the stack under test: bare, and with its default
-//! interceptors (NACK, reports, transport-wide feedback): what of these it does is what the answer
-//! agrees to.
+//! `rtc`, the sans-IO core of webrtc-rs, as the stack under test. It runs bare, or with its default
+//! interceptors (NACK, reports, transport-wide feedback). The answer determines which of these are
+//! active.
 
 use std::time::{Duration, Instant};
 
@@ -209,7 +209,8 @@ impl<const INTERCEPTORS: bool> Rtc<INTERCEPTORS> {
             interceptors = register_default_interceptors(interceptors, &mut engine)
                 .expect("extensions that can be");
         }
-        // One certificate for all saves every stack the most of a key pair's cost.
+        // All connections share one certificate. This saves every stack most of the cost of a key
+        // pair.
         let configuration = RTCConfigurationBuilder::new()
             .with_certificates(vec![self.certificate.clone()])
             .build();
@@ -258,7 +259,7 @@ impl<const INTERCEPTORS: bool> Rtc<INTERCEPTORS> {
         self.poll(key);
     }
 
-    /// Until it has nothing more to say.
+    /// Polls until the connection has no more output.
     fn poll(&mut self, key: usize) {
         let one = &mut self.peers[key];
         while let Some(message) = one.pc.poll_write() {
@@ -301,7 +302,7 @@ fn next_packet(kind: Kind, origin: &mut Origin) -> (rtc::rtp::Packet, Time) {
 const TRANSPORT_CC_URI: &str =
     "http://www.ietf.org/id/draft-holmer-rmcat-transport-wide-cc-extensions-01";
 
-/// What an SFU would answer to the one section that is offered.
+/// Returns the answer that an SFU would give to the one section that is offered.
 fn answer(setting: Setting, remote: &Side, offer: &str) -> String {
     let agreed = match setting.transport_cc_extension() {
         Some(id) => {

@@ -1,5 +1,5 @@
-//! str0m as the stack under test: RTP mode, by its direct API, with one certificate and one crypto
-//! provider for all connections.
+//! str0m as the stack under test, in RTP mode by its direct API. All connections share one
+//! certificate and one crypto provider.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -45,7 +45,7 @@ struct One {
     seq: u64,
 }
 
-/// Shared by all connections: str0m wants it counted by references.
+/// Payload that all connections share. str0m takes it as a reference-counted slice.
 struct Payload {
     bytes: Arc<[u8]>,
     rtp_time: u32,
@@ -231,7 +231,7 @@ impl Str0m {
         }
     }
 
-    /// Until it has nothing more to say.
+    /// Polls until the connection has no more output.
     fn poll(&mut self, key: usize) {
         let one = &mut self.peers[key];
         loop {
@@ -257,7 +257,7 @@ impl Str0m {
 }
 
 impl Str0m {
-    /// Transport-wide feedback only where it is agreed on.
+    /// Returns the configuration. Transport-wide feedback is enabled only if it is agreed on.
     fn config(&self) -> RtcConfig {
         let config = RtcConfig::new().clear_extension_map();
         match self.setting.transport_cc_extension() {

@@ -1,5 +1,4 @@
-//! The end of a bench: what criterion has estimated, as one table with the ratios to a floor of the
-//! same run.
+//! The end of a bench: criterion's estimates as one table, with ratios to a floor of the same run.
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
@@ -16,12 +15,12 @@ pub struct Table {
 struct Row {
     group: String,
     name: &'static str,
-    /// Units of work in what criterion calls an iteration.
+    /// Units of work in one criterion iteration.
     per: f64,
 }
 
-/// Criterion as all benches have it: short, because there are many rows and what is compared stands
-/// side by side.
+/// Returns criterion as all benches configure it. Times are short, because there are many rows, and
+/// rows that are compared run one after the other.
 pub fn criterion() -> Criterion {
     Criterion::default()
         .warm_up_time(Duration::from_millis(300))
@@ -59,7 +58,7 @@ impl Table {
         });
     }
 
-    /// Prints what has been measured in this run; nothing where nothing was.
+    /// Prints what has been measured in this run, or nothing if nothing was.
     pub fn print(&self) {
         let measured: Vec<(&Row, Estimate)> = self
             .rows
@@ -88,7 +87,8 @@ impl Table {
         }
     }
 
-    /// In nanoseconds a unit of work; `None` where the row did not run this time.
+    /// Returns the estimate in nanoseconds per unit of work, or `None` if the row did not run this
+    /// time.
     fn estimate(&self, row: &Row) -> Option<Estimate> {
         let path = directory()
             .join(&row.group)
@@ -109,7 +109,7 @@ impl Table {
     }
 }
 
-/// A median with its interval of 95 %.
+/// A median with its 95 % interval.
 struct Estimate {
     median: f64,
     low: f64,

@@ -19,7 +19,8 @@ use super::{SSRC, cpu_clock};
 use crate::link::under_test;
 
 const TICK: Duration = Duration::from_millis(1);
-/// Between two readings of the clock: a dozen packets even of few connections.
+/// Number of ticks between two readings of the clock. This makes a dozen packets even with few
+/// connections.
 const TICKS_AT_ONCE: usize = 16;
 
 pub struct Throng {
@@ -101,7 +102,7 @@ impl Stack for Throng {
         self.io.setup.drain(..).collect()
     }
 
-    /// In the worker's order, with what it fetches ahead.
+    /// Handles packets in the worker's order, with the same prefetches.
     fn receive(&mut self, batch: &mut [Sealed], now: Time) {
         for at in 0..batch.len() {
             batch
@@ -133,7 +134,7 @@ impl Stack for Throng {
         self.io.rtcp
     }
 
-    /// Spread over the milliseconds of a frame, as a plan does.
+    /// Publishers start spread over the milliseconds of a frame interval, as in a plan.
     fn start_sending(&mut self, now: Time) {
         self.now = now;
         for key in 0..self.connected.len() {
@@ -164,7 +165,7 @@ impl Stack for Throng {
     }
 }
 
-/// Sends nothing: counts media, and keeps what sets connections up.
+/// [`Io`] that sends nothing. It counts media and RTCP, and keeps set-up datagrams.
 pub struct Swallow {
     buffer: Vec<u8>,
     setup: Vec<(usize, Vec<u8>)>,
