@@ -1,4 +1,4 @@
-//! The harnesses of `tests/common` that the targets stand on.
+//! Harnesses from `tests/common` that the targets use.
 #![allow(dead_code)]
 
 #[path = "../../tests/common/hand.rs"]

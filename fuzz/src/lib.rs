@@ -1,6 +1,6 @@
-//! What the fuzzers run. The targets are shared with `tests/alloc/fuzz.rs`, which replays their
-//! corpora on stable, so they and the harnesses that they stand on (`tests/common`) are included by
-//! path in both.
+//! Entry point of the fuzzers. The targets are shared with `tests/alloc/fuzz.rs`, which replays
+//! their corpora on stable Rust. So both include the targets, and the harnesses in `tests/common`
+//! that they use, by path.
 
 mod common;
 #[allow(dead_code)]

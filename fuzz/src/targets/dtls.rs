@@ -1,5 +1,5 @@
-//! DTLS records through a peer of ours. The other end is an honest peer whose datagrams a script
-//! loses, repeats, changes and adds to, so that the damage is deep inside of a handshake.
+//! DTLS records, handled by a peer of ours. The other end is an honest peer. A script loses,
+//! repeats, changes and adds datagrams of it, so that the damage is deep inside a handshake.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -29,7 +29,8 @@ const JOINED: u8 = 6;
 const KEPT_BACK: u8 = 7;
 
 const STEP: Duration = Duration::from_millis(5);
-/// The whole handshake takes some 40 ms; a lost flight comes again after 200.
+/// Number of steps in a run. The whole handshake takes some 40 ms; a lost flight is retransmitted
+/// after 200.
 const STEPS: usize = 120;
 
 fn run(input: &[u8]) {
@@ -87,7 +88,8 @@ fn run(input: &[u8]) {
     }
     assert!(connected <= 1 && failed <= 1, "each is told once");
     assert_eq!(ends[0].is_connected(), connected == 1 && failed == 0);
-    // A flight is some ten datagrams; what repeats one is a timer, or a flight of theirs.
+    // A flight is some ten datagrams. A timer, or a flight of the other end, causes it to be
+    // repeated.
     assert!(sent <= 64 + 8 * taken, "{sent} datagrams for {taken}");
 }
 

@@ -1,5 +1,5 @@
-//! The embedded SFU's signalling half with clients that lie: joins, requests of any content in both
-//! encodings, lost sockets and time, in any order.
+//! The signalling half of the embedded SFU, with clients that lie: joins, requests with any content
+//! in both encodings, lost sockets, and time, in any order.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -31,11 +31,11 @@ const JSON: u8 = 2;
 const DISCONNECT: u8 = 3;
 const TIME: u8 = 4;
 const CONNECTED: u8 = 5;
-/// Answers our last offer to this client as an honest one does.
+/// Command: answers our last offer to this client as an honest client does.
 const ANSWER: u8 = 6;
 
 const CLIENTS: usize = 4;
-/// A script has so many steps at most, so that what everybody is told stays small.
+/// Maximum number of steps in a script, so that what everybody is told stays small.
 const STEPS_MAX: usize = 64;
 
 fn local() -> LocalTransport {
@@ -94,8 +94,8 @@ fn run(input: &[u8]) {
         world.drain();
     }
     world.wait(now, Duration::from_secs(400));
-    // Everybody is told of everything, several times over: bounded by the product of what was said
-    // and who hears it.
+    // Everybody is told about everything, several times. The bound is the product of what was said
+    // and the number of those who hear it.
     let limit = 64 << 10 << (steps / 8).min(8);
     assert!(
         world.bytes_out <= limit + 4_096 * input.len(),

@@ -1,6 +1,6 @@
-//! The fuzz targets: what each takes from the network, and what must hold whatever that is.
+//! The fuzz targets: the network input that each takes, and what must hold whatever the input is.
 //!
-//! A target is a function of bytes that panics where something does not hold. Targets with a state
+//! A target is a function of bytes that panics if something does not hold. Targets with a state
 //! read their input as a script, see [`Script`].
 
 mod dtls;
@@ -22,13 +22,14 @@ mod vp8;
 pub struct Target {
     pub name: &'static str,
     pub run: fn(&[u8]),
-    /// Inputs to begin with, from our own writers: the same every time as far as keys allow.
+    /// Inputs to start with, made by our own writers. They are the same every time, as far as keys
+    /// allow.
     pub seeds: fn() -> Vec<Vec<u8>>,
-    /// How many mutations of its corpus a test run tries: as many as take a second without
+    /// Number of mutations of its corpus that a test run tries: as many as take a second without
     /// optimisation.
     pub mutations: usize,
-    /// What our code may hold at a time for an input: so many bytes, and so many for each byte of
-    /// input. `None`: what it holds does not depend on the input alone.
+    /// Memory that our code may hold at a time for an input: a number of bytes, and a number of
+    /// bytes for each byte of input. `None` if the memory does not depend on the input alone.
     pub memory: Option<(usize, usize)>,
 }
 
@@ -60,8 +61,8 @@ pub fn named(name: &str) -> &'static Target {
         .expect("a target of this name")
 }
 
-/// An input read as a script: numbers, and chunks of bytes behind their length. One that ends early
-/// goes on with zeros, so every input means something.
+/// Reader of an input as a script: numbers, and chunks of bytes after their length. An input that
+/// ends early continues with zeros, so every input means something.
 pub struct Script<'a>(&'a [u8]);
 
 impl<'a> Script<'a> {
@@ -85,7 +86,7 @@ impl<'a> Script<'a> {
         u32::from(self.u16()) << 16 | u32::from(self.u16())
     }
 
-    /// Up to 65,535 bytes behind a length of two.
+    /// Returns up to 65,535 bytes, which follow a length of two bytes.
     pub fn chunk(&mut self) -> &'a [u8] {
         let len = usize::from(self.u16());
         self.take(len)
@@ -108,7 +109,7 @@ pub fn chunk(bytes: &[u8]) -> Vec<u8> {
     [&len.to_be_bytes(), bytes].concat()
 }
 
-/// Runs what is under test, and not the test's own readers, with its allocations counted.
+/// Runs code under test, with its allocations counted. The test's own readers run outside of it.
 pub fn ours<R>(work: impl FnOnce() -> R) -> R {
     crate::common::link::under_test(true, work)
 }

@@ -1,4 +1,4 @@
-//! One received stream, over any sequence of packets, polls and reports: the account adds up after
+//! One received stream, with any sequence of packets, polls and reports. The account adds up after
 //! every step, and requests are bounded.
 
 use std::collections::HashMap;
@@ -24,7 +24,7 @@ const REPORT: u8 = 8;
 const SENDER_REPORT: u8 = 16;
 const LATER: u8 = 32;
 
-/// libwebrtc's limit, and ours.
+/// Limit of requests for one packet, as in libwebrtc and in our code.
 const TRIES_MAX: u32 = 10;
 
 fn run(input: &[u8]) {
@@ -69,7 +69,7 @@ fn run(input: &[u8]) {
             last_ext = last_ext.max(stream.ext_seq());
         }
         if matches!(arrival, Arrival::Repaired { .. }) {
-            // One that ran ahead of its stream leaves a gap, too.
+            // A repaired packet that was ahead of its stream also leaves a gap.
             noticed += 3_000;
         }
         if flags & POLL != 0 {

@@ -1,4 +1,4 @@
-//! Redundant audio (RFC 2198): headers, blocks, and what is written again.
+//! Redundant audio (RFC 2198): headers, blocks, and the payload that our writer makes of them.
 
 use throng::codec::Codec;
 use throng::codec::red::{RedPayload, set_payload_types, write_headers};
@@ -33,7 +33,7 @@ fn run(input: &[u8]) {
         "blocks lie one behind the other"
     );
     assert!(blocks.is_sorted_by(|older, newer| older.distance > newer.distance));
-    // Without the empty blocks it reads the same again.
+    // Written again without the empty blocks, it must read the same.
     let mut written = vec![0; 4 * 32];
     let sizes = blocks
         .iter()

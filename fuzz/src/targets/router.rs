@@ -1,5 +1,5 @@
-//! The embedded SFU's router with clients that lie: three connections, of which a script drives two
-//! with their true keys.
+//! The router of the embedded SFU, with clients that lie. It has three connections. A script drives
+//! two of them with their true keys.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -36,7 +36,7 @@ const SELECT: u8 = 4;
 
 const AUDIO_SSRC: u32 = 100;
 const SENT_SSRC: u32 = 900;
-/// LiveKit's limit, and ours, of resends of one packet.
+/// Limit of retransmissions of one packet, as in LiveKit and in our code.
 const RESENDS_MAX: u64 = 3;
 
 fn room() -> Hands {
@@ -123,8 +123,8 @@ fn run(input: &[u8]) {
     }
     hands.run_for(Duration::from_millis(20));
     let statistics = hands.router.statistics();
-    // Each subscriber gets a packet once, and again three times at most. Fillers hold the places of
-    // what came before a layer's start: they are bounded by what came, too.
+    // Each subscriber gets a packet once, and retransmissions of it three times at most. Fillers
+    // take the places of packets before a layer's start, so they too are bounded by what arrived.
     let may_go = 2 * statistics.media_in * (1 + RESENDS_MAX);
     assert!(
         statistics.media_out <= 2 * statistics.media_in + 64,
@@ -191,7 +191,7 @@ fn say_rtcp(hands: &mut Hands, from: usize, plain: &[u8]) {
 }
 
 fn deliver(hands: &mut Hands, from: usize, bytes: &mut [u8]) {
-    // The last is an honest one: it shall have its media whatever the others do.
+    // The last connection is honest. It must get its media whatever the others do.
     let _ = classify(bytes);
     let (address, now) = (hands.hands[from].address, hands.now);
     let Hands { router, outlet, .. } = hands;
@@ -210,7 +210,7 @@ fn seeds() -> Vec<Vec<u8>> {
         ];
         [&head[..], &rtp_time.to_be_bytes(), &chunk(payload)].concat()
     };
-    // Extensions mid 2 and rid, then a key frame or an inter frame.
+    // A packet with the extensions mid 2 and rid, then a key frame or an inter frame.
     let layer = |rid: u8, picture: u8, key: bool| {
         let extensions = [0xBE, 0xDE, 0, 1, MID_ID << 4, b'2', RID_ID << 4, rid];
         let frame = [

@@ -1,5 +1,5 @@
-//! RTCP: compounds of any content. What is read is written again and must read the same; `rtc-rtcp`
-//! must see the same in what both take.
+//! RTCP: compounds with any content. What is read is written again and must read the same.
+//! `rtc-rtcp` must see the same in every compound that both accept.
 
 use std::time::Duration;
 use throng::transport::rtp::Ssrc;
@@ -54,7 +54,7 @@ fn run(input: &[u8]) {
     agree(input);
 }
 
-/// Walks all that a packet lists, and counts it.
+/// Walks all items that a packet lists, and counts them.
 fn items(packet: &RtcpPacket<'_>) -> usize {
     let nothing_wrong =
         |rtt: Option<Duration>| assert!(rtt.is_none_or(|rtt| rtt <= Duration::from_secs(1 << 15)));
@@ -89,9 +89,9 @@ fn items(packet: &RtcpPacket<'_>) -> usize {
     }
 }
 
-/// What our writer makes of a packet says the same.
+/// Checks that a packet, written by our writer, reads the same.
 fn read_again(packet: &RtcpPacket<'_>, input_len: usize) {
-    // A NACK whose numbers do not go upwards may take more pairs than it had.
+    // A NACK whose sequence numbers are not ascending may need more pairs than it had.
     let mut buffer = vec![0; 64 + 6 * input_len];
     let mut writer = RtcpWriter::new(&mut buffer);
     match ours(|| write(&mut writer, packet)) {
@@ -156,8 +156,8 @@ fn facts(packet: &RtcpPacket<'_>) -> Facts {
             media_ssrc,
             seqs,
         } => {
-            // Which pair a number travels in is the writer's business, and so is one that was said
-            // twice.
+            // The writer decides which pair a sequence number goes into. It may also drop
+            // duplicates.
             let mut seqs: Vec<u16> = seqs.clone().map(|seq| seq.0).collect();
             seqs.sort_unstable();
             seqs.dedup();

@@ -1,4 +1,5 @@
-//! RTP: header, extensions, padding, RTX. `rtc-rtp` must read the same from whatever both take.
+//! RTP: header, extensions, padding, RTX. `rtc-rtp` must read the same from every packet that both
+//! accept.
 
 use rtc_shared::marshal::Unmarshal;
 use throng::transport::rtp::Ssrc;
@@ -67,7 +68,8 @@ fn agree(input: &[u8], header: &Header, payload: Option<&[u8]>) {
             Ssrc(facts.ssrc)
         )
     );
-    // Behind an element that is reserved, or runs past the extension's end, theirs loses its place.
+    // After an element that is reserved, or that ends past the extension, `rtc-rtp` loses its
+    // place.
     let region = header.header_len - 12 - 4 * facts.csrc.len();
     let elements: usize = header
         .extensions(input)
@@ -83,8 +85,8 @@ fn agree(input: &[u8], header: &Header, payload: Option<&[u8]>) {
     if let Some(payload) =
         payload.filter(|_| region == if facts.extension { 4 + elements } else { 0 })
     {
-        // Of the two-byte form's sixteen profiles theirs knows one; what it does not know is one
-        // element to it.
+        // `rtc-rtp` knows only one of the two-byte form's sixteen profiles. It reads an extension
+        // with an unknown profile as a single element.
         let same = || {
             header.extensions(input).eq(facts
                 .extensions
@@ -107,7 +109,7 @@ fn seeds() -> Vec<Vec<u8>> {
     ] {
         let mut template = HeaderTemplate::new(111, Ssrc(0xCAFE_F00D)).expect("a payload type");
         for (id, value) in extensions {
-            // The two-byte form may be one that we do not write: then the seed goes without it.
+            // We may not write this two-byte form. Then the seed goes without the element.
             let _ = template.push_extension(*id, value);
         }
         let mut packet = vec![0; 128];

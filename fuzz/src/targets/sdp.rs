@@ -1,6 +1,6 @@
-//! Descriptions: offers of a server to our [`Answerer`], answers to our [`Offerer`], and both of a
-//! client to the embedded SFU. Each takes a sequence of descriptions, so that what is kept from one
-//! to the next is under test as well.
+//! Descriptions: a server's offers to our [`Answerer`], a server's answers to our [`Offerer`], and
+//! a client's offers and answers to the embedded SFU. Each target takes a sequence of descriptions,
+//! so that the state that is kept from one to the next is tested as well.
 
 use std::io::Cursor;
 use throng::transport::rtp::Ssrc;
@@ -18,9 +18,9 @@ use throng::transport::sdp::{
 
 use super::{Script, Target, chunk, ours};
 
-/// A line of 12 bytes (`m=a 0 b 0\r\n`) may become a rejected section of 60; a section that is
-/// taken was longer than what is written of it, or names our own credentials and extensions. What
-/// is read of a section takes a few hundred bytes.
+/// Memory limits. A line of 12 bytes (`m=a 0 b 0\r\n`) may become a rejected section of 60 bytes. A
+/// section that is accepted was longer than what is written of it, or names our own credentials and
+/// extensions. What is read of a section takes a few hundred bytes.
 const MEMORY: Option<(usize, usize)> = Some((64 << 10, 96));
 
 pub const ANSWER: Target = Target {
@@ -61,7 +61,7 @@ fn local() -> LocalTransport {
     }
 }
 
-/// The texts of a script, in their order.
+/// Returns the texts of a script, in order.
 fn texts(input: &[u8]) -> impl Iterator<Item = &str> {
     let mut script = Script::new(input);
     std::iter::from_fn(move || (!script.is_over()).then(|| script.chunk()))
@@ -72,8 +72,8 @@ fn sections(text: &str) -> usize {
     usize::from(text.starts_with("m=")) + text.matches("\nm=").count()
 }
 
-/// Whatever came in, what goes out is a description that others can read, of as many sections, and
-/// no line of it is somebody else's.
+/// Checks what was written, whatever came in: others can read the description, it has as many
+/// sections, and none of its lines was injected.
 fn is_well_formed(written: &str, expected_sections: usize) {
     assert!(written.ends_with("\r\n"));
     for line in written.split_terminator("\r\n") {
@@ -85,7 +85,7 @@ fn is_well_formed(written: &str, expected_sections: usize) {
         assert!(!line.chars().any(char::is_control), "{line:?}");
     }
     assert_eq!(sections(written), expected_sections);
-    // A kind of media that nobody knows is rejected under its own name, which theirs refuses to
+    // A media section of unknown kind is rejected under its own name, which `rtc-sdp` refuses to
     // read.
     let known = |line: &str| {
         ["m=audio ", "m=video ", "m=application "]
@@ -256,7 +256,7 @@ fn script(texts: &[&str]) -> Vec<u8> {
         .collect()
 }
 
-/// Small enough to be mutated to some effect, with one of everything that is read.
+/// Small enough that mutations have an effect, with one of everything that is read.
 const SMALL: &str = "v=0\r\no=- 1 2 IN IP4 127.0.0.1\r\ns=-\r\nt=0 0\r\na=group:BUNDLE 0 1 2\r\na=ice-lite\r\na=fingerprint:sha-256 \
     07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07:07\r\na=ice-ufrag:abcd\r\na=ice-pwd:0123456789abcdefghijkl\r\n\
     m=application 9 UDP/DTLS/SCTP webrtc-datachannel\r\na=mid:0\r\na=setup:actpass\r\na=sctp-port:5000\r\na=candidate:1 1 udp 2130706431 192.0.2.9 7882 typ host\r\n\
@@ -282,7 +282,7 @@ fn offer_seeds() -> Vec<Vec<u8>> {
         .expect("two are not too many");
     offerer.receive(Kind::Audio, 1).expect("nor is one");
     offerer.receive(Kind::Video, 1).expect("nor is one");
-    // Our own offer of the same shape is answered by our own answerer.
+    // Our own answerer answers our own offer of the same shape.
     let answer = Answerer::new(Capabilities::SUBSCRIBER)
         .answer(&offerer.offer(&local), &local)
         .expect("an answer")

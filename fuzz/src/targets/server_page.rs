@@ -1,5 +1,4 @@
-//! A server's Prometheus page, twice over: as it is read the first time, and what lies between two
-//! of them.
+//! A server's Prometheus page, read twice: the first page, and the difference between two pages.
 
 use std::time::{Duration, Instant};
 

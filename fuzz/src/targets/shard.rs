@@ -1,4 +1,4 @@
-//! A whole engine shard, connected to a server that lies: everything below is sealed with the true
+//! A whole engine shard, connected to a server that lies: all its packets are sealed with the true
 //! keys.
 
 use std::collections::BTreeMap;
@@ -35,18 +35,18 @@ pub const TARGET: Target = Target {
     memory: None,
 };
 
-/// What a script says, each behind one of these.
+/// Commands of a script.
 const RTP: u8 = 0;
 const RTCP: u8 = 1;
 const TIME: u8 = 2;
 const DATAGRAM: u8 = 3;
 
 const TICK: Duration = Duration::from_millis(1);
-/// What a track may send again: a burst, and then as much as it sends (`ResendLimiter`), each
-/// resend charged as 1,200 bytes.
+/// Number of retransmissions that a track may send at once. After this burst it may retransmit as
+/// much as it sends (`ResendLimiter`). Each retransmission counts as 1,200 bytes.
 const RESEND_BURST: u64 = 256 * 1024 / 1_200;
 
-/// SSRCs that a script names by their place: ours come first.
+/// SSRCs that a script names by their index. Ours come first.
 const SSRCS: [u32; 6] = [
     pair::AUDIO_SSRC,
     pair::VIDEO_SSRC,
@@ -66,7 +66,8 @@ pub struct Liar {
     sent: u64,
 }
 
-/// Made once: media takes longer to make than all that is done with it here.
+/// Returns the media, which is made only once, because making it takes longer than all that is done
+/// with it here.
 fn sources() -> [MediaSource; 2] {
     static SOURCES: OnceLock<[MediaSource; 2]> = OnceLock::new();
     SOURCES
@@ -85,7 +86,8 @@ fn sources() -> [MediaSource; 2] {
 }
 
 impl Liar {
-    /// Connected; the participant publishes audio and video, and expects one stream of each.
+    /// Returns a connected shard. The participant publishes audio and video, and expects one stream
+    /// of each.
     pub fn connected() -> Liar {
         let (identity, epoch) = (identity(), Epoch::read());
         let config = ShardConfig {
@@ -189,7 +191,7 @@ impl Liar {
             .handle_command(command, self.now, &mut self.outlet);
     }
 
-    /// A millisecond passes at both ends. Returns who came up in it.
+    /// Advances both ends by a millisecond. Returns which of them connected in it.
     pub fn tick(&mut self) -> [bool; 2] {
         self.now += TICK;
         let (now, mut connected, mut to_shard) = (self.now, [false; 2], Vec::new());
@@ -217,7 +219,7 @@ impl Liar {
         connected
     }
 
-    /// As a worker sorts what comes.
+    /// Passes a packet to the shard, sorted as a worker sorts it.
     pub fn deliver(&mut self, bytes: &mut [u8]) {
         let (shard, outlet, now) = (&mut self.shard, &mut self.outlet, self.now);
         ours(|| match classify(bytes) {
@@ -256,7 +258,7 @@ impl Liar {
         }
     }
 
-    /// The account at the end, and what must hold of it whatever was said.
+    /// Returns the account at the end, and checks what must hold for it whatever was said.
     pub fn finish(mut self) -> Record {
         self.shard.finish();
         let record = *self.shard.swap_record(Box::default());
@@ -273,7 +275,8 @@ impl Liar {
                 media.packets_repaired + media.packets_lost
             );
         }
-        // A stream asks for a key frame each 200 ms at most, and for a round of packets each 10 ms.
+        // A stream requests a key frame at most each 200 ms, and a round of packets at most each 10
+        // ms.
         assert!(
             record.session.plis_sent <= 2 * (1 + elapsed / 200),
             "{} in {elapsed} ms",
@@ -313,8 +316,8 @@ fn run(input: &[u8]) {
     liar.finish();
 }
 
-/// A packet of one of the known SSRCs, near the last one of it, with whatever behind the fixed
-/// header.
+/// Returns a packet of one of the known SSRCs, near the last one of that SSRC, with any bytes after
+/// the fixed header.
 pub fn rtp(script: &mut Script<'_>, seqs: &mut BTreeMap<u32, u16>) -> Vec<u8> {
     let (which, step, flags, marker_and_type) =
         (script.u8(), script.u8() as i8, script.u8(), script.u8());

@@ -1,5 +1,5 @@
 //! Signalling: what a server may say to a participant, and what a stranger may ask of the embedded
-//! SFU before he is let in.
+//! SFU before being let in.
 
 use base64::Engine;
 use bytes::Bytes;
@@ -19,8 +19,8 @@ pub const RESPONSE: Target = Target {
     run: response,
     seeds: response_seeds,
     mutations: 3_000,
-    // Two bytes may be an empty message in a list: an empty participant, track or region takes some
-    // hundred. Where that is possible messages are short.
+    // Two bytes may be an empty message in a list, and an empty participant, track or region takes
+    // some hundred bytes. Where this is possible, messages are short.
     memory: Some((64 << 10, 160)),
 };
 
@@ -29,8 +29,8 @@ pub const ACCESS: Target = Target {
     run: access,
     seeds: access_seeds,
     mutations: 600,
-    // The state of unzipping is some 50 KB; a join request that was zipped may be a thousand times
-    // as long as its zip.
+    // The state of unzipping is some 50 KB. A join request may be a thousand times as long as its
+    // zip.
     memory: Some((128 << 10, 2_200)),
 };
 
@@ -153,10 +153,10 @@ fn response_seeds() -> Vec<Vec<u8>> {
         .collect()
 }
 
-/// How the bytes behind the first reach the server.
+/// Ways in which the bytes after the first reach the server.
 const HEADER: u8 = 0;
 const QUERY: u8 = 1;
-/// With a good token, as a wrapped join request: so, zipped, and as the inner message.
+/// With a good token, as a wrapped join request: as it is, zipped, or as the inner message.
 const WRAPPED: u8 = 2;
 const ZIPPED: u8 = 3;
 const INNER: u8 = 4;
@@ -210,7 +210,7 @@ fn access(input: &[u8]) {
     }
 }
 
-/// A header with a token that is fine.
+/// Returns a header with a valid token.
 fn good() -> Vec<u8> {
     static GOOD: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
     GOOD.get_or_init(|| format!("Bearer {}", token()).into_bytes())

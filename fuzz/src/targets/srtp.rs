@@ -1,5 +1,5 @@
-//! SRTP and SRTCP with valid keys: whatever was changed on the way is refused, whatever was not is
-//! opened, and nothing is opened twice.
+//! SRTP and SRTCP with valid keys: a packet that was changed on the way is refused, one that was
+//! not is opened, and none is opened twice.
 
 use throng::transport::rtp::Header;
 use throng::transport::srtp::{DtlsRole, Opener, Profile, Rejected, Sealer, session};
@@ -11,7 +11,7 @@ pub const TARGET: Target = Target {
     run,
     seeds,
     mutations: 1_500,
-    // The replay state of so many senders.
+    // The replay state of as many senders as the input can name.
     memory: Some((64 << 10, 24)),
 };
 
@@ -21,7 +21,7 @@ const PROFILES: [Profile; 3] = [
     Profile::Aes128CmHmacSha1_80,
 ];
 
-/// What happens to a packet on its way.
+/// Changes to a packet on its way.
 const AS_IT_IS: u8 = 0;
 const CHANGED: u8 = 1;
 const CUT: u8 = 2;
@@ -90,14 +90,14 @@ fn rtcp(sealer: &mut Sealer, opener: &mut Opener, plain: &[u8], harm: (u8, u16, 
     }
     let again = ours(|| opener.open_rtcp(&mut unharmed.clone()));
     if harmed {
-        // What was forged must not have used up the true packet's place.
+        // The forged packet must not have used up the true packet's place.
         assert_eq!(again, Ok(plain.len()));
     } else {
         assert_eq!(again, Err(Rejected::Replay));
     }
 }
 
-/// Returns whether anything is different now.
+/// Changes a packet. Returns whether anything is different now.
 fn spoil(bytes: &mut Vec<u8>, (way, place, bits): (u8, u16, u8)) -> bool {
     match way {
         AS_IT_IS => false,

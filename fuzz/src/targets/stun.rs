@@ -1,5 +1,5 @@
-//! STUN towards both kinds of agent. The server knows the credentials, so a script may have its
-//! messages signed as the true ones are.
+//! STUN to both kinds of agent. The server knows the credentials, so a script may have its messages
+//! signed like the true ones.
 
 use std::net::SocketAddr;
 use std::sync::OnceLock;
@@ -23,7 +23,8 @@ pub const TARGET: Target = Target {
 };
 
 const SIGNED: u8 = 1;
-/// With the password for requests to us; without it, the one for answers to ours.
+/// If set, messages are signed with the password for requests to us; otherwise with the one for
+/// answers to our requests.
 const AS_REQUEST: u8 = 2;
 const TRANSACTION_OF_OURS: u8 = 4;
 const LATER: u8 = 8;
@@ -116,8 +117,8 @@ fn run(input: &[u8]) {
             "STUN alone makes no keys"
         );
         assert!(peer.next_timeout() > now);
-        // An answer and a triggered check for each, the checks of 100 pairs at a turn, and what
-        // DTLS repeats.
+        // Each message may cause an answer and a triggered check. Each timeout may send the checks
+        // of 100 pairs and what DTLS repeats.
         assert!(
             went <= 16 + 2 * came + 100 * timeouts,
             "{went} datagrams for {came}"
@@ -141,7 +142,7 @@ fn sign(message: &mut Vec<u8>, password: &str) {
     message.extend(crc.to_be_bytes());
 }
 
-/// The length field as it will be with so many bytes more.
+/// Sets the length field to its value with `more` bytes appended.
 fn set_length(message: &mut [u8], more: usize) {
     let length = (message.len() - 20 + more) as u16;
     message[2..4].copy_from_slice(&length.to_be_bytes());
@@ -155,7 +156,7 @@ fn crc32(bytes: &[u8]) -> u32 {
     })
 }
 
-/// The first check of an agent of ours, without what is signed anew.
+/// Returns the first check of an agent of ours, without the parts that are signed anew.
 fn check(controlling: bool) -> Vec<u8> {
     let (identity, now) = (identity(), Time::from_millis(1));
     let mut other = Peer::new(

@@ -1,5 +1,5 @@
-//! VP8: the payload descriptor against `rtc-rtp`'s, and the assembler over sequences of packets of
-//! any content.
+//! VP8: the payload descriptor against that of `rtc-rtp`, and the assembler with sequences of
+//! packets with any content.
 
 use std::time::Duration;
 
@@ -75,7 +75,7 @@ fn descriptor_seeds() -> Vec<Vec<u8>> {
     ]
 }
 
-/// Where a packet lies behind the newest so far, in the script's steps.
+/// Flags of a step in the script.
 const PADDING: u8 = 1 << 5;
 const GAVE_UP: u8 = 1 << 6;
 const PAUSE: u8 = 1 << 7;
