@@ -1,6 +1,6 @@
-//! The command line: arguments and environment in, a [`CliCommand`] or a [`UsageError`] out.
+//! The command line: turns arguments and the environment into a [`CliCommand`] or a [`UsageError`].
 //!
-//! Nothing is clamped or guessed: what makes no sense is refused, with what to write instead.
+//! Nothing is clamped or guessed. Input that makes no sense is refused, with what to write instead.
 //! Values that may hold secrets (`--url`, `--api-secret`) are never given to the parser to check,
 //! because its messages repeat what they refuse.
 
@@ -40,14 +40,14 @@ use coordinate::CoordinateArgs;
 use hosts::HostsArgs;
 pub use logs::LogFilter;
 
-/// What the user asked for, and what is told of it while it goes on.
+/// Command that the user asked for, and the log that is written while it runs.
 #[derive(Debug)]
 pub struct Invocation {
     pub command: CliCommand,
     pub log: LogFilter,
 }
 
-/// What the user asked for.
+/// Command that the user asked for.
 #[derive(Debug)]
 pub enum CliCommand {
     Run(Box<RunSpec>),
@@ -63,10 +63,10 @@ pub enum CliCommand {
 #[derive(Debug)]
 pub struct Probe {
     pub config: Membership,
-    /// What this host was given itself. The coordinator says what is played; the embedded SFU
-    /// stands for no server.
+    /// Run from this host's own flags. The coordinator decides what is played. Here the embedded
+    /// SFU as the target means that no server is named.
     pub run: RunSpec,
-    /// Flags say who publishes what, for a coordinator that leaves that to its probers.
+    /// Whether flags say who publishes what, for a coordinator that leaves that to its probers.
     pub shape_given: bool,
 }
 
@@ -75,17 +75,17 @@ pub struct Probe {
 pub struct Sfu {
     pub listen: SocketAddr,
     pub send: SendMode,
-    /// Media threads; `None`: one a CPU, less the one for signalling.
+    /// Number of media threads. `None`: one a CPU, less the one for signalling.
     pub threads: Option<usize>,
     /// `None`: the well-known pair, on loopback only.
     pub credentials: Option<Credentials>,
     pub seed: u64,
 }
 
-/// This host's own ceiling.
+/// Measurement of this host's own ceiling.
 #[derive(Debug)]
 pub struct Calibrate {
-    /// Engine threads; `None`: as in a run.
+    /// Number of engine threads. `None`: as in a run.
     pub threads: Option<usize>,
     /// `-` is standard output.
     pub json: Option<PathBuf>,
@@ -93,7 +93,7 @@ pub struct Calibrate {
 }
 
 impl RunSpec {
-    /// Everybody gets a token; they also say what the rooms are called.
+    /// Gives every participant a token. The tokens also name the rooms.
     fn take_tokens(&mut self, given: Vec<GivenToken>, names_room: bool) -> Result<(), RefusedFlag> {
         if names_room {
             return Err("--room names a room, and so do the tokens: leave --room out".into());
@@ -116,7 +116,8 @@ impl Calibrate {
     }
 }
 
-/// Why a flag's value, or what several flags say together, is refused: what to write instead.
+/// Error for a flag's value, or for flags that do not go together. The text says what to write
+/// instead.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 struct RefusedFlag(String);
@@ -133,14 +134,15 @@ impl From<&str> for RefusedFlag {
     }
 }
 
-/// Why the command line was refused; for standard error, with [`UsageError::EXIT_CODE`].
+/// Error returned when the command line is refused. It goes to standard error, with
+/// [`UsageError::EXIT_CODE`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UsageError(String);
 
 impl UsageError {
     pub const EXIT_CODE: u8 = 2;
 
-    /// For flags that only turn out later to ask for what cannot be.
+    /// Makes the error for flags that only later turn out to ask for something impossible.
     pub fn new(why: &impl fmt::Display) -> UsageError {
         UsageError(format!("error: {why}"))
     }
@@ -154,12 +156,12 @@ impl fmt::Display for UsageError {
 
 impl std::error::Error for UsageError {}
 
-/// Reads arguments (the program's name first) and the environment; draws what makes this run unlike
-/// every other. `cpus`: how many this process may keep busy, which sizes a run that asks for
-/// nothing.
+/// Reads arguments (the program's name first) and the environment, and draws the number that makes
+/// this run differ from every other. `cpus` is how many CPUs this process may keep busy. It sizes a
+/// run that asks for nothing.
 ///
 /// # Errors
-/// With a text for the user, which ends without a newline.
+/// A text for the user, which ends without a newline.
 pub fn parse(
     args: impl IntoIterator<Item = OsString>,
     env: &dyn Fn(&str) -> Option<String>,
@@ -170,11 +172,11 @@ pub fn parse(
     read(args, env, cpus, hasher.finish())
 }
 
-/// A run by flags alone, with nothing from the environment: its target is the embedded SFU,
+/// Reads a run from flags alone, with nothing from the environment. Its target is the embedded SFU,
 /// whatever the user tests otherwise.
 ///
 /// # Errors
-/// As [`parse`], and where the flags ask for something else than a run.
+/// As [`parse`], and if the flags ask for something else than a run.
 pub fn parse_run(
     flags: impl IntoIterator<Item = String>,
     cpus: usize,
@@ -186,8 +188,8 @@ pub fn parse_run(
     }
 }
 
-/// [`parse`] without chance: `fresh` gives the run's tag (upper half) and the seed where none is
-/// asked for (lower half).
+/// As [`parse`], but without chance: `fresh` gives the run's tag (upper half), and the seed if none
+/// is asked for (lower half).
 ///
 /// # Errors
 /// As [`parse`].
@@ -239,8 +241,8 @@ fn read(
         .map_err(|why| UsageError::new(&why))
 }
 
-/// `throng -v sfu` as `throng sfu -v`: behind flags of a run clap takes no subcommand, and `-v` is
-/// a flag of all of them.
+/// Turns `throng -v sfu` into `throng sfu -v`. After flags of a run clap accepts no subcommand, and
+/// `-v` is a flag of all subcommands.
 fn subcommand_first(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
     let is_flag = |arg: &OsString| {
         let text = arg.to_string_lossy();
@@ -688,7 +690,7 @@ impl RunArgs {
         })
     }
 
-    /// Without credentials.
+    /// Returns the run against `target`, without credentials.
     fn into_run_against(
         self,
         target: Target,
@@ -746,7 +748,7 @@ impl RunArgs {
         })
     }
 
-    /// The run that the flags describe.
+    /// Returns the scenario that the flags describe.
     fn scenario(
         &self,
         people: RoomPeople,
@@ -777,7 +779,7 @@ impl RunArgs {
         }
     }
 
-    /// Who says what stands in a field of the scenario.
+    /// Returns the flag that sets a field of the scenario.
     fn flag_of<'f>(&self, field: &'f str) -> &'f str {
         match field {
             "seed" => "--seed",
@@ -808,7 +810,7 @@ impl RunArgs {
         } else {
             DEFAULT_JOIN_RATE
         };
-        // Without tiers it is all joins that the time is for.
+        // Without tiers the time is for all joins together.
         let spread = self.pace.ramp_time;
         let Some(spread) = spread.filter(|_| self.pace.most_subscribers().is_none()) else {
             return Ok(self.pace.num_per_second.unwrap_or(unasked));
@@ -818,7 +820,7 @@ impl RunArgs {
         Ok(participants / spread.as_secs_f64())
     }
 
-    /// Flags that say the same thing twice.
+    /// Refuses flags that say the same thing twice, or that do not go together.
     fn must_agree(&self) -> Result<(), RefusedFlag> {
         if self.pace.ramp.is_some() && self.shape.subscribers.is_some() {
             return Err(
@@ -864,7 +866,7 @@ impl RunArgs {
         Ok(())
     }
 
-    /// Flags that change nothing in the run that was asked for.
+    /// Returns a warning for each flag that changes nothing in the requested run.
     fn warnings(&self) -> Vec<String> {
         let (shape, media) = (&self.shape, &self.media);
         let mut warnings = Vec::new();
@@ -924,12 +926,14 @@ impl SfuArgs {
         })
     }
 
-    /// The flags, or the environment where a flag is not given; `None` where neither names a pair.
+    /// Returns the API key and secret from the flags, or from the environment if a flag is not
+    /// given. `None` if neither names them.
     fn credentials(
         &self,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Option<Credentials>, RefusedFlag> {
-        /// What HS256 is worth its name with; many JWT libraries refuse less.
+        /// Minimum length of a secret. HS256 is only as strong as its name says with that many
+        /// characters, and many JWT libraries refuse fewer.
         const SECRET_CHARACTERS_MIN: usize = 32;
         let given = |value: Option<String>, flag, name| match value {
             Some(value) => Some((trimmed(value), flag)),
@@ -980,7 +984,7 @@ impl TargetArgs {
         }
     }
 
-    /// The server that is named, if one is.
+    /// Returns the server that a flag or the environment names, if one does.
     fn server(&self, env: &dyn Fn(&str) -> Option<String>) -> Result<Option<Target>, RefusedFlag> {
         let given = self
             .url
@@ -1023,7 +1027,8 @@ impl TargetArgs {
         ))
     }
 
-    /// Those that were given, read from files where those were named. No error repeats one.
+    /// Returns the tokens that were given, read from files where files were named. No error repeats
+    /// a token.
     fn tokens(&self) -> Result<Vec<GivenToken>, RefusedFlag> {
         let mut tokens = Vec::new();
         let mut read = |text: &str, place: &str| {
@@ -1051,12 +1056,12 @@ impl TargetArgs {
         Ok(tokens)
     }
 
-    /// Whether a flag names a key or a secret.
+    /// Returns whether a flag names a key or a secret.
     fn names_credentials(&self) -> bool {
         self.api_key.is_some() || self.api_secret.is_some() || self.api_secret_file.is_some()
     }
 
-    /// What a gateway in front of the server wants to see.
+    /// Returns what a gateway in front of the server requires: headers, and the place of the token.
     fn gateway(&self) -> Result<Gateway, RefusedFlag> {
         let mut headers = Vec::new();
         for text in &self.header {
@@ -1109,12 +1114,13 @@ impl TargetArgs {
     }
 }
 
-/// Files and variables that hold a secret often end with a newline, which is no part of it.
+/// Removes white space at both ends. Files and variables that hold a secret often end with a
+/// newline, which is not part of it.
 fn trimmed(text: String) -> String {
     text.trim().to_owned()
 }
 
-/// A secret from a flag, or from the file that another flag names. No error repeats it.
+/// Returns a secret from a flag, or from the file that another flag names. No error repeats it.
 fn secret_given(
     flag: &Option<String>,
     file: Option<&Path>,
@@ -1138,22 +1144,25 @@ fn secret_given(
     }
 }
 
-/// Audio publishers, video publishers and subscribers where a server is named and nothing is said
-/// about people: enough to see that everything works.
+/// Number of audio publishers, video publishers and subscribers if a server is named and no flag
+/// gives these numbers. It is enough to see that everything works.
 const DEFAULT_PEOPLE: (u32, u32, u32) = (1, 1, 10);
 const DEFAULT_JOIN_RATE: f64 = 50.0;
 const DEFAULT_DURATION: Duration = Duration::from_secs(15);
-/// A search has many points, and those that are in doubt are held for longer.
+/// Hold of each point of a search. It is short, because a search has many points, and points in
+/// doubt are held longer.
 const POINT_DURATION: Duration = Duration::from_secs(5);
-/// What is sent adapts to who is there: layers that nobody watched begin, estimates of bandwidth
-/// rise.
+/// Warm-up of a tier. What is sent adapts to who is there: layers that nobody watched start, and
+/// bandwidth estimates rise.
 const TIER_WARMUP: Duration = Duration::from_secs(2);
 
-/// A throng with no flags shows what this host can do in about 15 seconds: joining takes 3 of them.
+/// Time for joining in a run with no flags. Such a run shows what this host can do in about 15
+/// seconds, of which joining takes 3.
 const TOUR_JOINING_SECONDS: f64 = 3.0;
 const TOUR_DURATION: Duration = Duration::from_secs(10);
 
-/// A meeting's worth of publishers, and as many subscribers as leave a host of that size at ease.
+/// Returns the people of a run with no flags: publishers as in a meeting, and as many subscribers
+/// as a host of that size carries with ease.
 fn tour_people(cpus: usize) -> (u32, u32, u32) {
     const SUBSCRIBERS_PER_CPU: usize = 100;
     const SUBSCRIBERS_MAX: usize = 600;
@@ -1168,13 +1177,13 @@ fn tour_join_rate(people: &RoomPeople) -> f64 {
     (people.participants() as f64 / TOUR_JOINING_SECONDS).ceil()
 }
 
-/// A variable that is set to something; an empty one counts as unset.
+/// Returns the value of a variable. An empty one counts as unset.
 fn set(env: &dyn Fn(&str) -> Option<String>, name: &str) -> Option<String> {
     env(name).filter(|value| !value.is_empty())
 }
 
 impl PaceArgs {
-    /// Where subscribers come tier by tier, how many there are per room at most.
+    /// Returns the largest number of subscribers per room, if they come tier by tier.
     fn most_subscribers(&self) -> Option<u32> {
         self.max.or_else(|| {
             self.ramp
@@ -1206,13 +1215,13 @@ impl PaceArgs {
 }
 
 impl ShapeArgs {
-    /// Whether any flag says how many people there are.
+    /// Returns whether any flag says how many people there are.
     fn is_given(&self) -> bool {
         self.publishers.is_some() || self.video_publishers.is_some() || self.subscribers.is_some()
     }
 
-    /// A server that was not named on this command line, and is not this host, gets no load that
-    /// was not asked for.
+    /// Refuses a run that gives no load, if its server is not this host and was not named on this
+    /// command line. Such a server must not get a load that nobody asked for.
     fn must_be_asked_for(&self, target: &Target) -> Result<(), RefusedFlag> {
         if self.is_given() || target.origin == TargetOrigin::Flag || target.url.is_loopback() {
             return Ok(());
@@ -1224,8 +1233,9 @@ impl ShapeArgs {
         ).into())
     }
 
-    /// `unasked`: audio publishers, video publishers and subscribers where no flag says how many.
-    /// `most`: subscribers where other flags say how many.
+    /// Returns the people of a room. `unasked` is the number of audio publishers, video publishers
+    /// and subscribers if no flag gives a number. `most` is the number of subscribers if other
+    /// flags determine it.
     fn resolve(
         &self,
         unasked: (u32, u32, u32),
@@ -1293,7 +1303,7 @@ impl MediaArgs {
         let VideoCodec::Vp8 = self.video_codec;
         let standard = self.video_resolution.unwrap_or(Resolution::High).spec();
         let frames_per_second = self.video_fps.unwrap_or(standard.frames_per_second);
-        // Another frame rate gets its share of the bits.
+        // The bitrate is proportional to the frame rate.
         let scaled = standard.bitrate.bps() * u64::from(frames_per_second)
             / u64::from(standard.frames_per_second);
         VideoSpec {
@@ -1305,7 +1315,8 @@ impl MediaArgs {
 }
 
 impl Resolution {
-    /// lk's three; any other size gets 720p's bits per pixel at 30 frames a second.
+    /// Returns one of lk's three sizes with its rates. Any other size gets 720p's bits per pixel at
+    /// 30 frames a second.
     fn spec(self) -> VideoSpec {
         let (width, height, frames_per_second, bps) = match self {
             Resolution::High => (1280, 720, 30, 2_000_000),
@@ -1355,7 +1366,7 @@ impl From<ConnectionArg> for ConnectionMode {
     }
 }
 
-/// `25%`
+/// Reads a percentage such as `25%`.
 fn whole_percent(text: &str) -> Result<u8, &'static str> {
     let number = text.strip_suffix('%').and_then(|text| text.parse().ok());
     let in_range = number.filter(|percent| (1..=100).contains(percent));
@@ -1363,7 +1374,7 @@ fn whole_percent(text: &str) -> Result<u8, &'static str> {
 }
 
 impl RunArgs {
-    /// What carries the media of participants.
+    /// Returns the transports that carry the media of participants.
     fn transport(&self) -> Result<TransportMix, RefusedFlag> {
         let mix = &self.engine.transport;
         let Some(percent) = self.engine.turn_share else {
@@ -1385,7 +1396,7 @@ impl RunArgs {
 }
 
 impl TargetArgs {
-    /// The relays that the user named.
+    /// Returns the relays that the user named.
     fn turn_servers(
         &self,
         transport: &TransportMix,
@@ -1429,7 +1440,7 @@ impl TargetArgs {
         Ok(self.turn.iter().map(server).collect())
     }
 
-    /// Each way through a relay has one, and each relay has a way.
+    /// Checks that each transport through a relay has a relay, and that each relay is used.
     fn turn_must_be_used(&self, transport: &TransportMix) -> Result<(), RefusedFlag> {
         if !transport.choices().any(TransportChoice::allows_relay) {
             return Err(
@@ -1468,7 +1479,8 @@ impl TargetArgs {
 }
 
 impl JudgingArgs {
-    /// A window that never fits into what is measured says nothing.
+    /// Refuses a threshold whose window is longer than what is measured, because it would say
+    /// nothing.
     fn must_fit(&self, duration: Duration) -> Result<(), RefusedFlag> {
         let windows = self
             .threshold
@@ -1548,7 +1560,7 @@ fn layout(text: &str) -> Result<ViewLayout, RefusedFlag> {
     known.ok_or_else(|| "write speaker, 3x3, 4x4 or 5x5".into())
 }
 
-/// Milliseconds where no unit is given.
+/// Reads a time in milliseconds. The unit may be left out.
 fn audio_frame(text: &str) -> Result<Duration, RefusedFlag> {
     let with_unit = format!("{}ms", text.strip_suffix("ms").unwrap_or(text));
     read_duration(&with_unit).map_err(|_| "write a time in milliseconds, as in 20ms".into())
@@ -1576,7 +1588,7 @@ fn whole_number(text: &str) -> Result<u32, RefusedFlag> {
         .map_err(|_| "write a whole number of 0 to 4294967295".into())
 }
 
-/// A plain decimal number: no sign, no exponent, no `nan`.
+/// Reads a plain decimal number: no sign, no exponent, no `nan`.
 fn decimal(text: &str) -> Option<f64> {
     text.parse()
         .ok()

@@ -53,7 +53,7 @@ fn throng() -> Result<u8> {
     }
 }
 
-/// The embedded SFU, until it is told to stop.
+/// Runs the embedded SFU until it is told to stop.
 fn serve(sfu: &cli::Sfu, host: &Host) -> Result<u8> {
     if let Some(warning) = preflight::server_files(host) {
         say(&format_args!("warning: {warning}"));
@@ -65,7 +65,7 @@ fn serve(sfu: &cli::Sfu, host: &Host) -> Result<u8> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    // Signals first: one that comes while the server starts is heard.
+    // Signals come first, so that one that arrives while the server starts is noticed.
     let mut interrupts = runtime.block_on(async { Interrupts::listen() });
     let started = Instant::now();
     let server = SfuServer::start(ServerConfig {
@@ -98,7 +98,7 @@ fn serve(sfu: &cli::Sfu, host: &Host) -> Result<u8> {
     Ok(0)
 }
 
-/// This host's own ceiling, for people, scripts and later runs.
+/// Measures this host's own ceiling, for people, scripts and later runs.
 fn measure_host(asked: &cli::Calibrate, host: &Host) -> Result<u8> {
     let sinks = Sinks::open(&asked.destinations())
         .or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
@@ -128,7 +128,7 @@ fn measure_host(asked: &cli::Calibrate, host: &Host) -> Result<u8> {
     Ok(0)
 }
 
-/// A line on standard error. That nobody can read it is no reason to stop.
+/// Writes a line to standard error. If nobody can read it, that is no reason to stop.
 fn say(line: &impl Display) {
     let _ = emit(&mut stderr(), &format!("{line}\n"));
 }
@@ -147,8 +147,7 @@ fn load_test(mut run: cli::RunSpec, host: &Host) -> Result<u8> {
     let sinks = Sinks::open(&run.destinations)
         .or_else(|refusals| none_of(&refusals).map(|()| Sinks::default()))?;
     let clips = generate(&run, &resources)?;
-    // Not before it is clear that there can be a run: until then nothing is started or connected
-    // to.
+    // Nothing is started or connected to until it is clear that there can be a run.
     let embedded = Embedded::start_for(&mut run, &resources)?;
     settle_connection(&mut run)?;
     if !run.quiet {
@@ -174,7 +173,7 @@ fn last_calibration(host: &Host) -> Option<Calibration> {
     cache::read(&path, &HostId::read(host.usable_cpus()))
 }
 
-/// What `--connection auto` comes to.
+/// Resolves `--connection auto`.
 fn settle_connection(run: &mut cli::RunSpec) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -183,7 +182,8 @@ fn settle_connection(run: &mut cli::RunSpec) -> Result<()> {
     Ok(())
 }
 
-/// Says what is being made only where that takes its time: several layers of video do.
+/// Generates the media. It says what is being made only if that takes time, as several layers of
+/// video do.
 fn generate(run: &cli::RunSpec, resources: &Resources) -> Result<Clips> {
     let started = Instant::now();
     let clips = Clips::generate(&run.plan, resources.threads, |what| {
@@ -222,7 +222,7 @@ fn measure(run: &cli::RunSpec, resources: &Resources, clips: Clips) -> Result<Ou
     })
 }
 
-/// On the runtime that the run's signalling lives on, with its progress shown.
+/// Runs `work` on the runtime that the run's signalling lives on, and shows its progress.
 fn watched(
     run: &cli::RunSpec,
     resources: &Resources,
@@ -242,7 +242,7 @@ fn watched(
     outcome
 }
 
-/// A run that other hosts play.
+/// Leads a run that other hosts play.
 fn lead(asked: &cli::Coordinate, host: &Host) -> Result<u8> {
     if asked.run.dry_run {
         return lead_nobody(asked, host);
@@ -281,7 +281,7 @@ fn lead(asked: &cli::Coordinate, host: &Host) -> Result<u8> {
     Ok(merged.judgement.verdict.exit_code())
 }
 
-/// What the hosts would play; nothing is listened on.
+/// Shows what the hosts would play. It listens on nothing.
 fn lead_nobody(asked: &cli::Coordinate, host: &Host) -> Result<u8> {
     let rehearsal = coordinator::lead::rehearse(asked).map_err(|why| UsageError::new(&why))?;
     let resources = preflight::resources(&rehearsal.first, host, None);
@@ -298,7 +298,7 @@ fn lead_nobody(asked: &cli::Coordinate, host: &Host) -> Result<u8> {
     Ok(0)
 }
 
-/// One host of a run that a coordinator leads.
+/// Plays this host's part in a run that a coordinator leads.
 fn take_part(probe: cli::Probe, host: &Host) -> Result<u8> {
     let cli::Probe {
         config,
@@ -318,8 +318,8 @@ fn take_part(probe: cli::Probe, host: &Host) -> Result<u8> {
     let played = prober
         .run(own, shape_given)
         .and_then(|mut run| play(&mut prober, &mut run, host).map(|outcome| (run, outcome)));
-    // First to the coordinator: others wait there, and nothing that goes wrong here is to keep
-    // them.
+    // Report to the coordinator first. Other hosts wait there, and nothing that goes wrong here may
+    // hold them up.
     let told = prober.report(played.as_ref().map(|(_, outcome)| outcome), tell);
     let written = played.and_then(|(run, outcome)| write_report(&run, &outcome, sinks));
     say(&told);
@@ -351,7 +351,7 @@ fn play(prober: &mut Prober, run: &mut cli::RunSpec, host: &Host) -> Result<Outc
     Ok(outcome)
 }
 
-/// Everything is written, whatever fails on the way; then the first failure is told.
+/// Writes every report, even if one of them fails. Returns the first failure.
 fn write_report(run: &cli::RunSpec, outcome: &Outcome, sinks: Sinks) -> Result<u8> {
     let no_color = std::env::var("NO_COLOR").ok();
     let text = |style: Style| text::render(outcome, style);

@@ -1,4 +1,4 @@
-//! Flags of the one who leads a run over several hosts.
+//! Flags of the coordinator, which leads a run over several hosts.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -81,7 +81,7 @@ impl From<OnMissingArg> for OnMissing {
 }
 
 impl CoordinateArgs {
-    /// Flags of a coordinator, where there is none.
+    /// Refuses flags of a coordinator if there is none.
     pub(super) fn must_have_a_coordinator(&self) -> Result<(), RefusedFlag> {
         let given = [
             ("--expect", self.expect.is_some()),
@@ -173,7 +173,8 @@ impl RunArgs {
     ) -> Result<Option<Secret>, RefusedFlag> {
         let flag = self.hosts.token()?;
         let flag = flag.map(|token| (token, "--coordinator-token"));
-        // They are a prober's where nobody leads.
+        // Without a coordinator these are flags of a prober, so they are removed before those are
+        // refused.
         self.hosts.coordinator_token = None;
         self.hosts.coordinator_token_file = None;
         if !self.coordinate.no_auth && !self.coordinate.coordinator_host.is_empty() {
@@ -195,7 +196,8 @@ impl RunArgs {
         Ok(Some(Secret::new(token.trim())))
     }
 
-    /// Without them probers need their own, and rooms come and go as the server has it.
+    /// Returns the server's credentials, if they are given. Without them probers need their own,
+    /// and the server alone decides when rooms come and go.
     fn server_credentials(
         &self,
         server_is_named: bool,
@@ -212,7 +214,7 @@ impl RunArgs {
         }
     }
 
-    /// A flag that nobody would heed is refused: it would be believed.
+    /// Refuses flags that would have no effect, because the user would rely on them.
     fn must_be_a_coordinators(&self) -> Result<(), RefusedFlag> {
         if !self.shape.is_given() && self.pace.most_subscribers().is_none() {
             return Err(
@@ -243,7 +245,7 @@ impl RunArgs {
     }
 }
 
-/// What can be told before anybody has come.
+/// Refuses what is known to be impossible before any host has come.
 fn must_be_possible(run: &RunSpec, expect: u32, total: bool) -> Result<(), RefusedFlag> {
     let plan = &run.plan;
     let tiers = plan.scenario.phases.len();
@@ -282,7 +284,7 @@ fn between(text: &str, least: Duration, most: Duration) -> Option<Duration> {
     (least..=most).contains(&duration).then_some(duration)
 }
 
-/// As it stands in `Host`, without a port.
+/// Reads a name as it stands in `Host`, without a port.
 fn host_name(text: &str) -> Result<String, RefusedFlag> {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if !text.is_empty() && text.chars().all(fits) {

@@ -12,7 +12,7 @@ use crate::plan::{HostRole, ServerUrl, Target, WEIGHT_MAX};
 use crate::sfu::SendMode;
 use crate::signal::Secret;
 
-/// Where a prober's label comes from if no flag gives one: as `voicegw` has it, then as Fly does.
+/// Variables that give a prober's label if no flag does: first the one of `voicegw`, then Fly's.
 const VANTAGE_VARIABLES: [&str; 2] = ["VOICEGW_REGION", "FLY_REGION"];
 
 #[derive(Debug, Args)]
@@ -45,7 +45,8 @@ fn role(text: &str) -> Result<HostRole, RefusedFlag> {
 }
 
 impl HostsArgs {
-    /// The coordinator whose run this host is to take part in, and who says so.
+    /// Returns the coordinator whose run this host is to take part in, and the flag or variable
+    /// that names it.
     pub(super) fn coordinator(
         &self,
         env: &dyn Fn(&str) -> Option<String>,
@@ -54,7 +55,7 @@ impl HostsArgs {
         flag.or_else(|| set(env, URL_VARIABLE).map(|url| (url, URL_VARIABLE)))
     }
 
-    /// Flags of probers, where there is nobody to report to.
+    /// Refuses flags of probers if there is no coordinator to report to.
     pub(super) fn must_have_a_coordinator(&self) -> Result<(), RefusedFlag> {
         let given = [
             ("--vantage", self.vantage.is_some()),
@@ -75,7 +76,7 @@ impl HostsArgs {
         }
     }
 
-    /// What lets probers in, as flags say it.
+    /// Returns the token that lets probers in, as the flags give it.
     pub(super) fn token(&self) -> Result<Option<String>, RefusedFlag> {
         secret_given(
             &self.coordinator_token,
@@ -90,7 +91,7 @@ impl HostsArgs {
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Membership, RefusedFlag> {
         let url = url.trim();
-        // ServerUrl takes LiveKit's schemes, too.
+        // `ServerUrl` also accepts LiveKit's schemes.
         if !url.starts_with("http://") && !url.starts_with("https://") {
             return Err(format!("{name} needs a scheme: http:// or https://").into());
         }
@@ -116,8 +117,9 @@ impl HostsArgs {
 }
 
 impl RunArgs {
-    /// One host of a run that the coordinator at this address leads. What it plays is said there;
-    /// how it is connected, and what becomes of its own report, here.
+    /// Returns one host of a run that the coordinator at this address leads. The coordinator
+    /// decides what this host plays. These flags decide how it is connected, and where its own
+    /// report goes.
     pub(super) fn into_probe(
         mut self,
         coordinator: (String, &'static str),
@@ -127,7 +129,7 @@ impl RunArgs {
     ) -> Result<Probe, RefusedFlag> {
         let config = self.hosts.config(coordinator, env)?;
         self.must_be_the_coordinators()?;
-        // Where none is named, the coordinator names one.
+        // If no server is named here, the coordinator names one.
         let target = self
             .target
             .server(env)?
@@ -138,7 +140,8 @@ impl RunArgs {
             given => given.ok(),
         };
         let shape_given = self.shape.is_given();
-        // What voicegw's coordinator leaves to its probers: one speaks, and all hear everybody.
+        // voicegw's coordinator leaves this to its probers: one participant speaks, and all hear
+        // everybody.
         if !shape_given {
             self.shape.publishers = Some(1);
         }
@@ -153,7 +156,7 @@ impl RunArgs {
         })
     }
 
-    /// A flag that a prober cannot heed is refused: it would be believed.
+    /// Refuses flags that a prober cannot follow, because the user would rely on them.
     fn must_be_the_coordinators(&self) -> Result<(), RefusedFlag> {
         let (shape, pace, judging) = (&self.shape, &self.pace, &self.judging);
         let given = [

@@ -1,9 +1,9 @@
-//! The log: what daemons and joins tell of themselves while they run, one line each on standard
-//! error.
+//! The log: events of daemons and of joins while they run, one line each on standard error.
 //!
-//! Nothing is logged unless `-v` or RUST_LOG asks for it. Only throng's own events are: those of
-//! libraries hold secrets, ICE passwords for one. None lies where every packet passes. Whatever an
-//! event repeats of a stranger, a line of the log stays one line and moves no terminal's cursor.
+//! Nothing is logged unless `-v` or RUST_LOG asks for it. Only throng's own events are logged,
+//! because events of libraries hold secrets, such as ICE passwords. No event lies where every
+//! packet passes. Even if an event repeats a stranger's text, a line of the log stays one line and
+//! moves no terminal's cursor.
 
 use std::io::{self, IsTerminal, Write, stderr};
 
@@ -14,12 +14,12 @@ use super::set;
 use crate::report::emit;
 use crate::words;
 
-/// What events of throng are named after: the crate.
+/// Name that the targets of throng's events begin with: the crate's.
 const OWN: &str = "throng";
 const VARIABLE: &str = "RUST_LOG";
 const HOW: &str = "write a level (off, error, warn, info, debug, trace), or parts of throng with levels of their own, as in throng=info,throng::sfu=debug";
 
-/// A part of RUST_LOG that makes no sense.
+/// Error returned when a part of RUST_LOG makes no sense.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{VARIABLE}: '{directive}' {why}: {HOW}")]
 pub(super) struct RefusedDirective {
@@ -27,15 +27,15 @@ pub(super) struct RefusedDirective {
     why: &'static str,
 }
 
-/// Which events are logged; none by default.
+/// Events that are logged. None by default.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LogFilter(Option<Targets>);
 
 impl LogFilter {
-    /// By how often `-v` was given, else by RUST_LOG.
+    /// Makes the filter from the number of times that `-v` was given, or else from RUST_LOG.
     ///
     /// # Errors
-    /// RUST_LOG makes no sense, whether it is needed or not.
+    /// If RUST_LOG makes no sense, whether it is needed or not.
     pub(super) fn of(
         verbosity: u8,
         env: &dyn Fn(&str) -> Option<String>,
@@ -49,7 +49,7 @@ impl LogFilter {
         }))
     }
 
-    /// Logs from now on to the end of the process. To be called once.
+    /// Logs from now on until the end of the process. To be called once.
     pub fn start(self) {
         let Some(targets) = self.0 else { return };
         let lines = tracing_subscriber::fmt::layer()
@@ -59,12 +59,12 @@ impl LogFilter {
                 wipes: stderr().is_terminal(),
             });
         let log = tracing_subscriber::registry().with(targets).with(lines);
-        // Whoever set another one before has it.
+        // If another subscriber was set before, it stays.
         let _ = tracing::subscriber::set_global_default(log);
     }
 }
 
-/// What RUST_LOG says of throng. What it says of other programs is for them.
+/// Returns what RUST_LOG says about throng. What it says about other programs is left to them.
 fn own_targets(text: &str) -> Result<Targets, RefusedDirective> {
     let mut targets = Targets::new();
     for directive in text.split(',').map(str::trim) {
@@ -102,9 +102,10 @@ fn is_path(target: &str) -> bool {
     !target.is_empty() && target.chars().all(belongs)
 }
 
-/// Where one event goes, which comes in one piece.
+/// Writer of one event, which arrives in one piece.
 struct LogLine {
-    /// A line of progress may stand on the terminal, to be redrawn: it goes first.
+    /// Whether standard error is a terminal. A line of progress may stand there, to be redrawn, so
+    /// it is wiped first.
     wipes: bool,
 }
 
@@ -118,7 +119,7 @@ impl LogLine {
 
 impl Write for LogLine {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        // That nobody can read it is no reason to stop.
+        // If nobody can read the line, that is no reason to stop.
         let _ = emit(&mut stderr(), &self.text(event));
         Ok(event.len())
     }
