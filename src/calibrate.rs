@@ -62,7 +62,7 @@ pub struct Ceiling {
     pub reasons: Vec<String>,
 }
 
-/// What broke first.
+/// Part that broke first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CalibrationLimit {

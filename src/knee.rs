@@ -106,7 +106,7 @@ pub enum KneeAnswer {
     NotMeasured { reasons: Vec<String> },
 }
 
-/// What stopped the search from going higher.
+/// Reason why the search did not go higher.
 #[derive(Clone, Debug, PartialEq)]
 pub enum KneeLimit {
     /// The largest number that was to be tried.

@@ -453,7 +453,7 @@ struct ControlBuffer([u8; 128]);
 const CONTROL_ALIGN: usize = size_of::<usize>();
 const CONTROL_HEADER_LEN: usize = size_of::<libc::cmsghdr>().next_multiple_of(CONTROL_ALIGN);
 
-/// What the control messages of a buffer say.
+/// Contents of the control messages of a buffer.
 #[derive(Debug, Default, PartialEq)]
 struct ControlData {
     stamp_unix_nanos: Option<u64>,

@@ -1,5 +1,5 @@
-//! What a run will do, as plain data: who joins which room when, what they send, and what that adds
-//! up to.
+//! Plan of a run, as plain data: who joins which room when, what they send, and what that adds up
+//! to.
 //!
 //! Everything here is a pure function of the [`Plan`]: no clock, no chance, no I/O. The same plan
 //! lists the same participants on every host. Counts are for one room, as in the flags;

@@ -8,7 +8,7 @@ pub enum PointHeld {
     No,
 }
 
-/// What is known about the limit, and which point to try next.
+/// Knowledge of the limit so far, and the choice of the next point to try.
 ///
 /// A point that broke is tried a second time before it counts, because on a shared host a single
 /// failure may be caused by a neighbour.

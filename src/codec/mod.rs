@@ -36,7 +36,7 @@ pub enum RtcpFeedback {
     TransportCc,
 }
 
-/// What one packet's payload says about its frame, whatever the codec.
+/// Facts about its frame that one packet's payload gives, whatever the codec.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PayloadInfo {
     /// The packet holds the frame's first bytes.

@@ -17,7 +17,7 @@ const WINDOW: usize = 64;
 /// is added to its uncertainty.
 const DRIFT_PARTS_PER_MILLION: u64 = 100;
 
-/// What is known about another clock.
+/// Knowledge of another clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offset {
     /// The coordinator's clock minus the prober's.

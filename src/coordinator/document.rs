@@ -19,7 +19,7 @@ use crate::report::tiers::TiersAnswer;
 use crate::report::{EngineHealth, Judgement, Judging, Outcome, TargetInfo, json};
 use crate::server_metrics::Account;
 
-/// What the coordinator itself knows about its run.
+/// Facts about its run that the coordinator knows itself.
 pub struct About<'a> {
     /// Limits of one host, from the flags.
     pub plan: &'a Plan,

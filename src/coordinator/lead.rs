@@ -122,7 +122,7 @@ pub fn lead(
     })
 }
 
-/// Where probers connect.
+/// Listener that probers connect to.
 struct Door {
     tls: Option<TlsAcceptor>,
     listener: std::net::TcpListener,

@@ -2,7 +2,7 @@
 //! /metrics`).
 //!
 //! The page is one file that contains its style and script, and it requests nothing but its events.
-//! What probers say about themselves reaches it as JSON and is shown as text.
+//! Texts that probers give about themselves reach it as JSON and are shown as text.
 
 use std::sync::LazyLock;
 use std::time::Duration;

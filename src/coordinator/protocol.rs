@@ -604,7 +604,7 @@ impl Exchange {
     }
 }
 
-/// What one host has measured so far of a baseline or a tier.
+/// Measurements of one host so far, for a baseline or a tier.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TierSoFar {
     /// Index into [`Job::stages`].
@@ -743,7 +743,7 @@ impl ProtocolMessage for BeatReply {
     }
 }
 
-/// What a prober is to do.
+/// Instruction to a prober.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "lowercase")]
 pub enum Order {

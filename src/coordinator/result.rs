@@ -835,8 +835,8 @@ fn overall(
             invalid.extend(limits.iter().map(|reason| format!("{label}: {reason}")));
         }
     }
-    // What no tier shows: a generator that was the limit while participants joined, or a run that
-    // failed as a whole.
+    // Two failures show in no tier: the generator was the limit while participants joined, or the
+    // run failed as a whole.
     let spoilt = !state.setup().load.rooms_apart
         && vantages.iter().any(|vantage| !vantage.invalid.is_empty());
     let (failed, failed_as_a_whole) = (of_tiers(Verdict::Fail), failures_as_a_whole(vantages));

@@ -172,7 +172,7 @@ pub struct Site {
     shown: Arc<Mutex<Option<ShownResult>>>,
 }
 
-/// What a result says about the run besides the hosts' measurements.
+/// Parts of a result that are not the hosts' measurements.
 pub struct Exhibit {
     /// Limits of one host, from the flags.
     pub plan: Plan,

@@ -42,7 +42,7 @@ const AHEAD_US_MAX: u64 = 60_000_000;
 /// that the caller was held up, and that silence in it does not count.
 pub const LOOK_US_MAX: u64 = 2_000_000;
 
-/// What happens to a run that loses a prober.
+/// Behaviour of a run that loses a prober.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnMissing {
@@ -1604,7 +1604,7 @@ pub(crate) mod tests {
             kept.wait(1);
             kept.beat(&ams, &beat).unwrap();
         };
-        // What fra hears, given the last answer that reached it.
+        // Returns the answer that fra gets, given the last answer that reached it.
         let mut asked = 0;
         let mut ask = |kept: &mut Kept, heard: Option<&BeatReply>| {
             asked += 1;

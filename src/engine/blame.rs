@@ -262,7 +262,7 @@ mod tests {
                 &[],
                 rows(7, |row| row.run_queue_us_max = Some(380_000)),
             ),
-            // What happened in another second explains nothing.
+            // An event in another second explains nothing.
             (
                 Cause::Stopped,
                 &floor,

@@ -41,7 +41,7 @@ const EARLY_PACKETS_MAX: usize = 128;
 /// that waits longer belongs to no stream.
 const EARLY_AGE_MAX: Duration = Duration::from_secs(1);
 
-/// What a connection needs from its surroundings for one call.
+/// Surroundings that a connection needs for one call.
 pub struct ConnectionContext<'a, I> {
     pub config: &'a ShardConfig,
     pub record: &'a mut Record,

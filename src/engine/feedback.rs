@@ -1,5 +1,5 @@
-//! What one connection tells the server about its path: transport-wide feedback or REMB, depending
-//! on what its packets carry.
+//! Feedback of one connection to the server about its path: transport-wide feedback or REMB,
+//! depending on what its packets carry.
 //!
 //! As in libwebrtc, a packet with a transport-wide sequence number goes to transport-wide feedback,
 //! and any other packet with abs-send-time goes to REMB. Both cover the whole connection, whatever
@@ -200,7 +200,7 @@ impl Feedback {
     }
 }
 
-/// What was written.
+/// Kind of feedback that was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sent {
     TransportCc,

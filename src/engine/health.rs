@@ -54,7 +54,7 @@ pub struct FloorThread {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the floor thread saw since the last call of [`FloorThread::take`].
+/// Observations of the floor thread since the last call of [`FloorThread::take`].
 #[derive(Default)]
 pub struct FloorSince {
     /// `None` if it has not woken.

@@ -35,7 +35,7 @@ pub struct Ledger {
     paused: bool,
     /// A layer is requested again. The next new frame begins a stretch.
     resumed: bool,
-    /// What each layer owed when the subscription ended.
+    /// Counts of each layer at the end of the subscription.
     ended_at: Option<[Owed; LAYERS_MAX]>,
     /// How often the source had begun when its first frame came. What it sends after beginning
     /// again is for other subscriptions.

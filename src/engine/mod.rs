@@ -299,7 +299,7 @@ impl PeerOutcome {
     }
 }
 
-/// What the sockets have counted since the shard last took the counts.
+/// Counts of the sockets since the shard last took them.
 #[derive(Default)]
 pub struct IoCounts {
     pub socket_drops: u64,
@@ -308,8 +308,8 @@ pub struct IoCounts {
     pub setup_dropped: u64,
 }
 
-/// What all participants of a run know about one another: who publishes what, since when, and how
-/// many frames each has made.
+/// Knowledge that all participants of a run share about one another: who publishes what, since
+/// when, and how many frames each has made.
 ///
 /// Written by the publisher's shard and read by subscribers' shards: plain relaxed atomics, one
 /// cell for each layer of each track.

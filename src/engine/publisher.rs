@@ -193,7 +193,7 @@ pub struct Talk {
     pub silence: Arc<AudioClip>,
 }
 
-/// What a track needs from its surroundings for one call.
+/// Surroundings that a track needs for one call.
 pub struct TrackWire<'a, I> {
     pub io: &'a mut I,
     pub key: PeerKey,
@@ -1142,7 +1142,7 @@ fn slot_time(parameters: &SendParameters, timing: &FrameTiming, slot: u64) -> Ti
     (parameters.first_frame_at + timing.offset(slot)).next_whole(TICK)
 }
 
-/// What one call of `send_range` has sent.
+/// Packets and bytes that one call of `send_range` has sent.
 #[derive(Default)]
 struct SentBytes {
     packets: u32,

@@ -1,5 +1,6 @@
-//! What one connection sends with transport-wide sequence numbers, what the server's feedback says
-//! about it, and, if the connection obeys the estimate, which layers its path has bandwidth for.
+//! Sending side of one connection with transport-wide sequence numbers: what it sends, what the
+//! server's feedback says about it, and, if the connection obeys the estimate, which layers its
+//! path has bandwidth for.
 //!
 //! A layer consists of media that was generated before. Its bitrate cannot be lowered, so it is
 //! sent completely or not at all. libwebrtc would first lower the highest layer's bitrate and drop

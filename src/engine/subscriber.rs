@@ -1,8 +1,8 @@
 //! One received stream: its packets are opened, put in order, counted, and recognised by the
 //! identity that their frames carry.
 //!
-//! What the SFU says about a stream is not trusted. The frame itself tells which publisher it is
-//! from, whether it came once, and how long it took.
+//! The SFU's statements about a stream are not trusted. The frame itself tells which publisher it
+//! is from, whether it came once, and how long it took.
 
 use crate::transport::rtp::Ssrc;
 use std::time::Duration;
@@ -35,7 +35,7 @@ pub const LATE_AFTER: Duration = Duration::from_millis(400);
 /// the publishers stopped may be missing only because it had no time.
 const SWITCH_PATIENCE: Duration = Duration::from_secs(2);
 
-/// What a stream needs from its surroundings for one packet.
+/// Surroundings that a stream needs for one packet.
 pub struct StreamContext<'a> {
     pub roster: &'a Roster,
     pub epoch: Epoch,
@@ -76,7 +76,7 @@ pub struct StreamOutcome {
     pub frames_delivered: u64,
     /// Number of delivered frames that were made before the last mark and delivered after it.
     pub frames_overdue: u64,
-    /// Where the missing frames were lost; complete after [`RecvStream::finish`].
+    /// Missing frames by the place where they were lost; complete after [`RecvStream::finish`].
     pub losses: Losses,
     pub frames_late: u64,
     /// Audio only, measured by the playout model.
@@ -213,7 +213,8 @@ struct VideoState {
     mute_changes: u32,
 }
 
-/// What redundancy has recovered, for as long as the original may still arrive and take its place.
+/// Packets and frames that redundancy has recovered. They are kept for as long as the original may
+/// still arrive and take their place.
 #[derive(Default)]
 struct ReceivedRedundancy {
     /// By sequence number.
@@ -277,7 +278,7 @@ struct LatencySum {
     late: u32,
 }
 
-/// What of this stream is already in the shard's record.
+/// Part of this stream's counts that is already in the shard's record.
 #[derive(Default)]
 struct Accounted {
     counts: ReceiveCounts,

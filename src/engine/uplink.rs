@@ -1,4 +1,4 @@
-//! What the server lacks of a publisher's frames, as far as its NACKs tell.
+//! Frames of a publisher that the server lacks, as far as its NACKs tell.
 //!
 //! A server names every packet that it misses, and names it again while a retransmission has not
 //! arrived. A frame that anybody of the run has received completely did reach the server. A frame

@@ -45,7 +45,7 @@ const POLLED_MAX: usize = 4_096;
 pub struct WorkerReport {
     pub worker: usize,
     pub occasion: Occasion,
-    /// What was counted since the previous report.
+    /// Counts since the previous report.
     pub record: Box<Record>,
     pub cpu: Duration,
     pub activity: WorkerActivity,

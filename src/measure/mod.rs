@@ -164,21 +164,21 @@ stats! {
 }
 
 stats! {
-    /// What congestion control reported and did, for the media that we receive and the media that
+    /// Reports and actions of congestion control, for the media that we receive and the media that
     /// we send.
     Bandwidth {
         counters {
             transport_cc_sent, transport_cc_received, remb_sent, remb_received,
             /// Sum of the estimates in `remb_sent`, in kbit/s.
             remb_sent_kbps,
-            /// What the server did to the tracks that we receive.
+            /// Server's changes to the tracks that we receive.
             tracks_paused, tracks_resumed, layers_stepped_down, layers_stepped_up,
             /// Packets that we sent and that did not arrive, according to transport-wide feedback.
             uplink_packets_missing,
             /// Number of estimates that publishers made, one for each connection and second, and
             /// their sum in kbit/s.
             uplink_estimates, uplink_estimate_kbps,
-            /// What publishers that obey their estimate did.
+            /// Actions of publishers that obey their estimate.
             layers_dropped, layers_returned, layer_limited_ms, probes_sent, probe_packets_sent,
         }
         histograms { track_pause }
@@ -186,7 +186,7 @@ stats! {
 }
 
 stats! {
-    /// What the generator observed about itself.
+    /// Generator's observations of itself.
     Engine {
         counters {
             packets_processed, send_slots_skipped, send_errors, receive_errors, setup_datagrams_dropped,

@@ -137,7 +137,7 @@ pub struct Stall {
     pub evidence: String,
 }
 
-/// Where the cause of a stall lies.
+/// Side on which the cause of a stall lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Side {

@@ -341,7 +341,8 @@ mod tests {
         }
         assert_eq!(unsent.backlogged, 100, "of {sent}");
         assert_eq!(unsent.no_room, 0, "that is not this host's fault");
-        // What was taken arrives complete and in order, however little the kernel took at a time.
+        // Datagrams that were taken arrive complete and in order, however little the kernel took at
+        // a time.
         let expected = sent - unsent.backlogged;
         let reader = std::thread::spawn(move || {
             let (mut numbers, mut frame) = (Vec::new(), [0; 1_002]);

@@ -81,7 +81,7 @@ pub struct RoomSet {
     pub count: u32,
 }
 
-/// What publishers send, and how subscribers view it.
+/// Media that publishers send, and how subscribers view it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MediaSpec {
@@ -554,7 +554,7 @@ pub struct ScenarioError {
     pub fault: ScenarioFault,
 }
 
-/// What is wrong with a field. Each text continues after the field's name.
+/// Fault of a field. Each text continues after the field's name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ScenarioFault {
     #[error("{found} is out of range: write {allowed}")]

@@ -286,7 +286,7 @@ impl<'a> TargetView<'a> {
     }
 }
 
-/// What the server reported about itself.
+/// Figures that the server reported about itself.
 #[derive(serde::Serialize)]
 struct ServerView<'a> {
     #[serde(flatten)]
@@ -305,7 +305,7 @@ impl<'a> ServerView<'a> {
     }
 }
 
-/// What the embedded SFU reports about itself: RTP media of all rooms, and its cost.
+/// Figures that the embedded SFU reports about itself: RTP media of all rooms, and its cost.
 #[derive(serde::Serialize)]
 struct EmbeddedView {
     routers: usize,

@@ -61,7 +61,7 @@ pub struct Outcome {
     pub engine: EngineHealth,
     /// How near the run came to this host's calibrated ceiling. `None` if it was not calibrated.
     pub nearness: Option<Nearness>,
-    /// What the embedded SFU reports about itself. `None` for another target.
+    /// Figures that the embedded SFU reports about itself. `None` for another target.
     pub sfu: Option<EmbeddedSfu>,
     /// Further reasons to fail: those of a run that is a single hold, and for any run, why it ended
     /// early if the server ended it.
@@ -287,7 +287,7 @@ pub struct ParticipantOutcome {
     pub video: MediaQuality,
 }
 
-/// What one participant received of one kind of media.
+/// Media of one kind that one participant received.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct MediaQuality {
     pub tracks_expected: u64,
@@ -314,10 +314,11 @@ pub struct MediaQuality {
     pub concealed_us: Option<u64>,
     /// According to the E-model, for the audio track that fared worst. `None` if nothing was heard.
     pub mos: Option<f64>,
-    /// Of the worst track, because a histogram for every subscription would not fit in memory.
+    /// Mean and maximum of the worst track, because a histogram for every subscription would not
+    /// fit in memory.
     pub one_way_us_mean: Option<u64>,
     pub one_way_us_max: Option<u64>,
-    /// Of the worst track, at the end.
+    /// Jitter of the worst track, at the end.
     pub jitter_us: Option<u64>,
 }
 

@@ -1,5 +1,5 @@
-//! Where reports are written. Files are opened before the run, so that an hour's figures are not
-//! lost to a mistyped directory.
+//! Destinations of reports. Files are opened before the run, so that an hour's figures are not lost
+//! to a mistyped directory.
 
 use std::error::Error;
 use std::fmt;
@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Outcome, emit, hgrm, json, participants};
 
-/// Where the user wants reports, besides the text.
+/// Destinations that the user wants reports at, besides the text.
 #[derive(Clone, Debug, Default)]
 pub struct Destinations {
     /// `-` is standard output; the text then goes to standard error.

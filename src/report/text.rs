@@ -63,7 +63,7 @@ fn connection(plan: &Plan) -> String {
     format!("{} connection{reason}", plan.connection.name())
 }
 
-/// What a run would do. No connection is made.
+/// Returns the description of what a run would do. No connection is made.
 pub fn dry_run(plan: &Plan, judging: &Judging, resources: &Resources) -> String {
     let mut text = first_line(plan);
     text.push_str(&shape_rows(plan));
@@ -914,7 +914,7 @@ fn quantile(histogram: &Histogram, value: Option<u64>) -> String {
     }
 }
 
-/// What congestion control reported and did. Empty if it did neither.
+/// Returns what congestion control reported and did. Empty if it did neither.
 fn bandwidth(counted: &Bandwidth, style: Style) -> String {
     let mut lines = Vec::new();
     if counted.transport_cc_sent + counted.transport_cc_received > 0 {
@@ -1119,7 +1119,7 @@ fn labelled(label: &str, line: &str) -> String {
     format!("  {label:<13}{}", lines.trim_start())
 }
 
-/// What the embedded SFU reports about itself, if it was the target.
+/// Returns what the embedded SFU reports about itself, if it was the target.
 fn embedded_sfu(outcome: &Outcome, style: Style) -> String {
     let Some(sfu) = &outcome.sfu else {
         return String::new();

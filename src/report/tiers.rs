@@ -285,7 +285,7 @@ fn capacity_sentence(outcome: &Outcome) -> String {
     }
 }
 
-/// Where it broke first and why, as a continuation of the answer.
+/// Returns where it broke first and why, as a continuation of the answer.
 fn broke_first(capacity: &Capacity) -> String {
     capacity
         .broke_first

@@ -37,7 +37,8 @@ struct GoneSource {
     index: u32,
     at: Time,
     back_at: Option<Time>,
-    /// What happened to it and why, for example `was removed by the server (PARTICIPANT_REMOVED)`.
+    /// Event that happened to it, and why, for example `was removed by the server
+    /// (PARTICIPANT_REMOVED)`.
     story: String,
 }
 
@@ -73,7 +74,7 @@ impl Presence {
     }
 
     /// Notes that other hosts went missing or came back, given the hosts missing before and now.
-    /// Those that went missing have been silent since `silent_since`.
+    /// Hosts that went missing have been silent since `silent_since`.
     pub fn note_missing(
         &mut self,
         plan: &Plan,

@@ -17,7 +17,7 @@ pub struct RunSpec {
     pub credentials: Option<Credentials>,
     /// Tokens given by the user, for participants to join with.
     pub tokens: Option<Seats>,
-    /// What every request to the server carries for whatever stands in front of the server.
+    /// Headers and token place of every request to the server, for whatever stands in front of it.
     pub gateway: Gateway,
     /// Certificates that are trusted.
     pub trust: TrustSpec,

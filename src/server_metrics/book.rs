@@ -340,7 +340,8 @@ impl NodeBook {
         }
     }
 
-    /// What was counted between two points. A counter that first appeared in between started at 0.
+    /// Returns the counts between two points. A counter that first appeared in between started at
+    /// 0.
     fn counted(&self, first: usize, last: usize) -> Counters {
         let (from, to) = (&self.points[first].counted, &self.points[last].counted);
         let mut counted = Counters::default();

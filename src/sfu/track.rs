@@ -107,8 +107,8 @@ impl PublishedTrack {
         else {
             return settings.quality;
         };
-        // Of several layers of one size the highest is taken: it is as good, and is what others
-        // watch.
+        // If several layers have the same size, the highest is taken: it is as good, and is what
+        // others watch.
         let same_size = sizes.iter().filter(|(height, _)| height == sufficient);
         same_size
             .map(|(_, quality)| *quality)

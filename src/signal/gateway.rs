@@ -8,7 +8,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use super::Secret;
 
-/// Where the access token travels. LiveKit accepts it in either place.
+/// Place of the access token in a request. LiveKit accepts it in either place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TokenPlace {
     /// `Authorization: Bearer`

@@ -555,7 +555,7 @@ impl Capabilities {
     };
 }
 
-/// Whose order of codecs decides if a section has several that we know.
+/// Side whose order of codecs decides if a section has several that we know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Preference {
     Ours,

@@ -36,7 +36,7 @@ const AGREED_EXTENSIONS: [Extension; 4] = [
 const KNOWN_RIDS: [&str; LAYERS_MAX] = ["q", "h", "f"];
 
 impl Capabilities {
-    /// What the server receives from publishers.
+    /// Capabilities for media that the server receives from publishers.
     pub const SERVER_RECEIVES: Capabilities = Capabilities {
         codecs: &[Codec::Red, Codec::Opus, Codec::Vp8],
         preference: Preference::Ours,
@@ -54,7 +54,8 @@ impl Capabilities {
             RtcpFeedback::TransportCc,
         ],
     };
-    /// What the server sends to subscribers, and the feedback from them that it handles.
+    /// Capabilities for media that the server sends to subscribers, and the feedback from them that
+    /// it handles.
     pub const SERVER_SENDS: Capabilities = Capabilities {
         extensions: &SENT_EXTENSIONS,
         feedback: &[
@@ -663,12 +664,12 @@ struct OfferedSection {
     agreed: bool,
 }
 
-/// What a client agreed to receive in one section.
+/// Section of a client's answer: what the client agreed to receive in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AgreedSection {
     /// Index that [`SubscriberOffer::add`] returned.
     pub section: usize,
-    /// What was agreed; `None` if the client rejected it.
+    /// Agreed format; `None` if the client rejected the section.
     pub media: Option<AgreedMedia>,
 }
 
