@@ -263,6 +263,7 @@ pub fn new_peer(participant: usize, ours: &Side, theirs: &Side) -> NewPeer {
         cname: format!("participant-{participant}"),
         intended_at: Time::ZERO,
         obeys_bandwidth: false,
+        data: None,
     }
 }
 

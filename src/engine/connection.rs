@@ -122,8 +122,12 @@ struct ReferenceTime {
 
 impl PeerConnection {
     pub fn new(key: PeerKey, new: NewPeer, config: &ShardConfig, now: Time) -> PeerConnection {
+        let mut transport = Peer::new(&config.identity, &new.parameters, config.epoch, now);
+        if let Some(role) = new.data {
+            transport.serve_data(role);
+        }
         PeerConnection {
-            transport: Peer::new(&config.identity, &new.parameters, config.epoch, now),
+            transport,
             tracks: Vec::new(),
             repair_at: Time::MAX,
             saw_media: false,

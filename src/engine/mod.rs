@@ -33,6 +33,7 @@ use crate::media::identity::{FrameIdentity, Origin};
 use crate::path::{FarEnd, Path, Unsent, Via};
 use crate::plan::{Member, Plan};
 use crate::recording::Tap;
+use crate::transport::data::DataRole;
 use crate::transport::peer::{IceCredentials, Identity, NearEnd, PeerFailure, PeerParameters};
 use crate::units::{Epoch, Time};
 pub use peer_key::PeerKey;
@@ -205,6 +206,8 @@ pub struct NewPeer {
     /// Whether it sends no more than its path carries, as measured by transport-wide feedback and
     /// REMB.
     pub obeys_bandwidth: bool,
+    /// Whether it serves data channels, and who opens them. Messages on them are dropped.
+    pub data: Option<DataRole>,
     /// Time at which this participant ought to have joined. Latencies of its subscriptions count
     /// from here.
     pub intended_at: Time,

@@ -510,6 +510,7 @@ impl Shard {
             },
             |event| happened.push(event),
         );
+        while peer.transport.poll_data().is_some() {}
         self.record.session.wire_bytes_sent += bytes_sent;
         self.control_timers.set(
             control(key, ControlTimer::Setup),

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::path::{FarEnd, Via};
 use crate::seeded::{mixed, scatter};
-use crate::transport::data::DataMessage;
+use crate::transport::data::{DataMessage, DataRole};
 use crate::transport::feedback::{ArrivalLog, FEEDBACK_INTERVAL};
 use crate::transport::peer::{
     IceCredentials, Identity, NearEnd, Peer, PeerEvent, PeerParameters, local_ufrag_of_check,
@@ -597,7 +597,11 @@ impl Router {
         if transport.data.is_some() {
             return None;
         }
-        transport.peer.serve_data(parameters.opens);
+        transport.peer.serve_data(if parameters.opens {
+            DataRole::Opens
+        } else {
+            DataRole::Accepts
+        });
         let room = self.data_rooms.entry(parameters.room).or_default();
         room.push(slot);
         transport.data = Some(parameters);

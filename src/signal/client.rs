@@ -232,6 +232,17 @@ fn zipped(bytes: &[u8]) -> io::Result<Vec<u8>> {
     encoder.finish()
 }
 
+/// Returns what to look at where a path of the server does not exist.
+fn why_not_found(path: &str, text: &str) -> &'static str {
+    if text.contains("requested room") {
+        "does the room exist?"
+    } else if path.ends_with("/rtc/v1") {
+        "an old LiveKit server has no single connections, so --connection auto or dual is needed; otherwise check that this is a LiveKit server, and its address"
+    } else {
+        "is this a LiveKit server, and its address?"
+    }
+}
+
 /// Why there is no signalling connection, or no longer one. Each message says what to do; none
 /// repeats a token.
 #[derive(Debug, thiserror::Error)]
@@ -255,7 +266,7 @@ pub enum SignalError {
         "the server saw no token that lets us join (401: {text}): where something in front of it takes the Authorization header away, add --token-in query; a token that was given needs the grant roomJoin for its room"
     )]
     TokenUnseen { text: String },
-    #[error("{path} is not there (404: {text}): {}", if text.contains("requested room") { "does the room exist?" } else { "is this a LiveKit server, and its address?" })]
+    #[error("{path} is not there (404: {text}): {}", why_not_found(path, text))]
     NotFound { path: String, text: String },
     #[error("the server failed ({status}: {text}): see its log")]
     Server { status: u16, text: String },

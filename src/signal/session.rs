@@ -47,6 +47,7 @@ use crate::measure::{JoinTimeline, Kind};
 use crate::path::{Routes, Via};
 use crate::plan::{MediaTransport, ParticipantPlan, VideoSpec, ViewLayout};
 use crate::secrets::Secret;
+use crate::transport::data::DataRole;
 use crate::transport::peer::PeerFailure;
 use crate::transport::sdp::{
     Answerer, Capabilities, DtlsSetup, Fingerprint, Offerer, RemoteTrack, RemoteTransport, Trickled,
@@ -54,7 +55,7 @@ use crate::transport::sdp::{
 use crate::units::{Epoch, Time};
 use failure::{Cure, SessionFailure};
 use pace::SignalPace;
-use peers::{DescriptionChange, PeerHalf, PeerRole, open_stream};
+use peers::{DescriptionChange, PeerHalf, PeerRole, needs_data_channels, open_stream};
 use reconnect::{Lost, RESUME_TIMEOUT};
 use requests::RequestQueue;
 pub use tracks::{Media, TakingTurns};
@@ -319,6 +320,8 @@ struct Session {
     /// When it last came back, and the number of tries that took.
     back: Option<(Time, u32)>,
     disconnects: u32,
+    /// Whether the server counts nobody as present without data channels.
+    needs_data: bool,
     publisher: PeerHalf,
     subscriber: PeerHalf,
     /// State of our offers, for the publisher connection or the only one.
@@ -475,6 +478,7 @@ impl Session {
             leaves_at: None,
             back: None,
             disconnects: 0,
+            needs_data: false,
             publisher: PeerHalf::new(
                 context.single_connection || !tracks.is_empty(),
                 plan.transport,
@@ -1005,6 +1009,7 @@ impl Session {
             version: join.server_version.clone(),
             embedded_sfu: join.embedded_sfu,
         });
+        self.needs_data = needs_data_channels(&join.server_version);
         signal.set_ping(join.ping_interval, join.ping_timeout);
         self.take_relays(&join.ice_servers, join.force_relay)?;
         if !self.context.single_connection {
@@ -1082,6 +1087,9 @@ impl Session {
             for track in self.tracks.iter_mut().filter(|track| !track.is_refused) {
                 track.is_offered = true;
                 offerer.send(track.local.clone());
+            }
+            if self.needs_data {
+                offerer.open_data();
             }
         }
         *id += 1;
@@ -1566,6 +1574,7 @@ impl Session {
                     parameters,
                     rtcp_ssrc: Ssrc(self.plan.seed as u32 | 1),
                     obeys_bandwidth: self.context.obey_bandwidth,
+                    data: self.data_role(role),
                     cname: self.plan.identity.clone(),
                     // Media is expected from when the participant should have joined, or was lost.
                     intended_at: self
@@ -1583,6 +1592,14 @@ impl Session {
         };
         self.command(command);
         self.hand_over_paths(role);
+    }
+
+    /// Returns how a connection serves data channels, for a server that demands them.
+    fn data_role(&self, role: PeerRole) -> Option<DataRole> {
+        self.needs_data.then_some(match role {
+            PeerRole::Publisher => DataRole::Opens,
+            PeerRole::Subscriber => DataRole::Accepts,
+        })
     }
 
     fn remove_peers(&self) {

@@ -60,6 +60,15 @@ static ENDPOINT: LazyLock<Arc<EndpointConfig>> = LazyLock::new(|| {
     Arc::new(config)
 });
 
+/// Which side opens the channels once there is an association.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataRole {
+    /// The other side opens channels.
+    Accepts,
+    /// We open LiveKit's two.
+    Opens,
+}
+
 /// LiveKit's channels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DataChannelKind {
@@ -143,14 +152,13 @@ pub struct DataTransport {
 }
 
 impl DataTransport {
-    /// With `opens`, we open the channels instead of the client. `dtls_active` decides which stream
-    /// numbers are ours (RFC 8832, section 6).
-    pub fn new(opens: bool, dtls_active: bool) -> DataTransport {
+    /// `dtls_active` decides which stream numbers are ours (RFC 8832, section 6).
+    pub fn new(role: DataRole, dtls_active: bool) -> DataTransport {
         DataTransport {
             endpoint: Endpoint::new(ENDPOINT.clone(), Some(SERVER.clone())),
             association: None,
             channels: Vec::new(),
-            opens_from: opens.then_some(u16::from(!dtls_active)),
+            opens_from: (role == DataRole::Opens).then_some(u16::from(!dtls_active)),
             received: VecDeque::new(),
             outgoing: VecDeque::new(),
             over: false,

@@ -19,7 +19,7 @@ use ring::error::KeyRejected;
 use ring::rand::SystemRandom;
 use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair};
 
-use super::data::{DataChannelKind, DataMessage, DataTransport};
+use super::data::{DataChannelKind, DataMessage, DataRole, DataTransport};
 use super::dtls_crypto;
 use super::sdp::Fingerprint;
 use super::srtp::{self, DtlsRole, Opener, Profile, Sealer};
@@ -347,7 +347,7 @@ struct PeerSetup {
 /// Data channels that are served. Their transport is made when the first SCTP packet comes, because
 /// most connections never have one.
 struct DataService {
-    opens: bool,
+    role: DataRole,
     transport: Option<Box<DataTransport>>,
 }
 
@@ -505,9 +505,9 @@ impl Peer {
 
     /// Serves data channels: the client may open them. With `opens`, we open LiveKit's two once the
     /// client has begun an association.
-    pub fn serve_data(&mut self, opens: bool) {
+    pub fn serve_data(&mut self, role: DataRole) {
         self.setup.data.get_or_insert(DataService {
-            opens,
+            role,
             transport: None,
         });
     }
@@ -840,9 +840,9 @@ impl PeerSetup {
         let Some(data) = self.data.as_mut().filter(|_| is_proved) else {
             return;
         };
-        let (opens, dtls_active) = (data.opens, self.dtls_active);
+        let (role, dtls_active) = (data.role, self.dtls_active);
         data.transport
-            .get_or_insert_with(|| Box::new(DataTransport::new(opens, dtls_active)))
+            .get_or_insert_with(|| Box::new(DataTransport::new(role, dtls_active)))
             .handle_packet(packet, self.epoch.instant(now));
     }
 

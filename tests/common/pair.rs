@@ -182,6 +182,7 @@ impl Pair {
                 rtcp_ssrc: Ssrc(9 + me as u32),
                 cname: format!("end-{me}"),
                 obeys_bandwidth: obeys_bandwidth && me == 0,
+                data: None,
                 intended_at: Time::ZERO,
             };
             pair.shards[me].add_peer(PeerKey(0), peer, Time::ZERO, &mut pair.outlets[me]);

@@ -244,6 +244,7 @@ impl<W: Wire> Relay<W> {
                 rtcp_ssrc: Ssrc(9 + client as u32),
                 cname: format!("client-{client}"),
                 obeys_bandwidth: false,
+                data: None,
                 intended_at: Time::ZERO,
             };
             // The client may be first. The router then keeps its connectivity check until it is

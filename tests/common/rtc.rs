@@ -660,6 +660,7 @@ impl World {
             rtcp_ssrc: Ssrc(9 + key as u32),
             cname: format!("end-{key}"),
             obeys_bandwidth: false,
+            data: None,
             intended_at: Time::ZERO,
         };
         let key = PeerKey(key);

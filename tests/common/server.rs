@@ -162,11 +162,16 @@ impl Server {
             );
             return None;
         };
+        Some(Server::livekit_of(&binary, options))
+    }
+
+    /// A LiveKit server that another binary runs.
+    pub fn livekit_of(binary: &Path, options: &Options) -> Server {
         // Three attempts, because another process may take a port between our search for free ones
         // and the server's use of them.
         (0..3)
-            .find_map(|_| launch_livekit(&binary, options))
-            .or_else(|| panic!("{} did not start three times", binary.display()))
+            .find_map(|_| launch_livekit(binary, options))
+            .unwrap_or_else(|| panic!("{} did not start three times", binary.display()))
     }
 
     pub fn endpoint(&self) -> Endpoint {
@@ -409,7 +414,7 @@ fn config(ports: &Ports, options: &Options) -> String {
     format!(
         "port: {}\nbind_addresses: [\"{signalling}\"]\nkeys: {{{KEY}: {SECRET}}}\n\
          rtc:\n  node_ip: {address}\n  enable_loopback_candidate: {}\n  interfaces: {{includes: [{device}]}}\n  tcp_port: {}\n  {udp}\n  use_ice_lite: {}\n{congestion}{forward_stats}{force_tcp}\
-         {turn}room: {{auto_create: {}{codecs}}}\nprometheus: {{port: {}}}\nlogging: {{level: {}, pion_level: error}}\n",
+         {turn}room: {{auto_create: {}{codecs}}}\nprometheus_port: {}\nlogging: {{level: {}, pion_level: error}}\n",
         ports.signal,
         address.is_loopback(),
         ports.tcp,

@@ -24,7 +24,7 @@ use str0m::{Candidate, Event, Input, Output, Rtc, RtcConfig};
 use throng::seeded::Seeded;
 use throng::sfu::router::{Router, RouterConfig};
 use throng::sfu::{DataParameters, MediaCommand, SendMode, TransportId, TransportParameters};
-use throng::transport::data::{DataTransport, MESSAGE_BYTES_MAX};
+use throng::transport::data::{DataRole, DataTransport, MESSAGE_BYTES_MAX};
 use throng::transport::peer::{IceCredentials, Identity};
 use throng::transport::sdp::serve::{
     ClientDescriptions, SectionUse, SubscriberOffer, write_answer,
@@ -524,7 +524,8 @@ fn packets_of_any_content_do_no_harm() {
     let mut messages = 0;
     for seed in 0..60 {
         let mut liar = Liar::new(seed);
-        let mut data = DataTransport::new(seed % 2 == 0, false);
+        let role = [DataRole::Opens, DataRole::Accepts][seed as usize % 2];
+        let mut data = DataTransport::new(role, false);
         let mut now = Instant::now();
         for _ in 0..200 {
             now += Duration::from_millis(20);

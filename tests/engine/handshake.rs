@@ -293,6 +293,7 @@ fn events_of(
         rtcp_ssrc: Ssrc(1),
         cname: "client".into(),
         obeys_bandwidth: false,
+        data: None,
         intended_at: Time::ZERO,
     };
     shard.add_peer(PeerKey(0), peer, Time::ZERO, &mut outbox);

@@ -12,6 +12,7 @@ mod front;
 mod go_sdk;
 mod layers;
 mod log;
+mod oldest;
 mod page;
 mod presence;
 mod ramp;

@@ -1,14 +1,19 @@
 //! Servers whose room service is hidden or out of date, and runs with tokens instead of a key.
 //! Participants get in, and nothing that belongs to others is deleted.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use throng::signal::rooms::RoomService;
 use throng::signal::{ApiKey, Permissions};
+use tokio::task::JoinSet;
 
 use crate::common::program::{Finished, Report, Scratch, beside_one_other, run, throng};
 use crate::common::server::Server;
 use crate::front::{answer, forward, front};
+
+/// Requests to the room service that are under way at a time.
+const MAKERS: usize = 16;
 
 /// Action that a front takes on requests to the room service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,6 +140,60 @@ fn a_room_that_somebody_else_has_just_made_stays_though_the_list_lags() {
         // A room that the run makes itself is deleted.
         let (finished, _, _) = small_run(&url, Some(&server), &server.secret, &["--room", "ours"]);
         assert_eq!(room_names(&server), ["theirs"], "{}", finished.stdout);
+    }
+}
+
+/// Makes rooms of others, some at a time.
+#[tokio::main(flavor = "current_thread")]
+async fn make_crowd(server: &Server, count: usize) {
+    let mut makers = JoinSet::new();
+    let service = Arc::new(RoomService::new(server.endpoint(), server.api_key()));
+    for first in 0..MAKERS {
+        let service = service.clone();
+        makers.spawn(async move {
+            for number in (first..count).step_by(MAKERS) {
+                let name = format!("a room of somebody else, number {number}");
+                let made = service.create_room(&name, Duration::from_secs(3_600));
+                made.await.expect("a room");
+            }
+        });
+    }
+    while let Some(made) = makers.join_next().await {
+        made.expect("no panic");
+    }
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn is_there(server: &Server, name: &str) -> bool {
+    let service = RoomService::new(server.endpoint(), server.api_key());
+    !service.list_rooms_named(name).await.unwrap().is_empty()
+}
+
+#[test]
+fn forty_thousand_rooms_of_others_do_no_harm() {
+    let Some(livekit) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    for server in [livekit, Server::embedded()] {
+        make_crowd(&server, 40_000);
+        let (finished, report, _) = small_run(
+            &server.url,
+            Some(&server),
+            &server.secret,
+            &["--room", "ours"],
+        );
+        let said = unwrapped(&finished);
+        assert_eq!(report.counter("session", "joins_ok"), 3, "{said}");
+        assert!(matches!(finished.code, Some(0 | 98)), "{said}");
+        assert!(
+            said.contains("so many rooms that their list is not read")
+                || said.contains("the server carries 40000 rooms that are not ours"),
+            "{said}"
+        );
+        assert!(!is_there(&server, "ours"), "{said}");
+        let other = "a room of somebody else, number 39999";
+        assert!(is_there(&server, other), "{said}");
     }
 }
 

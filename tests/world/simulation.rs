@@ -730,6 +730,7 @@ impl World {
                     rtcp_ssrc: Ssrc(1_000 + session.person.index * 2 + half as u32),
                     cname: session.person.identity.clone(),
                     obeys_bandwidth: false,
+                    data: None,
                     intended_at: session.person.joins_at,
                 };
                 let (shard, key) = (*shard, key_of(*key, half));

@@ -119,6 +119,7 @@ impl Liar {
             cname: "ours".into(),
             intended_at: Time::ZERO,
             obeys_bandwidth: true,
+            data: None,
         };
         liar.shard
             .add_peer(PeerKey(0), peer, Time::ZERO, &mut liar.outlet);

@@ -51,6 +51,16 @@ impl PeerRole {
     pub(super) const BOTH: [PeerRole; 2] = [PeerRole::Publisher, PeerRole::Subscriber];
 }
 
+/// Whether a LiveKit server of this version gives a participant tracks only after the data channels
+/// of its connection are open. Later servers wait for channels only if an offer has them.
+pub(super) fn needs_data_channels(version: &str) -> bool {
+    let mut numbers = version.split('.').map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) < (1, 7),
+        _ => false,
+    }
+}
+
 /// One peer connection's part of the session.
 pub(super) struct PeerHalf {
     choice: TransportChoice,
@@ -872,4 +882,17 @@ fn named<T: std::fmt::Display>(all: impl IntoIterator<Item = T>) -> String {
         names.push(format!("{more} more"));
     }
     names.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_old_servers_demand_data_channels() {
+        let demanding = ["1.5.3", "1.6.0", "0.15.7"];
+        let content = ["1.7.2", "1.13.5", "2.0.0", "", "throng", "1", "1.x"];
+        assert!(demanding.iter().all(|version| needs_data_channels(version)));
+        assert!(!content.iter().any(|version| needs_data_channels(version)));
+    }
 }
