@@ -22,6 +22,15 @@ pub enum MediaTransport {
 }
 
 impl MediaTransport {
+    /// In the order in which clients try them.
+    pub const ALL: [MediaTransport; 5] = [
+        MediaTransport::Udp,
+        MediaTransport::Tcp,
+        MediaTransport::TurnUdp,
+        MediaTransport::TurnTcp,
+        MediaTransport::TurnTls,
+    ];
+
     pub const fn is_relay(self) -> bool {
         matches!(
             self,

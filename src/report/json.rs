@@ -11,6 +11,7 @@ use serde_json::json;
 
 use super::server_cost::AccountView;
 use super::tiers::{self, Knee};
+use super::transports::{self, TransportFigures};
 use super::worst::{Ranked, concealed_share, tracks_missing, undelivered, worst};
 use super::{
     Capacity, CapacityPoint, EmbeddedSfu, EngineHealth, Judgement, Judging, MediaQuality, Nearness,
@@ -95,6 +96,8 @@ struct ReportView<'a, S, H> {
     unmeasured_tiers: Option<Vec<TierKeyView<'a>>>,
     totals: TotalsView<'a>,
     join_failures: Vec<FailureView<'a>>,
+    /// `null` in the report of several hosts, which do not send their participants.
+    transports: Option<Vec<TransportFigures>>,
     worst: Vec<WorstParticipantView<'a>>,
     series: &'a [S],
     engine: EngineView<'a>,
@@ -137,6 +140,7 @@ impl<'a, S: Serialize, H: Serialize> ReportView<'a, S, H> {
                 .map(|(step, judgement)| StepView::new(step, judgement))
                 .collect(),
             totals: TotalsView::new(&outcome.totals),
+            transports: transports::by_transport(outcome),
             join_failures: outcome
                 .failures
                 .iter()

@@ -15,6 +15,7 @@ mod sinks;
 mod style;
 pub mod text;
 pub mod tiers;
+mod transports;
 pub mod watch;
 pub mod worst;
 

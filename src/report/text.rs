@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use super::judge::LossShares;
 use super::{
     EngineHealth, Judgement, Judging, Outcome, Side, Style, TargetKind, VERSION, judge,
-    server_cost, tiers, worst,
+    server_cost, tiers, transports, worst,
 };
 use crate::codec::Codec;
 use crate::measure::{Bandwidth, Histogram, Kind, Media, Session};
@@ -176,6 +176,7 @@ pub fn render(outcome: &Outcome, style: Style) -> String {
     let mut text = head(outcome, style);
     text.push_str(&tiers(outcome, style));
     text.push_str(&joins(outcome, style));
+    text.push_str(&transports::text(outcome, style));
     text.push_str(&media(outcome, style));
     text.push_str(&times(outcome, style));
     text.push_str(&bandwidth(&outcome.totals.record.bandwidth, style));
@@ -456,7 +457,7 @@ fn rate_line(packets_per_second: f64, bits_per_second: f64) -> String {
 }
 
 /// Transports of media, if it was not UDP alone.
-fn transports(session: &Session) -> String {
+fn transports_line(session: &Session) -> String {
     let by = [
         (session.joins_by_udp, "UDP"),
         (session.joins_by_tcp, "TCP"),
@@ -491,7 +492,7 @@ fn joins(outcome: &Outcome, style: Style) -> String {
         }
     }
     let mut text = format!("{} {line}\n", style.bold("Joins     "));
-    text.push_str(&transports(session));
+    text.push_str(&transports_line(session));
     for (reason, times) in outcome.failures.iter().take(FAILURES_MAX) {
         text.push_str(&wrapped(&format!("{} x {reason}", number(*times)), 11));
     }
