@@ -73,6 +73,45 @@ fn our_own_sfu_takes_media_over_tcp_too() {
     let (finished, report) = run_through(&server.url, &server, "single", &[]);
     joins_and_flows("auto", &finished, &report);
     assert_eq!(report.counter("session", "joins_by_udp"), 3);
+    assert!(
+        !finished.stdout.contains("Media over"),
+        "{}",
+        finished.stdout
+    );
+}
+
+#[test]
+fn a_mix_is_reported_by_transport() {
+    let server = Server::embedded();
+    let _turn = alone();
+    let mix = ["--subscribers", "4", "--transport", "udp:60,tcp:40"];
+    let (finished, report) = run_through(&server.url, &server, "single", &mix);
+    assert!(matches!(finished.code, Some(0 | 98)), "{}", finished.stdout);
+    let transports = report.0["transports"].as_array().expect("a list");
+    let sum = |name: &str| -> u64 {
+        let each = transports.iter().map(|row| row[name].as_u64().unwrap());
+        each.sum()
+    };
+    let names: Vec<_> = transports.iter().map(|row| &row["transport"]).collect();
+    assert_eq!(names, ["udp", "tcp"], "{}", finished.stdout);
+    for row in transports {
+        let joins = format!("joins_by_{}", row["transport"].as_str().unwrap());
+        assert_eq!(row["participants"], report.counter("session", &joins));
+        for times in ["join_us", "ice_us", "dtls_us", "rtt_us"] {
+            let spread = &row[times];
+            assert!(spread["p50"].as_u64() <= spread["max"].as_u64(), "{row}");
+            assert!(spread["count"].as_u64() >= Some(1), "{times}: {row}");
+        }
+    }
+    assert_eq!(sum("participants"), 5);
+    let counter = |name| report.counter("audio", name);
+    assert_eq!(sum("packets_received"), counter("packets_received"));
+    assert_eq!(sum("packets_lost_network"), counter("packets_lost_network"));
+    assert!(
+        finished.stdout.contains("Media over"),
+        "{}",
+        finished.stdout
+    );
 }
 
 #[test]
