@@ -7,6 +7,7 @@ mod common;
 mod attribution;
 mod bad_network;
 mod bandwidth;
+mod costs;
 mod paths;
 mod places;
 mod server_metrics;
