@@ -16,7 +16,7 @@ use crate::codec::Codec;
 use crate::codec::red::RedPayload;
 use crate::measure::{Kind, Media, Record};
 use crate::media::assemble::{Assembler, DecodedFrame, Delivery, FrameEvent, PacketInfo};
-use crate::media::identity::{FrameIdentity, Origin};
+use crate::media::identity::{FrameIdentity, Origin, parse_foreign};
 use crate::net;
 use crate::recording::{Tap, TappedPacket};
 use crate::transport::receive::{
@@ -194,6 +194,8 @@ struct ForeignFrames {
     first_at: Time,
 }
 
+/// Longest latency that a foreign frame's own time stamp is believed for.
+const FOREIGN_LATENCY_MAX: Duration = Duration::from_secs(60);
 /// Minimum number of foreign frames for a foreign stream. A server makes a few frames itself when a
 /// track is muted or closed, but fewer than this.
 const FOREIGN_FRAMES_MIN: u64 = 10;
@@ -695,6 +697,20 @@ impl RecvStream {
         }
     }
 
+    /// Records the latency of a foreign frame by the time that its publisher wrote into it. Values
+    /// that cannot be such a time are skipped, because an application may write anything there.
+    #[cold]
+    fn note_foreign_stamp(&mut self, unix_us: u64, at: Time, context: &mut StreamContext<'_>) {
+        let sent = context.epoch.time_of_unix_micros(unix_us);
+        let latency = sent
+            .filter(|sent| *sent <= at && self.is_foreign())
+            .map(|sent| at.since(sent));
+        if let Some(latency) = latency.filter(|latency| *latency <= FOREIGN_LATENCY_MAX) {
+            let media = context.record.media(self.kind());
+            media.foreign_one_way_latency.record(latency);
+        }
+    }
+
     /// Whether the stream carries media that nobody of this run sends.
     fn is_foreign(&self) -> bool {
         self.origin.is_none() && self.foreign.count >= FOREIGN_FRAMES_MIN
@@ -795,6 +811,7 @@ impl RecvStream {
                 context.events.push(event);
             }
         };
+        let mut foreign_stamp = None;
         match codec.depacketize(payload, header.marker) {
             Some(info) => {
                 let packet = PacketInfo {
@@ -809,6 +826,9 @@ impl RecvStream {
                         None
                     },
                 };
+                if info.end && packet.identity.is_none() {
+                    foreign_stamp = parse_foreign(payload).and_then(|facts| facts.user_timestamp);
+                }
                 video.assembler.handle_packet(&packet, arrival, &mut note);
             }
             // Only padding, or an invalid descriptor: the packet only holds its place in the
@@ -817,6 +837,9 @@ impl RecvStream {
         }
         for at in 0..context.events.len() {
             self.handle_frame_event(context.events[at], context);
+        }
+        if let Some(stamp) = foreign_stamp {
+            self.note_foreign_stamp(stamp, arrival, context);
         }
     }
 
@@ -910,6 +933,7 @@ impl RecvStream {
         if identity.run != context.roster.run {
             if self.kind() == Kind::Audio || decodable {
                 self.note_foreign(at, context);
+                self.note_foreign_stamp(identity.intended_unix_us, at, context);
             }
             return;
         }

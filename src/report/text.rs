@@ -870,6 +870,10 @@ fn times(outcome: &Outcome, style: Style) -> String {
         text.push_str(&times_row(label, histogram));
     }
     for (kind, name, media) in [(Kind::Audio, "Audio", audio), (Kind::Video, "Video", video)] {
+        if media.foreign_one_way_latency.expected() > 0 {
+            let label = format!("{name} latency of others");
+            text.push_str(&times_row(&label, &media.foreign_one_way_latency));
+        }
         if outcome.plan.scenario.publishers_of(kind) == 0 {
             continue;
         }

@@ -815,7 +815,7 @@ async fn serve(stream: TcpStream, log: Arc<MediaLog>) {
                 if let Some(udp) = udp.take() {
                     let (log, sending) = (log.clone(), sending.clone());
                     std::thread::spawn(move || {
-                        MediaEnd::new(udp, &sending, &remote, epoch, true).run(&[], &log)
+                        MediaEnd::new(udp, &sending, &remote, epoch, false).run(&[], &log)
                     });
                 }
             }

@@ -63,6 +63,11 @@ fn viewers_of_somebody_elses_stream_judge_it(server: &Server) {
         );
         let first = &viewers.0["totals"][kind]["foreign_first_frame"]["count"];
         assert_eq!(*first, 3, "{about}");
+        // The presenter's frames tell when they were sent; both runs use the clock of this host.
+        let latency = viewers.micros(kind, "foreign_one_way_latency", "p50");
+        let own = presenter.micros(kind, "one_way_latency", "p50");
+        let (latency, own) = latency.zip(own).expect("both were measured");
+        assert!(latency.abs_diff(own) < 50_000, "{kind} {latency} {own}");
         // Frames come as often as the presenter sends them. The presenter's own subscriber is in
         // the presenter's account only.
         let frames = count("foreign_frames");
