@@ -762,7 +762,7 @@ impl RunArgs {
             identity_prefix: self.shape.identity_prefix.clone(),
             joins_per_second: self.joins_per_second(&people, is_tour)?,
             join_retries: self.pace.join_retries,
-            rooms: self.shape.rooms(),
+            rooms: self.shape.rooms(self.media.simulate_speakers),
             media: self.media.spec(),
             ..Scenario::of_people(people).over(&self.transport()?)
         };
@@ -816,7 +816,7 @@ impl RunArgs {
             return Ok(self.pace.num_per_second.unwrap_or(unasked));
         };
         spread_must_fit(spread).map_err(|fault| format!("--ramp-time {fault}"))?;
-        let participants = people.participants() as f64 * f64::from(self.shape.rooms().count);
+        let participants = people.participants() as f64 * f64::from(self.shape.room_count());
         Ok(participants / spread.as_secs_f64())
     }
 
@@ -1268,11 +1268,16 @@ impl ShapeArgs {
         Ok(people)
     }
 
-    fn rooms(&self) -> RoomSet {
+    fn rooms(&self, simulate_speakers: bool) -> RoomSet {
         RoomSet {
             name: self.room.clone(),
-            count: self.room_count.unwrap_or(1),
+            count: self.room_count(),
+            simulate_speakers,
         }
+    }
+
+    fn room_count(&self) -> u32 {
+        self.room_count.unwrap_or(1)
     }
 }
 
@@ -1282,7 +1287,6 @@ impl MediaArgs {
             simulcast: !self.no_simulcast,
             pacing: self.pacing.into(),
             obey_bandwidth: self.obey_bwe,
-            simulate_speakers: self.simulate_speakers,
             layout: self.layout,
             audio: self.audio(),
             video: self.video(),

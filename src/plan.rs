@@ -31,7 +31,7 @@ use crate::units::{Bitrate, Time, duration_text};
 pub const EMBEDDED_NODE_ID: &str = "throng";
 
 pub use part::{HostRole, Part, Placement, UndealtPlan, VANTAGES_MAX, VantagePlan, WEIGHT_MAX};
-use scenario::{ParticipantGroup, Scenario};
+use scenario::{MediaSpec, ParticipantGroup, Scenario};
 pub use schedule::{Intent, Schedule, ScheduleBook, Span, Spans};
 pub use transport::{MediaTransport, NoTransportMix, TransportChoice, TransportMix};
 
@@ -370,6 +370,8 @@ pub struct ParticipantPlan {
     /// their number.
     pub place: u32,
     pub identity: String,
+    /// Index of its group.
+    pub group: usize,
     pub publishes_audio: bool,
     pub publishes_video: bool,
     pub subscribes: bool,
@@ -385,6 +387,8 @@ pub struct ParticipantPlan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Member {
     pub room: u32,
+    /// Index of its group.
+    pub group: usize,
     pub publishes_audio: bool,
     pub publishes_video: bool,
     /// The host that runs it if that is another one, as an index among the hosts.
@@ -652,7 +656,8 @@ impl Plan {
             .as_ref()
             .map_or(position, |part| part.index(position));
         let (room, place) = self.place(index);
-        let group = self.scenario.group_at(place);
+        let group_index = self.scenario.group_index(place);
+        let group = self.scenario.groups.get(group_index);
         let nth = u64::from(self.scenario.place_in_group(place))
             * u64::from(self.scenario.rooms.count)
             + u64::from(room);
@@ -663,6 +668,7 @@ impl Plan {
             room,
             place,
             identity: self.identity_of(index),
+            group: group_index,
             publishes_audio: does(|group| group.publishes_audio),
             publishes_video: does(|group| group.publishes_video),
             subscribes: does(|group| group.subscribes),
@@ -678,9 +684,11 @@ impl Plan {
     pub fn everybody(&self) -> impl Iterator<Item = Member> + '_ {
         (0..self.everybody_count()).map(|index| {
             let (room, place) = self.place(index);
-            let group = self.scenario.group_at(place);
+            let group_index = self.scenario.group_index(place);
+            let group = self.scenario.groups.get(group_index);
             Member {
                 room,
+                group: group_index,
                 publishes_audio: group.is_some_and(|group| group.publishes_audio),
                 publishes_video: group.is_some_and(|group| group.publishes_video),
                 elsewhere: self
@@ -809,12 +817,16 @@ impl Plan {
     /// Number of tracks that `participant` receives if all goes as planned: those that it
     /// subscribes to and that its layout has room for.
     pub fn planned_tracks(&self, participant: &ParticipantPlan, kind: Kind) -> u32 {
-        self.seen(kind, self.subscribed_tracks(participant, kind))
+        self.seen(
+            participant.group,
+            kind,
+            self.subscribed_tracks(participant, kind),
+        )
     }
 
-    /// Number of these tracks that the layout has room for.
-    pub fn seen(&self, kind: Kind, tracks: u32) -> u32 {
-        match (kind, self.scenario.media.layout) {
+    /// Number of these tracks that the layout of a group has room for.
+    pub fn seen(&self, group: usize, kind: Kind, tracks: u32) -> u32 {
+        match (kind, self.scenario.media_at(group).layout) {
             (Kind::Video, Some(layout)) => tracks.min(layout.tiles()),
             _ => tracks,
         }
@@ -831,20 +843,25 @@ impl Plan {
     pub fn total_planned_tracks(&self, kind: Kind) -> u64 {
         self.audience(kind)
             .into_iter()
-            .map(|(participants, tracks)| participants * u64::from(tracks))
+            .map(|(_, participants, tracks)| participants * u64::from(tracks))
             .sum()
     }
 
-    /// For each group, over all rooms: number of participants, and number of tracks of one kind
-    /// that each sees.
-    fn audience(&self, kind: Kind) -> Vec<(u64, u32)> {
+    /// For each group that watches, over all rooms: its index, its number of participants, and the
+    /// number of tracks of one kind that each sees.
+    fn audience(&self, kind: Kind) -> Vec<(usize, u64, u32)> {
         let tracks = self.scenario.publishers_of(kind);
-        let groups = self.scenario.groups.iter().zip(self.headcount());
-        let those_who_watch = groups.filter(|(group, _)| group.subscribes);
+        let groups = self
+            .scenario
+            .groups
+            .iter()
+            .zip(self.headcount())
+            .enumerate();
+        let those_who_watch = groups.filter(|(_, (group, _))| group.subscribes);
         those_who_watch
-            .map(|(group, count)| {
+            .map(|(at, (group, count))| {
                 let others = tracks - u32::from(group.publishes(kind) && count > 0);
-                (count, self.seen(kind, others))
+                (at, count, self.seen(at, kind, others))
             })
             .collect()
     }
@@ -869,13 +886,15 @@ impl Plan {
     pub fn load(&self) -> MediaLoad {
         let mut load = MediaLoad::default();
         for kind in [Kind::Audio, Kind::Video] {
-            let published = self.total_published_tracks(kind) as f64;
-            for (packets, bits) in self.published_rates(kind) {
-                load.packets_sent_per_second += published * packets;
-                load.bits_sent_per_second += published * bits;
+            let groups = self.scenario.groups.iter().zip(self.headcount());
+            for (group, count) in groups.filter(|(group, _)| group.publishes(kind)) {
+                for (packets, bits) in self.published_rates(self.scenario.media_of(group), kind) {
+                    load.packets_sent_per_second += count as f64 * packets;
+                    load.bits_sent_per_second += count as f64 * bits;
+                }
             }
-            for (participants, tracks) in self.audience(kind) {
-                let (packets, bits) = self.received_rates(kind, tracks);
+            for (group, participants, tracks) in self.audience(kind) {
+                let (packets, bits) = self.received_rates(group, kind, tracks);
                 load.packets_received_per_second += participants as f64 * packets;
                 load.bits_received_per_second += participants as f64 * bits;
             }
@@ -883,21 +902,40 @@ impl Plan {
         load
     }
 
-    /// The layers of video tracks, the lowest first.
-    pub fn video_layers(&self) -> Vec<VideoSpec> {
-        self.scenario
-            .media
-            .video
-            .layers(self.scenario.media.simulcast)
+    /// The media of the first group that publishes this kind, or of the run.
+    pub fn media_of(&self, kind: Kind) -> &MediaSpec {
+        let mut groups = self.scenario.groups.iter();
+        let first = groups.find(|group| group.publishes(kind));
+        first.map_or(&self.scenario.media, |group| self.scenario.media_of(group))
+    }
+
+    /// The layout in which the first subscribers watch.
+    pub fn layout(&self) -> Option<ViewLayout> {
+        let mut groups = self.scenario.groups.iter();
+        let first = groups.find(|group| group.subscribes);
+        first
+            .map_or(&self.scenario.media, |group| self.scenario.media_of(group))
+            .layout
+    }
+
+    /// Packets and wire bits per second of all tracks of a room that are received whole, in their
+    /// highest layer.
+    pub fn room_rates(&self, kind: Kind) -> (f64, f64) {
+        let groups = self.scenario.groups.iter();
+        let publishers = groups.filter(|group| group.publishes(kind));
+        publishers.fold((0.0, 0.0), |sum, group| {
+            let rates = self.track_rates(self.scenario.media_of(group), kind);
+            let count = f64::from(group.count);
+            (sum.0 + count * rates.0, sum.1 + count * rates.1)
+        })
     }
 
     /// Packets and wire bits per second of one track that is received whole, in its highest layer.
     /// For a participant that does not always speak, this is the mean.
-    pub fn track_rates(&self, kind: Kind) -> (f64, f64) {
-        let media = &self.scenario.media;
+    pub fn track_rates(&self, media: &MediaSpec, kind: Kind) -> (f64, f64) {
         let speech = with_overhead(media.audio.packets_per_second(), media.audio.sent_bitrate());
         match kind {
-            Kind::Audio if media.simulate_speakers => {
+            Kind::Audio if self.scenario.rooms.simulate_speakers => {
                 let (share, silence) = (
                     SpeakerTurns::share(self.scenario.publishers_of(Kind::Audio)),
                     media.audio.silence_rates(),
@@ -911,25 +949,40 @@ impl Plan {
     }
 
     /// Packets and wire bits per second that one track sends, layer by layer.
-    fn published_rates(&self, kind: Kind) -> Vec<(f64, f64)> {
+    fn published_rates(&self, media: &MediaSpec, kind: Kind) -> Vec<(f64, f64)> {
         match kind {
-            Kind::Audio => vec![self.track_rates(kind)],
-            Kind::Video => self.video_layers().iter().map(VideoSpec::rates).collect(),
+            Kind::Audio => vec![self.track_rates(media, kind)],
+            Kind::Video => media.video_layers().iter().map(VideoSpec::rates).collect(),
         }
     }
 
-    /// Packets and wire bits per second of `tracks` tracks as one participant sees them.
-    fn received_rates(&self, kind: Kind, tracks: u32) -> (f64, f64) {
-        let layers = self.video_layers();
-        let of_track = |index: u32| match (kind, self.scenario.media.layout) {
+    /// Packets and wire bits per second of `tracks` tracks as one participant of a group sees them:
+    /// those of the publishers that join first.
+    fn received_rates(&self, group: usize, kind: Kind, tracks: u32) -> (f64, f64) {
+        let layout = self.scenario.media_at(group).layout;
+        let of_track = |media: &MediaSpec, index: u32| match (kind, layout) {
             (Kind::Video, Some(layout)) => {
+                let layers = media.video_layers();
                 layers[layer_for(&layers, layout.tile_size(index == 0))].rates()
             }
-            _ => self.track_rates(kind),
+            _ => self.track_rates(media, kind),
         };
-        (0..tracks)
-            .map(of_track)
-            .fold((0.0, 0.0), |sum, rates| (sum.0 + rates.0, sum.1 + rates.1))
+        let groups = self.scenario.groups.iter();
+        let publishers = groups.filter(|group| group.publishes(kind));
+        let mut index = 0;
+        let mut sum = (0.0, 0.0);
+        for group in publishers {
+            let media = self.scenario.media_of(group);
+            let count = group.count.min(tracks - index);
+            // The first tile may be larger than the others, which are all the same.
+            for (number, at) in [(1, index), (count.saturating_sub(1), index + 1)] {
+                let number = f64::from(number.min(count));
+                let rates = of_track(media, at);
+                sum = (sum.0 + number * rates.0, sum.1 + number * rates.1);
+            }
+            index += count;
+        }
+        sum
     }
 
     pub fn estimate(&self) -> Estimate {
@@ -1127,6 +1180,7 @@ pub(crate) mod tests {
             rooms: RoomSet {
                 name: None,
                 count: 2,
+                ..RoomSet::default()
             },
             ..Scenario::of_people(people)
         };
@@ -1402,7 +1456,7 @@ pub(crate) mod tests {
         let mut plan = plan();
         set_people(&mut plan, 1, people(10, 0, 0));
         assert_eq!(plan.load().packets_sent_per_second, 500.0);
-        plan.scenario.media.simulate_speakers = true;
+        plan.scenario.rooms.simulate_speakers = true;
         assert!(
             (plan.load().packets_sent_per_second - 500.0).abs() < 1e-6,
             "silence is sent"

@@ -152,7 +152,7 @@ pub fn check(plan: &Plan, host: &Host, resources: &Resources) -> Findings {
 pub fn receive_buffer_bytes(plan: &Plan) -> u64 {
     let packets: f64 = [Kind::Audio, Kind::Video]
         .into_iter()
-        .map(|kind| f64::from(plan.scenario.publishers_of(kind)) * plan.track_rates(kind).0)
+        .map(|kind| plan.room_rates(kind).0)
         .sum();
     ((packets * BUFFERED_SECONDS * BUFFER_BYTES_PER_PACKET) as u64).max(BUFFER_BYTES_MIN)
 }

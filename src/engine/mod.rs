@@ -404,37 +404,48 @@ impl Roster {
     pub fn new(run: u32, rooms: impl Iterator<Item = u32>) -> Roster {
         let here = rooms.map(|room| Member {
             room,
+            group: 0,
             publishes_audio: true,
             publishes_video: true,
             elsewhere: None,
         });
-        Roster::of_hosts(run, here, [Duration::ZERO; CELLS_PER_PARTICIPANT])
+        Roster::of_hosts(run, here, &[[Duration::ZERO; CELLS_PER_PARTICIPANT]])
     }
 
     /// Makes the roster of a plan, with publishers on this host and on others.
     pub fn of(plan: &Plan) -> Roster {
-        let mut intervals = [Duration::ZERO; CELLS_PER_PARTICIPANT];
-        intervals[0] = plan.scenario.media.audio.frame;
-        for (interval, layer) in intervals[1..].iter_mut().zip(plan.video_layers()) {
-            *interval = Duration::from_secs(1) / layer.frames_per_second;
-        }
-        Roster::of_hosts(plan.run_tag, plan.everybody(), intervals)
+        let groups = plan.scenario.groups.iter();
+        let intervals: Vec<_> = groups
+            .map(|group| {
+                let media = plan.scenario.media_of(group);
+                let mut intervals = [Duration::ZERO; CELLS_PER_PARTICIPANT];
+                intervals[0] = media.audio.frame;
+                for (interval, layer) in intervals[1..].iter_mut().zip(media.video_layers()) {
+                    *interval = Duration::from_secs(1) / layer.frames_per_second;
+                }
+                intervals
+            })
+            .collect();
+        Roster::of_hosts(plan.run_tag, plan.everybody(), &intervals)
     }
 
-    /// Makes a roster of `members`. `intervals` is the time from one frame to the next: of audio,
-    /// then of each layer of video, the lowest first; zero for a layer that does not exist. It is
+    /// Makes a roster of `members`. For each group, `intervals` has the time from one frame to the
+    /// next: of audio, then of each layer of video, the lowest first; zero for a layer that does not
+    /// exist. It is
     /// used for publishers on other hosts. Publishers on this host set their own
     /// ([`Roster::set_published`]).
     pub fn of_hosts(
         run: u32,
         members: impl Iterator<Item = Member>,
-        intervals: [Duration; CELLS_PER_PARTICIPANT],
+        intervals: &[[Duration; CELLS_PER_PARTICIPANT]],
     ) -> Roster {
+        const NONE: [Duration; CELLS_PER_PARTICIPANT] = [Duration::ZERO; CELLS_PER_PARTICIPANT];
         let mut hosts = 0;
         let mut cells = Vec::new();
         for member in members {
             let elsewhere = member.elsewhere.map_or(0, |host| host as u32 + 1);
             hosts = hosts.max(elsewhere);
+            let intervals = intervals.get(member.group).unwrap_or(&NONE);
             for (place, interval) in intervals.iter().enumerate() {
                 let publishes = if place == 0 {
                     member.publishes_audio
@@ -721,12 +732,13 @@ mod tests {
             [(None, true), (Some(4), true), (Some(4), false)].map(|(elsewhere, publishes)| {
                 Member {
                     room: 3,
+                    group: 0,
                     publishes_audio: publishes,
                     publishes_video: publishes,
                     elsewhere,
                 }
             });
-        Roster::of_hosts(7, members.into_iter(), INTERVALS)
+        Roster::of_hosts(7, members.into_iter(), &[INTERVALS])
     }
 
     const fn of(publisher: u32, track: u8) -> Origin {

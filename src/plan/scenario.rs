@@ -59,6 +59,7 @@ pub struct Scenario {
     /// Number of times that a failed join is tried again.
     pub join_retries: u32,
     pub rooms: RoomSet,
+    /// Media of the groups that have none of their own.
     pub media: MediaSpec,
     /// Participants of a room, in joining order.
     pub groups: Vec<ParticipantGroup>,
@@ -79,10 +80,12 @@ pub struct RoomSet {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     pub count: u32,
+    /// Whether the audio publishers of a room take turns in speaking.
+    pub simulate_speakers: bool,
 }
 
 /// Media that publishers send, and how subscribers view it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MediaSpec {
     /// Whether video is also sent in smaller sizes if it is large enough.
@@ -90,8 +93,6 @@ pub struct MediaSpec {
     pub pacing: Pacing,
     /// Whether publishers limit their layers to what their path carries.
     pub obey_bandwidth: bool,
-    /// Whether the audio publishers of a room take turns in speaking.
-    pub simulate_speakers: bool,
     /// Layout in which subscribers view a room. `None`: each track as large as it comes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layout: Option<ViewLayout>,
@@ -117,6 +118,9 @@ pub struct ParticipantGroup {
     /// Transport of their media. A mix is dealt in their order over all rooms together.
     #[serde(skip_serializing_if = "TransportMix::is_auto")]
     pub transport: TransportMix,
+    /// What they send, and how they view others. `None`: as [`Scenario::media`] says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub media: Option<MediaSpec>,
 }
 
 /// A stretch of the run: participants join until their number is reached, settle, and are held.
@@ -207,6 +211,7 @@ impl Default for RoomSet {
         RoomSet {
             name: None,
             count: 1,
+            simulate_speakers: false,
         }
     }
 }
@@ -217,7 +222,6 @@ impl Default for MediaSpec {
             simulcast: true,
             pacing: Pacing::Paced,
             obey_bandwidth: false,
-            simulate_speakers: false,
             layout: None,
             audio: AudioSpec::default(),
             video: VideoSpec::default(),
@@ -292,7 +296,14 @@ impl ParticipantGroup {
         self.publishes_audio || self.publishes_video
     }
 
-    fn validate(&self) -> Result<(), FieldFault> {
+    fn validate(&self, part: &str) -> Result<(), ScenarioError> {
+        if let Some(media) = &self.media {
+            media.validate(&format!("{part}.media"))?;
+        }
+        self.validate_alone().map_err(|misfit| misfit.within(part))
+    }
+
+    fn validate_alone(&self) -> Result<(), FieldFault> {
         if !is_label(&self.label) {
             return Err(FieldFault::new("label", ScenarioFault::Label));
         }
@@ -445,14 +456,16 @@ impl Scenario {
         groups.fold(0, |sum: u32, group| sum.saturating_add(group.count))
     }
 
-    /// The group of the participant at this place in a room's joining order.
-    pub fn group_at(&self, place: u32) -> Option<&ParticipantGroup> {
+    /// Index of the group of the participant at this place in a room's joining order. The number
+    /// of groups, if there is no such place.
+    pub fn group_index(&self, place: u32) -> usize {
         let mut before = place;
-        self.groups.iter().find(|group| {
+        let at = self.groups.iter().position(|group| {
             let is_in = before < group.count;
             before = before.saturating_sub(group.count);
             is_in
-        })
+        });
+        at.unwrap_or(self.groups.len())
     }
 
     /// Number of participants of the same group before this place in a room's joining order.
@@ -477,6 +490,17 @@ impl Scenario {
             publishers += if group.publishes(kind) { before } else { 0 };
         }
         publishers
+    }
+
+    /// What a group sends, and how it views others.
+    pub fn media_of<'a>(&'a self, group: &'a ParticipantGroup) -> &'a MediaSpec {
+        group.media.as_ref().unwrap_or(&self.media)
+    }
+
+    /// The group at this index. Beyond the groups: nobody, with the run's media.
+    pub fn media_at(&self, group: usize) -> &MediaSpec {
+        let group = self.groups.get(group);
+        group.map_or(&self.media, |group| self.media_of(group))
     }
 
     /// Whether publishers subscribe to each other, too.
@@ -590,6 +614,10 @@ pub enum ScenarioFault {
         "comes too late: groups that publish audio are first, then those that publish video, then subscribers"
     )]
     GroupOrder,
+    #[error(
+        "has other sizes than the video of the groups before it, and a layout chooses by size: give them the same size, or leave out the layout"
+    )]
+    MixedSizes,
 }
 
 const AUDIO_FRAMES_TEXT: &str = "2.5ms, 5ms, 10ms, 20ms, 40ms, 60ms, 80ms, 100ms or 120ms";
@@ -639,8 +667,9 @@ impl Scenario {
         self.rooms
             .validate()
             .map_err(|misfit| misfit.within("rooms"))?;
-        self.media.validate()?;
+        self.media.validate("media")?;
         self.validate_groups()?;
+        self.validate_layouts()?;
         // No range contains NaN.
         if !JOINS_PER_SECOND.contains(&self.joins_per_second) {
             let fault = out(self.joins_per_second, JOIN_RATE_TEXT);
@@ -664,7 +693,7 @@ impl Scenario {
         let mut last = 0;
         for (at, group) in self.groups.iter().enumerate() {
             let part = format!("groups[{at}]");
-            group.validate().map_err(|misfit| misfit.within(&part))?;
+            group.validate(&part)?;
             // A publisher of audio is identified by its place in the room, and phases count
             // subscribers from the end of the publishers.
             let rank = match (group.publishes_audio, group.publishes_video) {
@@ -679,6 +708,34 @@ impl Scenario {
             last = rank;
         }
         Ok(())
+    }
+
+    /// A layout chooses layers by their size, so all video has the same sizes where one is used.
+    fn validate_layouts(&self) -> Result<(), ScenarioError> {
+        if self
+            .groups
+            .iter()
+            .all(|group| self.media_of(group).layout.is_none())
+        {
+            return Ok(());
+        }
+        let sizes = |media: &MediaSpec| -> Vec<(u16, u16)> {
+            let layers = media.video_layers().into_iter();
+            layers.map(|layer| (layer.width, layer.height)).collect()
+        };
+        let groups = self.groups.iter().enumerate();
+        let mut video = groups.filter(|(_, group)| group.publishes_video);
+        let Some((_, first)) = video.next() else {
+            return Ok(());
+        };
+        let first = sizes(self.media_of(first));
+        match video.find(|(_, group)| sizes(self.media_of(group)) != first) {
+            Some((at, _)) => Err(ScenarioError {
+                field: format!("groups[{at}].media.video"),
+                fault: ScenarioFault::MixedSizes,
+            }),
+            None => Ok(()),
+        }
     }
 
     fn validate_phases(&self) -> Result<(), ScenarioError> {
@@ -752,11 +809,16 @@ impl RoomSet {
 }
 
 impl MediaSpec {
-    fn validate(&self) -> Result<(), ScenarioError> {
+    fn validate(&self, part: &str) -> Result<(), ScenarioError> {
         let audio = self.audio.validate();
-        audio.map_err(|misfit| misfit.within("media.audio"))?;
+        audio.map_err(|misfit| misfit.within(&format!("{part}.audio")))?;
         let video = self.video.validate();
-        video.map_err(|misfit| misfit.within("media.video"))
+        video.map_err(|misfit| misfit.within(&format!("{part}.video")))
+    }
+
+    /// The layers of a video track, the lowest first.
+    pub fn video_layers(&self) -> Vec<VideoSpec> {
+        self.video.layers(self.simulcast)
     }
 }
 
@@ -1079,7 +1141,8 @@ pub(crate) mod tests {
         let scenario = base();
         assert_eq!(scenario.people().publishers(), scenario.publishers());
         assert_eq!((scenario.participants(), scenario.total()), (28, 28));
-        let labels = [0, 1, 2, 3, 27].map(|place| scenario.group_at(place).unwrap().label.as_str());
+        let labels = [0, 1, 2, 3, 27]
+            .map(|place| scenario.groups[scenario.group_index(place)].label.as_str());
         assert_eq!(
             labels,
             [
@@ -1090,7 +1153,7 @@ pub(crate) mod tests {
                 "subscribers"
             ]
         );
-        assert!(scenario.group_at(28).is_none());
+        assert_eq!(scenario.group_index(28), scenario.groups.len());
         let before = |kind| [0, 1, 3, 20].map(|place| scenario.publishers_before(place, kind));
         assert_eq!(before(Kind::Audio), [0, 1, 3, 3]);
         assert_eq!(before(Kind::Video), [0, 1, 2, 2]);

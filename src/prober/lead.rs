@@ -420,6 +420,7 @@ mod tests {
         let (mut led, shared, clock) = led();
         let members = [None, Some(1)].map(|elsewhere| Member {
             room: 0,
+            group: 0,
             publishes_audio: true,
             publishes_video: false,
             elsewhere,
@@ -427,7 +428,7 @@ mod tests {
         let roster = Roster::of_hosts(
             1,
             members.into_iter(),
-            [Duration::from_millis(20); CELLS_PER_PARTICIPANT],
+            &[[Duration::from_millis(20); CELLS_PER_PARTICIPANT]],
         );
         led.stage = Some(3);
         let wait = Duration::from_millis(20);

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::knee::{CONFIDENCE, KneeAnswer, KneeLimit};
 use crate::measure::{Bandwidth, Engine, Histogram, Kind, Media, Session, is_measured, serial};
+use crate::plan::scenario::MediaSpec;
 use crate::plan::{AudioSpec, ConnectionMode, Plan, Subscribers, VideoSpec};
 use crate::signal::AddressUse;
 
@@ -173,7 +174,9 @@ impl Serialize for PublishedPlan<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let plan = &self.0.plan;
         let scenario = &plan.scenario;
-        let (people, times, media) = (scenario.people(), scenario.times(), &scenario.media);
+        let (people, times) = (scenario.people(), scenario.times());
+        // Of several kinds of media, the first: all of them are in the scenario below.
+        let [audio, video] = [Kind::Audio, Kind::Video].map(|kind| plan.media_of(kind));
         let rooms = scenario.rooms.count;
         let names = (0..rooms.min(ROOM_NAMES_MAX)).map(|room| plan.room_name(room));
         let tiers = scenario.ramp_tiers();
@@ -195,12 +198,12 @@ impl Serialize for PublishedPlan<'_> {
         let spread = times.spread.map(|spread| spread.as_secs_f64());
         map.serialize_entry("ramp_time_seconds", &spread)?;
         map.serialize_entry("warmup_seconds", &times.warmup.as_secs_f64())?;
-        map.serialize_entry("layout", &media.layout)?;
-        map.serialize_entry("simulate_speakers", &media.simulate_speakers)?;
-        map.serialize_entry("pacing", &media.pacing)?;
-        map.serialize_entry("obey_bwe", &media.obey_bandwidth)?;
-        map.serialize_entry("audio", &published_audio(&media.audio))?;
-        map.serialize_entry("video", &published_video(plan))?;
+        map.serialize_entry("layout", &plan.layout())?;
+        map.serialize_entry("simulate_speakers", &scenario.rooms.simulate_speakers)?;
+        map.serialize_entry("pacing", &video.pacing)?;
+        map.serialize_entry("obey_bwe", &video.obey_bandwidth)?;
+        map.serialize_entry("audio", &published_audio(&audio.audio))?;
+        map.serialize_entry("video", &published_video(video))?;
         map.serialize_entry("judging", &published_judging(&self.0.judging))?;
         map.serialize_entry("scenario", scenario)?;
         map.end()
@@ -218,7 +221,7 @@ fn published_audio(audio: &AudioSpec) -> impl Serialize {
 }
 
 /// The video settings with the layers that are sent, the lowest first.
-fn published_video(plan: &Plan) -> impl Serialize {
+fn published_video(media: &MediaSpec) -> impl Serialize {
     let layer = |spec: &VideoSpec| {
         json!({
             "width": spec.width,
@@ -227,9 +230,9 @@ fn published_video(plan: &Plan) -> impl Serialize {
             "bitrate": spec.bitrate.bps(),
         })
     };
-    let mut video = layer(&plan.scenario.media.video);
-    video["codec"] = plan.scenario.media.video.codec().name().into();
-    video["layers"] = plan.video_layers().iter().map(layer).collect();
+    let mut video = layer(&media.video);
+    video["codec"] = media.video.codec().name().into();
+    video["layers"] = media.video_layers().iter().map(layer).collect();
     video
 }
 

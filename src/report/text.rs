@@ -13,7 +13,7 @@ use super::{
 };
 use crate::codec::Codec;
 use crate::measure::{Bandwidth, Histogram, Kind, Media, Session};
-use crate::plan::{Plan, Resources, VideoSpec};
+use crate::plan::{AudioSpec, Plan, Resources, VideoSpec};
 use crate::sfu::SendMode;
 use crate::units::Bitrate;
 use crate::words::{count, duration, maybe, micros, number, percent, scaled, wrapped};
@@ -89,7 +89,7 @@ fn shape_rows(plan: &Plan) -> String {
     let mut text = dry_row("Rooms", rooms);
     let mut row = |label: &str, value: String| text.push_str(&dry_row(label, value));
     row("Media", media_line(plan));
-    let layers = plan.video_layers();
+    let layers = plan.media_of(Kind::Video).video_layers();
     if plan.scenario.publishers_of(Kind::Video) > 0 && layers.len() > 1 {
         for (at, layer) in layers.iter().enumerate() {
             row(if at == 0 { "Layers" } else { "" }, layer_line(layer));
@@ -209,7 +209,7 @@ fn head(outcome: &Outcome, style: Style) -> String {
         plan.target,
         plan.connection.name()
     );
-    let layers = plan.video_layers().len();
+    let layers = plan.media_of(Kind::Video).video_layers().len();
     let layers = (plan.scenario.publishers_of(Kind::Video) > 0 && layers > 1)
         .then(|| format!("{layers} layers"));
     let habits: Vec<String> = layers.into_iter().chain(habits(plan)).collect();
@@ -381,32 +381,38 @@ fn people(plan: &Plan) -> String {
     parts.join(" + ")
 }
 
+/// Every kind of media that somebody publishes.
 fn media_line(plan: &Plan) -> String {
-    let (audio, video) = (&plan.scenario.media.audio, &plan.scenario.media.video);
-    let mut parts = Vec::new();
-    if plan.scenario.publishers_of(Kind::Audio) > 0 {
-        let codec = match audio.codec() {
-            Codec::Red => "Opus with RED",
-            _ => "Opus",
-        };
-        parts.push(format!(
-            "{codec} {} in {} frames",
-            audio.bitrate,
-            duration(audio.frame)
-        ));
-    }
-    if plan.scenario.publishers_of(Kind::Video) > 0 {
-        parts.push(format!(
-            "VP8 {} {}",
-            layer_line(video),
-            plan.scenario.media.pacing.name()
-        ));
+    let mut parts: Vec<String> = Vec::new();
+    for kind in [Kind::Audio, Kind::Video] {
+        let groups = plan.scenario.groups.iter();
+        for group in groups.filter(|group| group.publishes(kind)) {
+            let media = plan.scenario.media_of(group);
+            let part = match kind {
+                Kind::Audio => audio_line(&media.audio),
+                Kind::Video => {
+                    format!("VP8 {} {}", layer_line(&media.video), media.pacing.name())
+                }
+            };
+            if !parts.contains(&part) {
+                parts.push(part);
+            }
+        }
     }
     if parts.is_empty() {
         "no media: nobody publishes".to_owned()
     } else {
         parts.join(", ")
     }
+}
+
+fn audio_line(audio: &AudioSpec) -> String {
+    let codec = match audio.codec() {
+        Codec::Red => "Opus with RED",
+        _ => "Opus",
+    };
+    let frame = duration(audio.frame);
+    format!("{codec} {} in {frame} frames", audio.bitrate)
 }
 
 fn layer_line(layer: &VideoSpec) -> String {
@@ -423,16 +429,14 @@ fn habits(plan: &Plan) -> Vec<String> {
         plan.scenario.publishers_of(Kind::Video) > 0,
     );
     let layout = plan
-        .scenario
-        .media
-        .layout
+        .layout()
         .filter(|_| video)
         .map(|layout| format!("{} layout", layout.name()));
     let turns =
-        (plan.scenario.media.simulate_speakers && audio).then(|| "one speaks at a time".to_owned());
-    let dtx =
-        (plan.scenario.media.audio.dtx && audio).then(|| "pauses are not sent (DTX)".to_owned());
-    let obeys = (plan.scenario.media.obey_bandwidth && video)
+        (plan.scenario.rooms.simulate_speakers && audio).then(|| "one speaks at a time".to_owned());
+    let dtx = (plan.media_of(Kind::Audio).audio.dtx && audio)
+        .then(|| "pauses are not sent (DTX)".to_owned());
+    let obeys = (plan.media_of(Kind::Video).obey_bandwidth && video)
         .then(|| "publishers obey their bandwidth".to_owned());
     [layout, turns, dtx, obeys].into_iter().flatten().collect()
 }

@@ -8,71 +8,145 @@ use crate::engine::publisher::MediaSource;
 use crate::measure::Kind;
 use crate::media::opus::{AudioClip, AudioContent, OpusSpec};
 use crate::media::vp8::{VideoClip, Vp8Spec};
-use crate::plan::{self, Plan};
+use crate::plan::scenario::MediaSpec;
+use crate::plan::{AudioSpec, Plan, VideoSpec};
 
 /// Media that the plan asks for. A clone shares it.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Clips {
-    pub(super) audio: Option<MediaSource>,
-    /// Audio of publishers whose turn to speak it is not.
-    pub(super) silence: Option<Arc<AudioClip>>,
-    /// Layers of a video track, the lowest first.
-    pub(super) video: Vec<MediaSource>,
+    audio: Vec<AudioClips>,
+    video: Vec<(VideoSpec, MediaSource)>,
+}
+
+/// Clips of one kind of audio.
+#[derive(Clone)]
+struct AudioClips {
+    spec: AudioSpec,
+    speech: MediaSource,
+    /// Audio of publishers whose turn to speak it is not, where they take turns.
+    silence: Option<Arc<AudioClip>>,
 }
 
 impl Clips {
-    /// Generates the media. This takes about a second of every thread for each layer. `progress` is
-    /// called with what is being made. No connection is opened yet, so a plan that no clip can
-    /// fulfil is refused before any server hears of it.
+    /// Generates the media. This takes about a second of every thread for each layer that differs
+    /// from the others. `progress` is called with what is being made. No connection is opened yet,
+    /// so a plan that no clip can fulfil is refused before any server hears of it.
     ///
     /// # Errors
     /// Names the flags that cannot be fulfilled, and says what to ask instead.
     pub fn generate(plan: &Plan, threads: usize, mut progress: impl FnMut(&str)) -> Result<Clips> {
-        let mut clips = Clips {
-            audio: None,
-            silence: None,
-            video: Vec::new(),
-        };
+        let mut clips = Clips::default();
+        let groups = &plan.scenario.groups;
         if plan.total_published_tracks(Kind::Audio) > 0 {
-            progress("speech");
-            let speech = audio_clip(plan, AudioContent::Speech)?;
-            clips.audio = Some(MediaSource::Audio(Arc::new(speech)));
-            clips.silence = plan
-                .scenario
-                .media
-                .simulate_speakers
-                .then(|| audio_clip(plan, AudioContent::Silence))
-                .transpose()?
-                .map(Arc::new);
+            for group in groups.iter().filter(|group| group.publishes_audio) {
+                clips.add_audio(plan, &plan.scenario.media_of(group).audio, &mut progress)?;
+            }
         }
         if plan.total_published_tracks(Kind::Video) > 0 {
-            let layers = plan.video_layers();
-            for layer in &layers {
-                progress(&format!(
-                    "video of {}x{} at {} fps",
-                    layer.width, layer.height, layer.frames_per_second
-                ));
-                let clip = VideoClip::generate(&video_spec(plan, layer), threads)
-                    .context(video_flags(layers.len()))?;
-                clips.video.push(MediaSource::Video(Arc::new(clip)));
+            for group in groups.iter().filter(|group| group.publishes_video) {
+                let layers = plan.scenario.media_of(group).video_layers();
+                for layer in &layers {
+                    clips
+                        .add_video(plan, layer, threads, &mut progress)
+                        .context(video_flags(layers.len()))?;
+                }
             }
         }
         Ok(clips)
     }
+
+    fn add_audio(
+        &mut self,
+        plan: &Plan,
+        spec: &AudioSpec,
+        progress: &mut impl FnMut(&str),
+    ) -> Result<()> {
+        if self.find_audio(spec).is_some() {
+            return Ok(());
+        }
+        progress("speech");
+        let speech = audio_clip(plan, spec, AudioContent::Speech)?;
+        let turns = plan.scenario.rooms.simulate_speakers;
+        let silence = turns
+            .then(|| audio_clip(plan, spec, AudioContent::Silence))
+            .transpose()?;
+        self.audio.push(AudioClips {
+            spec: without_redundancy(spec),
+            speech: MediaSource::Audio(Arc::new(speech)),
+            silence: silence.map(Arc::new),
+        });
+        Ok(())
+    }
+
+    fn add_video(
+        &mut self,
+        plan: &Plan,
+        layer: &VideoSpec,
+        threads: usize,
+        progress: &mut impl FnMut(&str),
+    ) -> Result<()> {
+        if self.find_video(layer).is_some() {
+            return Ok(());
+        }
+        progress(&format!(
+            "video of {}x{} at {} fps",
+            layer.width, layer.height, layer.frames_per_second
+        ));
+        let clip = VideoClip::generate(&video_spec(plan, layer), threads)?;
+        self.video
+            .push((*layer, MediaSource::Video(Arc::new(clip))));
+        Ok(())
+    }
+
+    fn find_audio(&self, spec: &AudioSpec) -> Option<&AudioClips> {
+        let spec = without_redundancy(spec);
+        self.audio.iter().find(|clips| clips.spec == spec)
+    }
+
+    fn find_video(&self, layer: &VideoSpec) -> Option<&MediaSource> {
+        let mut all = self.video.iter();
+        all.find(|(spec, _)| spec == layer).map(|(_, clip)| clip)
+    }
+
+    /// Returns the speech of this kind. `None` if nobody on this host sends it.
+    pub(super) fn speech(&self, spec: &AudioSpec) -> Option<MediaSource> {
+        self.find_audio(spec).map(|clips| clips.speech.clone())
+    }
+
+    /// Returns what is sent between the turns to speak.
+    pub(super) fn silence(&self, spec: &AudioSpec) -> Option<Arc<AudioClip>> {
+        self.find_audio(spec)?.silence.clone()
+    }
+
+    /// Returns the layers of a video track, the lowest first. Empty if nobody on this host sends
+    /// it.
+    pub(super) fn video(&self, media: &MediaSpec) -> Vec<MediaSource> {
+        let layers = media.video_layers();
+        let clips = layers.iter().map(|layer| self.find_video(layer).cloned());
+        clips.collect::<Option<_>>().unwrap_or_default()
+    }
 }
 
-fn audio_clip(plan: &Plan, content: AudioContent) -> Result<AudioClip> {
+/// Redundancy is added to the packets of a clip, and is not in it.
+fn without_redundancy(spec: &AudioSpec) -> AudioSpec {
+    AudioSpec {
+        redundancy: 0,
+        ..*spec
+    }
+}
+
+fn audio_clip(plan: &Plan, audio: &AudioSpec, content: AudioContent) -> Result<AudioClip> {
     let spec = OpusSpec {
-        bitrate: plan.scenario.media.audio.bitrate,
-        frame: plan.scenario.media.audio.frame,
+        bitrate: audio.bitrate,
+        frame: audio.frame,
         content,
-        dtx: plan.scenario.media.audio.dtx,
+        dtx: audio.dtx,
         seed: plan.scenario.seed,
     };
     AudioClip::generate(&spec).context("--audio-bitrate, --audio-frame")
 }
 
-fn video_spec(plan: &Plan, layer: &plan::VideoSpec) -> Vp8Spec {
+fn video_spec(plan: &Plan, layer: &VideoSpec) -> Vp8Spec {
     Vp8Spec {
         width: layer.width.into(),
         height: layer.height.into(),

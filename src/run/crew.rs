@@ -17,7 +17,7 @@ use crate::path::Routes;
 use crate::plan::{ConnectionMode, ParticipantPlan, Plan, Span, Subscribers};
 use crate::preflight;
 use crate::signal::session::{
-    self, Media, Notice, Request, Sections, SessionContext, ShardPlace, TakingTurns,
+    self, GroupContext, Media, Notice, Request, Sections, SessionContext, ShardPlace, TakingTurns,
 };
 use crate::signal::turn::TurnServer;
 use crate::signal::{Endpoint, JoinAccess};
@@ -78,10 +78,8 @@ impl Crew {
             epoch: shard.epoch,
             roster: shard.roster.clone(),
             fingerprint: shard.identity.fingerprint(),
-            media: media(plan, clips),
-            layout: plan.scenario.media.layout,
-            video_layers: plan.video_layers(),
-            obey_bandwidth: plan.scenario.media.obey_bandwidth,
+            groups: groups(plan, &clips),
+            video_layers: plan.media_of(Kind::Video).video_layers(),
             single_connection: plan.connection == ConnectionMode::Single,
             join_retries: plan.scenario.join_retries,
             turn,
@@ -261,16 +259,27 @@ async fn see_out(epoch: Epoch, exits: Vec<Exit>, mut leave: watch::Receiver<bool
     }
 }
 
-fn media(plan: &Plan, clips: Clips) -> Media {
-    Media {
-        audio: clips.audio,
-        audio_redundancy: plan.scenario.media.audio.redundancy,
-        video: clips.video,
-        taking_turns: clips.silence.map(|silence| TakingTurns {
-            seed: plan.scenario.seed,
-            speakers: plan.scenario.publishers_of(Kind::Audio),
-            silence,
-        }),
-        pacing: plan.scenario.media.pacing,
-    }
+fn groups(plan: &Plan, clips: &Clips) -> Vec<GroupContext> {
+    let groups = plan.scenario.groups.iter();
+    groups
+        .map(|group| {
+            let spec = plan.scenario.media_of(group);
+            let silence = clips.silence(&spec.audio);
+            GroupContext {
+                media: Media {
+                    audio: clips.speech(&spec.audio),
+                    audio_redundancy: spec.audio.redundancy,
+                    video: clips.video(spec),
+                    taking_turns: silence.map(|silence| TakingTurns {
+                        seed: plan.scenario.seed,
+                        speakers: plan.scenario.publishers_of(Kind::Audio),
+                        silence,
+                    }),
+                    pacing: spec.pacing,
+                },
+                layout: spec.layout,
+                obey_bandwidth: spec.obey_bandwidth,
+            }
+        })
+        .collect()
 }

@@ -100,7 +100,9 @@ impl<'a> Dues<'a> {
         let owed = others.filter(|source| is_owed(&presence, &source.sending, window));
         let publishers: Vec<u32> = owed.map(|source| source.index).collect();
         OwedTracks {
-            count: self.plan.seen(kind, publishers.len() as u32),
+            count: self
+                .plan
+                .seen(subscriber.group, kind, publishers.len() as u32),
             publishers,
         }
     }

@@ -292,6 +292,7 @@ mod tests {
 
     fn publisher(index: u32) -> ParticipantPlan {
         ParticipantPlan {
+            group: 0,
             publishes_audio: true,
             index,
             position: index,

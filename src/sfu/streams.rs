@@ -269,18 +269,18 @@ mod tests {
 
     const LISTENER: Token = Token(2);
 
-    struct Door {
+    struct StreamDoor {
         poll: Poll,
         streams: ClientStreams,
         batch: ReceiveBatch,
     }
 
-    impl Door {
-        fn open() -> Door {
+    impl StreamDoor {
+        fn open() -> StreamDoor {
             let poll = Poll::new().unwrap();
             let registry = poll.registry().try_clone().unwrap();
             let any = SocketAddr::from(([127, 0, 0, 1], 0));
-            Door {
+            StreamDoor {
                 streams: ClientStreams::listen(any, registry, LISTENER).unwrap(),
                 batch: ReceiveBatch::default(),
                 poll,
@@ -338,7 +338,7 @@ mod tests {
 
     #[test]
     fn datagrams_come_and_go_by_the_connection_that_has_their_address() {
-        let mut door = Door::open();
+        let mut door = StreamDoor::open();
         let clients = [door.connect(), door.connect()];
         door.turn_until(Time::ZERO, |streams| streams.by_address.len() == 2);
         for (number, mut client) in clients.iter().enumerate() {
@@ -359,7 +359,7 @@ mod tests {
 
     #[test]
     fn who_speaks_something_else_or_hangs_up_is_closed_at_once() {
-        let mut door = Door::open();
+        let mut door = StreamDoor::open();
         let (mut browser, gone) = (door.connect(), door.connect());
         door.turn_until(Time::ZERO, |streams| streams.by_address.len() == 2);
         browser.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
@@ -371,7 +371,7 @@ mod tests {
 
     #[test]
     fn who_says_nothing_is_closed_in_time_and_who_is_known_stays() {
-        let mut door = Door::open();
+        let mut door = StreamDoor::open();
         let (silent, known) = (door.connect(), door.connect());
         door.turn_until(Time::ZERO, |streams| streams.by_address.len() == 2);
         let end = ClientEnd::stream(known.local_addr().unwrap());
@@ -393,7 +393,7 @@ mod tests {
 
     #[test]
     fn a_crowd_that_says_nothing_keeps_nobody_out() {
-        let mut door = Door::open();
+        let mut door = StreamDoor::open();
         let known = door.connect();
         door.turn_until(Time::ZERO, |streams| streams.by_address.len() == 1);
         let end = ClientEnd::stream(known.local_addr().unwrap());

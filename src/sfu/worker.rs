@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Token, Waker};
+use mio::{Events, Interest, Poll, Registry, Token, Waker};
 
 use super::bottleneck::{Bottleneck, BottleneckLimit};
 use super::router::{Router, RouterConfig};
@@ -78,19 +78,9 @@ impl RouterWorker {
         config: RouterWorkerConfig,
         events: tokio::sync::mpsc::UnboundedSender<MediaEvent>,
     ) -> io::Result<RouterWorker> {
-        let socket = net::open_media_socket(config.ip, RECEIVE_BUFFER_BYTES)?;
-        let udp = socket.local_addr()?;
         let poll = Poll::new()?;
-        poll.registry().register(
-            &mut SourceFd(&socket.as_raw_fd()),
-            SOCKET,
-            Interest::READABLE,
-        )?;
-        let streams = ClientStreams::listen(udp, poll.registry().try_clone()?, STREAMS)?;
-        let address = RouterAddress {
-            udp,
-            tcp: Some(streams.address()?),
-        };
+        let sockets = RouterSockets::open(config.ip, poll.registry())?;
+        let address = sockets.address;
         let waker = Arc::new(Waker::new(poll.registry(), WAKER)?);
         let (requests, inbox) = channel();
         let epoch = config.epoch;
@@ -110,9 +100,9 @@ impl RouterWorker {
                     router: Router::new(router_config, epoch.now()),
                     epoch,
                     io: RouterSocketIo {
-                        socket,
+                        socket: sockets.udp,
+                        streams: sockets.streams,
                         batch: net::SendBatch::default(),
-                        streams,
                         bottleneck: config
                             .limit
                             .map(|limit| Bottleneck::new(limit, epoch.now())),
@@ -392,6 +382,33 @@ impl Loop {
         // There may be more requests, but the waker reports only once.
         self.more_requests = true;
         true
+    }
+}
+
+/// What a router's thread is started with.
+struct RouterSockets {
+    udp: UdpSocket,
+    streams: ClientStreams,
+    address: RouterAddress,
+}
+
+impl RouterSockets {
+    /// Opens the socket and the listener, and has `registry` tell what comes in by them.
+    fn open(ip: IpAddr, registry: &Registry) -> io::Result<RouterSockets> {
+        let socket = net::open_media_socket(ip, RECEIVE_BUFFER_BYTES)?;
+        let udp = socket.local_addr()?;
+        registry.register(
+            &mut SourceFd(&socket.as_raw_fd()),
+            SOCKET,
+            Interest::READABLE,
+        )?;
+        let streams = ClientStreams::listen(udp, registry.try_clone()?, STREAMS)?;
+        let tcp = Some(streams.address()?);
+        Ok(RouterSockets {
+            udp: socket,
+            streams,
+            address: RouterAddress { udp, tcp },
+        })
     }
 }
 

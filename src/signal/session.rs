@@ -94,13 +94,11 @@ pub struct SessionContext {
     pub epoch: Epoch,
     pub roster: Arc<Roster>,
     pub fingerprint: Fingerprint,
-    pub media: Media,
-    /// Layout that every participant watches.
-    pub layout: Option<ViewLayout>,
-    /// Layers of this run's video tracks, the lowest first.
+    /// One for each group of participants.
+    pub groups: Vec<GroupContext>,
+    /// Layers of video tracks, the lowest first. With a layout, all tracks have layers of the same
+    /// sizes.
     pub video_layers: Vec<VideoSpec>,
-    /// Whether publishers send no more than their path carries.
-    pub obey_bandwidth: bool,
     pub receive_buffer_bytes: usize,
     /// Relays that the user named. They replace those that the server names.
     pub turn: Vec<TurnServer>,
@@ -114,6 +112,15 @@ pub struct SessionContext {
     pub notices: mpsc::UnboundedSender<Notice>,
     /// Becomes true when everybody is to leave.
     pub leave: watch::Receiver<bool>,
+}
+
+/// What all participants of a group share.
+pub struct GroupContext {
+    pub media: Media,
+    /// Layout that they watch.
+    pub layout: Option<ViewLayout>,
+    /// Whether they send no more than their path carries.
+    pub obey_bandwidth: bool,
 }
 
 /// The shard and keys of a participant's connections.
@@ -463,7 +470,8 @@ impl Session {
         intended: Time,
         tracks_ahead: Sections,
     ) -> Session {
-        let tracks = SessionTrack::of(&plan, &context.media);
+        let group = &context.groups[plan.group];
+        let tracks = SessionTrack::of(&plan, &group.media);
         Session {
             timeline: JoinTimeline {
                 intended,
@@ -497,7 +505,7 @@ impl Session {
             may_not_subscribe: false,
             fresh_token: None,
             tracks_ever: 0,
-            viewer: Viewer::new(context.layout, context.video_layers.clone()),
+            viewer: Viewer::new(group.layout, context.video_layers.clone()),
             local_ip: None,
             streams: JoinSet::new(),
             relays: Relays::new(),
@@ -1573,7 +1581,7 @@ impl Session {
                     room: self.plan.room,
                     parameters,
                     rtcp_ssrc: Ssrc(self.plan.seed as u32 | 1),
-                    obeys_bandwidth: self.context.obey_bandwidth,
+                    obeys_bandwidth: self.context.groups[self.plan.group].obey_bandwidth,
                     data: self.data_role(role),
                     cname: self.plan.identity.clone(),
                     // Media is expected from when the participant should have joined, or was lost.

@@ -1074,9 +1074,9 @@ fn layers_layouts_and_speakers_are_as_asked() {
     let plan = local(&["--publishers=2", "--video-publishers=2"]).plan;
     assert_eq!(
         (
-            plan.video_layers().len(),
+            plan.media_of(Kind::Video).video_layers().len(),
             plan.scenario.media.layout,
-            plan.scenario.media.simulate_speakers,
+            plan.scenario.rooms.simulate_speakers,
             plan.scenario.media.audio.dtx
         ),
         (3, None, false, false)
@@ -1092,9 +1092,9 @@ fn layers_layouts_and_speakers_are_as_asked() {
         let plan = local(&[&all[..], &["--layout", layout.name()]].concat()).plan;
         assert_eq!(
             (
-                plan.video_layers().len(),
+                plan.media_of(Kind::Video).video_layers().len(),
                 plan.scenario.media.layout,
-                plan.scenario.media.simulate_speakers,
+                plan.scenario.rooms.simulate_speakers,
                 plan.scenario.media.audio.dtx
             ),
             (1, Some(layout), true, true)

@@ -320,7 +320,7 @@ fn layers_layouts_and_speakers_are_shown_where_there_are_any() {
     (
         plan.scenario.media.simulcast,
         plan.scenario.media.layout,
-        plan.scenario.media.simulate_speakers,
+        plan.scenario.rooms.simulate_speakers,
         plan.scenario.media.audio.dtx,
     ) = (true, Some(ViewLayout::Speaker), true, true);
     outcome.totals.record.session.speaker_updates = 1_234;

@@ -12,7 +12,9 @@ use throng::engine::{PeerKey, PeerOutcome, Roster, ShardCommand, ShardConfig, VI
 use throng::measure::Record;
 use throng::media::identity::Origin;
 use throng::plan::{ParticipantPlan, VideoSpec};
-use throng::signal::session::{self, Media, Notice, Request, Sections, SessionContext, ShardPlace};
+use throng::signal::session::{
+    self, GroupContext, Media, Notice, Request, Sections, SessionContext, ShardPlace,
+};
 use throng::transport::peer::Identity;
 use throng::units::Epoch;
 use tokio::sync::{mpsc, watch};
@@ -80,15 +82,17 @@ impl People {
             roster: roster.clone(),
             fingerprint: identity.fingerprint(),
             video_layers: layers.iter().map(video_spec).collect(),
-            obey_bandwidth: false,
-            media: Media {
-                audio: Some(audio()),
-                audio_redundancy: 0,
-                video: layers.to_vec(),
-                taking_turns: None,
-                pacing: Pacing::Paced,
-            },
-            layout: None,
+            groups: vec![GroupContext {
+                media: Media {
+                    audio: Some(audio()),
+                    audio_redundancy: 0,
+                    video: layers.to_vec(),
+                    taking_turns: None,
+                    pacing: Pacing::Paced,
+                },
+                layout: None,
+                obey_bandwidth: false,
+            }],
             turn: Vec::new(),
             routes: throng::path::Routes::default(),
             receive_buffer_bytes: 1 << 20,
@@ -225,6 +229,7 @@ fn video_spec(source: &throng::engine::publisher::MediaSource) -> VideoSpec {
 
 fn participant(index: u32) -> ParticipantPlan {
     ParticipantPlan {
+        group: 0,
         index,
         position: index,
         room: 0,

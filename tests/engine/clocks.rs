@@ -27,11 +27,12 @@ const INTERVALS: [Duration; CELLS_PER_PARTICIPANT] = [
 fn roster(elsewhere: [Option<usize>; 2]) -> Arc<Roster> {
     let member = |at: usize| Member {
         room: 0,
+        group: 0,
         publishes_audio: at == 0,
         publishes_video: at == 0,
         elsewhere: elsewhere[at],
     };
-    Arc::new(Roster::of_hosts(RUN, (0..2).map(member), INTERVALS))
+    Arc::new(Roster::of_hosts(RUN, (0..2).map(member), &[INTERVALS]))
 }
 
 /// The hosts that play a run and account for it.

@@ -248,7 +248,8 @@ impl Candidate {
         }
     }
 
-    /// Creates a host candidate that accepts TCP connections, with the priority of [`Candidate::tcp_active`].
+    /// Creates a host candidate that accepts TCP connections, with the priority of
+    /// [`Candidate::tcp_active`].
     pub fn tcp_passive(address: SocketAddr) -> Candidate {
         Candidate {
             transport: CandidateTransport::TcpPassive,
