@@ -102,6 +102,10 @@ enum Carrier {
 struct MediaSocket {
     socket: UdpSocket,
     family: Family,
+    /// Where datagrams go, once ICE has nominated it.
+    nominated: Option<SocketAddr>,
+    /// Where the last datagram of DTLS, RTP or RTCP came from.
+    heard_from: Option<SocketAddr>,
     is_connected: bool,
     /// Number of buffers that the kernel has dropped so far.
     drops: u32,
@@ -339,9 +343,10 @@ impl Path {
         }
     }
 
-    /// Connects to `to`, which ICE has nominated. From now on datagrams go there only, and come
-    /// from there only.
-    pub fn connect(&mut self, to: FarEnd) {
+    /// Sends datagrams to `to` from now on, because ICE has nominated it. Until the path is settled
+    /// they may come from anywhere: the other side changes to another pair some time after us, or
+    /// not at all.
+    pub fn nominate(&mut self, to: FarEnd) {
         let is_nominated = |carrier: &Carrier| match to.via {
             Via::Udp => carrier.is_udp(Family::of(to.address.ip())),
             Via::Tcp(_) | Via::Relay(_) => carrier.via() == to.via,
@@ -357,16 +362,32 @@ impl Path {
             std::mem::swap(&mut self.main, other);
         }
         if let Carrier::Udp(socket) = &mut self.main {
-            socket.is_connected = socket.socket.connect(to.address).is_ok();
+            socket.nominate(to.address);
         }
     }
 
-    /// Closes the carriers that are not used, because the peer is up. Returns the number of
-    /// datagrams that they had dropped and not reported.
+    /// Whether [`Path::note_source`] is to be told where datagrams come from.
+    #[inline]
+    pub fn wants_sources(&self) -> bool {
+        matches!(&self.main, Carrier::Udp(socket) if !socket.is_connected)
+    }
+
+    /// Notes where the other side sends from. Its checks do not count, because they come from all
+    /// of its addresses.
+    #[cold]
+    pub fn note_source(&mut self, lane: Lane, from: SocketAddr) {
+        if let (Lane::Main, Carrier::Udp(socket)) = (lane, &mut self.main) {
+            socket.heard_from = Some(from);
+        }
+    }
+
+    /// Connects the socket to the nominated address, if the other side sends from there, and closes
+    /// the carriers that are not used. Returns the number of datagrams that they had dropped and
+    /// not reported. Otherwise everything stays as it is.
     pub fn settle(&mut self) -> u64 {
-        let is_settled = match &self.main {
+        let is_settled = match &mut self.main {
             Carrier::None => false,
-            Carrier::Udp(socket) => socket.is_connected,
+            Carrier::Udp(socket) => socket.settle(),
             Carrier::Tcp(_) | Carrier::Relay(_) => true,
         };
         if !is_settled {
@@ -404,6 +425,8 @@ impl From<UdpSocket> for Path {
             main: Carrier::Udp(MediaSocket {
                 socket,
                 family: if is_v6 { Family::V6 } else { Family::V4 },
+                nominated: None,
+                heard_from: None,
                 is_connected: false,
                 drops: 0,
                 burst: 1,
@@ -502,10 +525,28 @@ impl MediaSocket {
         })
     }
 
+    fn nominate(&mut self, to: SocketAddr) {
+        self.nominated = Some(to);
+        if self.is_connected {
+            self.is_connected = self.socket.connect(to).is_ok();
+        }
+    }
+
+    /// Returns whether the socket is connected, after an attempt if it can be made.
+    fn settle(&mut self) -> bool {
+        if !self.is_connected
+            && let Some(to) = self.nominated.filter(|to| self.heard_from == Some(*to))
+        {
+            self.is_connected = self.socket.connect(to).is_ok();
+        }
+        self.is_connected
+    }
+
     /// Disconnects the socket. The kernel releases the port together with the connection, unless
     /// the port was bound explicitly. So the port is bound again, because the other side sends
     /// there.
     fn disconnect(&mut self) {
+        (self.nominated, self.heard_from) = (None, None);
         let Ok(local) = self.socket.local_addr() else {
             return;
         };
@@ -702,7 +743,22 @@ mod tests {
             assert_eq!(check(&mut path, at), Unsent::default());
             assert_eq!(heard(socket).port(), port);
         }
-        path.connect(two_at.into());
+        path.nominate(two_at.into());
+        // The other side still sends from its first address: nothing of that is refused.
+        path.note_source(Lane::Main, one_at);
+        path.settle();
+        assert!(path.wants_sources());
+        one.send_to(b"hello", ("127.0.0.1", port)).unwrap();
+        let mut batch = ReceiveBatch::default();
+        let came = (0..100).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            path.receive(Lane::Main, &mut batch)
+                .is_ok_and(|count| count == 1)
+        });
+        assert!(came);
+        path.note_source(Lane::Main, two_at);
+        path.settle();
+        assert!(!path.wants_sources());
         assert_eq!(send(&mut path, one_at), Unsent::default());
         assert_eq!(
             heard(&two).port(),
@@ -724,16 +780,19 @@ mod tests {
             assert_eq!(check(&mut path, at), Unsent::default());
             heard(socket);
         }
-        path.connect(four_at.into());
+        path.nominate(four_at.into());
         // A check of the other family's pair still arrives.
         check(&mut path, six_at);
         heard(&six);
+        assert_eq!(path.settle(), 0);
+        assert_eq!(path.descriptors().count(), 2, "nothing has come");
+        path.note_source(Lane::Main, four_at);
         assert_eq!(path.settle(), 0);
         assert_eq!(path.descriptors().count(), 1);
         send(&mut path, four_at);
         heard(&four);
         // A later nomination without a socket changes nothing.
-        path.connect(six_at.into());
+        path.nominate(six_at.into());
         send(&mut path, four_at);
         heard(&four);
     }
@@ -773,7 +832,7 @@ mod tests {
             ..by_tcp
         };
         check(&mut path, elsewhere);
-        path.connect(by_tcp);
+        path.nominate(by_tcp);
         assert_eq!(path.via(Lane::Main), by_tcp.via);
         // A check of the other pair still arrives.
         check(&mut path, udp_at);
@@ -839,7 +898,9 @@ mod tests {
     fn the_kernel_says_that_nobody_listens_and_that_a_family_has_no_socket() {
         let (gone, at) = listener("127.0.0.1:0");
         let mut path = Path::open_udp(Family::V4, BUFFER).unwrap();
-        path.connect(at.into());
+        path.nominate(at.into());
+        path.note_source(Lane::Main, at);
+        path.settle();
         drop(gone);
         let unsent = send(&mut path, at);
         assert_eq!(unsent, Unsent::default(), "the first one leaves");

@@ -292,5 +292,5 @@ impl Io for Capture {
             .extend(self.buffer[..len].chunks(segment).map(<[u8]>::to_vec));
     }
 
-    fn connect(&mut self, _key: PeerKey, _to: throng::path::FarEnd) {}
+    fn nominate(&mut self, _key: PeerKey, _to: throng::path::FarEnd) {}
 }

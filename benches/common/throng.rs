@@ -205,5 +205,5 @@ impl Io for Swallow {
         }
     }
 
-    fn connect(&mut self, _key: PeerKey, _to: throng::path::FarEnd) {}
+    fn nominate(&mut self, _key: PeerKey, _to: throng::path::FarEnd) {}
 }

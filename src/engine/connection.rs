@@ -57,6 +57,8 @@ pub struct PeerConnection {
     pub repair_at: Time,
     pub saw_media: bool,
     pub failed: bool,
+    /// When ICE nominated the present path.
+    pub nominated_at: Time,
     /// Whether signalling has been told that ICE has found a path.
     pub ice_told: bool,
     rtt_stun: Option<Duration>,
@@ -132,6 +134,7 @@ impl PeerConnection {
             repair_at: Time::MAX,
             saw_media: false,
             failed: false,
+            nominated_at: now,
             ice_told: false,
             rtt_stun: None,
             rtt_least: None,

@@ -60,13 +60,15 @@ pub trait Io {
         self.send(key, to.address, len, len);
     }
 
-    /// Restricts peer `key` to `to`: it talks to no other address from now on.
-    fn connect(&mut self, key: PeerKey, to: FarEnd);
+    /// Sends the datagrams of peer `key` to `to` from now on, because ICE has nominated it.
+    fn nominate(&mut self, key: PeerKey, to: FarEnd);
 
-    /// Notes that peer `key` is up. The backend may close what its path does not need any more.
+    /// Notes that peer `key` is up and that its path has been the same for a while. The backend may
+    /// restrict the peer to that path, and close what the path does not need. It comes again and
+    /// again, as long as the peer is up.
     fn settle(&mut self, _key: PeerKey) {}
 
-    /// Lets peer `key` hear from other addresses again. A backend whose [`Io::connect`] shuts
+    /// Lets peer `key` hear from other addresses again. A backend whose [`Io::settle`] shuts
     /// nothing out has nothing to do.
     fn disconnect(&mut self, _key: PeerKey) {}
 }
@@ -430,9 +432,8 @@ impl Roster {
     }
 
     /// Makes a roster of `members`. For each group, `intervals` has the time from one frame to the
-    /// next: of audio, then of each layer of video, the lowest first; zero for a layer that does not
-    /// exist. It is
-    /// used for publishers on other hosts. Publishers on this host set their own
+    /// next: of audio, then of each layer of video, the lowest first; zero for a layer that is not
+    /// there. They are used for publishers on other hosts. Publishers on this host set their own
     /// ([`Roster::set_published`]).
     pub fn of_hosts(
         run: u32,

@@ -27,6 +27,9 @@ use crate::units::Time;
 /// Interval of sender and receiver reports. LiveKit itself sends receiver reports at this interval;
 /// it is libwebrtc's interval for video too.
 const RTCP_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a nominated path must stay the same until the peer is restricted to it: by then both
+/// sides have checked all pairs, and use the same one.
+const PATH_SETTLES_AFTER: Duration = Duration::from_secs(1);
 /// Maximum number of tracks (or encodings of one track) that a peer may send. Each has its own
 /// timer.
 const TRACKS_MAX: u32 = 4;
@@ -527,9 +530,11 @@ impl Shard {
             return;
         };
         match event {
-            PeerEvent::Nominated(end) => io.connect(key, end),
+            PeerEvent::Nominated(end) => {
+                peer.nominated_at = now;
+                io.nominate(key, end);
+            }
             PeerEvent::Connected => {
-                io.settle(key);
                 self.in_setup -= 1;
                 // Spread over the interval, so that a wave of joins does not cause a wave of
                 // reports in every interval that follows.
@@ -785,6 +790,9 @@ impl Shard {
         };
         peer.account(&self.config.roster, &mut self.record);
         peer.count_estimate(now, &mut self.record);
+        if now.since(peer.nominated_at) >= PATH_SETTLES_AFTER {
+            io.settle(key);
+        }
         peer.send_reports(&mut ConnectionContext {
             config: &self.config,
             record: &mut self.record,

@@ -332,6 +332,9 @@ impl ShardWorker {
                 }
             };
             slot.ready = !self.batch.is_drained();
+            if slot.path.wants_sources() {
+                note_source(&mut slot.path, lane, &mut self.batch, count);
+            }
             for index in 0..count {
                 self.take(key, lane, index, now, unix_now);
             }
@@ -606,6 +609,21 @@ impl ShardSocketIo {
     }
 }
 
+/// Notes where the other side sends from. Once a path is settled, this is not needed any more.
+#[cold]
+fn note_source(path: &mut Path, lane: Lane, batch: &mut net::ReceiveBatch, count: usize) {
+    for index in 0..count {
+        if let Some((datagram, received)) = batch.datagram(index)
+            && matches!(
+                classify(datagram),
+                Datagram::Dtls | Datagram::Rtp | Datagram::Rtcp
+            )
+        {
+            path.note_source(lane, received.from);
+        }
+    }
+}
+
 impl Io for ShardSocketIo {
     fn lend(&mut self) -> &mut [u8] {
         &mut self.buffer
@@ -633,9 +651,9 @@ impl Io for ShardSocketIo {
         }
     }
 
-    fn connect(&mut self, key: PeerKey, to: FarEnd) {
+    fn nominate(&mut self, key: PeerKey, to: FarEnd) {
         if let Some(slot) = self.slots[key].as_mut() {
-            slot.path.connect(to);
+            slot.path.nominate(to);
         }
     }
 

@@ -153,7 +153,8 @@ stats! {
             pli_received_to_key_sent, pli_sent_to_key_received, layer_switch,
             /// From the intended join to the first whole frame of a foreign track.
             foreign_first_frame,
-            /// From the time in a foreign frame's trailer (`LKTS`) to the arrival of its last packet.
+            /// From the time in a foreign frame's trailer (`LKTS`) to the arrival of its last
+            /// packet.
             foreign_one_way_latency,
             /// Delay by the playout model.
             playout_delay,

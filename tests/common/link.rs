@@ -196,5 +196,5 @@ impl Io for Outlet {
         });
     }
 
-    fn connect(&mut self, _key: PeerKey, _to: throng::path::FarEnd) {}
+    fn nominate(&mut self, _key: PeerKey, _to: throng::path::FarEnd) {}
 }

@@ -248,7 +248,7 @@ impl Io for Outbox {
             .extend(self.buffer[..len].chunks(segment).map(<[u8]>::to_vec));
     }
 
-    fn connect(&mut self, _: PeerKey, _: throng::path::FarEnd) {}
+    fn nominate(&mut self, _: PeerKey, _: throng::path::FarEnd) {}
 
     fn disconnect(&mut self, _: PeerKey) {}
 }

@@ -3,10 +3,11 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
 use std::time::Duration;
 
 use crate::common::network::{DEVICE, Network, SERVER};
-use crate::common::program::{Finished, Report, Running, Scratch, alone, run, throng};
+use crate::common::program::{Finished, Report, Running, Scratch, against, alone, run, throng};
 use crate::common::server::{Options, Server, Site};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -165,6 +166,45 @@ fn signalling_through_a_forwarded_port_and_media_by_the_servers_own_address() {
             }
         });
     }
+}
+
+/// Each side may prefer another of the server's addresses. What comes from the one that we did not
+/// choose counts, too.
+#[test]
+fn everybody_gets_in_at_a_server_with_several_addresses() {
+    let name = "everybody_gets_in_at_a_server_with_several_addresses";
+    let Some(network) = Network::for_test(module_path!(), name, 1) else {
+        return;
+    };
+    let _turn = alone();
+    network.server.run(|| {
+        for address in ["10.9.9.9/32", "10.9.8.8/32"] {
+            let added = Command::new("ip")
+                .args(["address", "add", address, "dev", "lo"])
+                .status();
+            assert!(added.is_ok_and(|status| status.success()), "{address}");
+        }
+        let Some(server) = Server::livekit() else {
+            return;
+        };
+        for connection in ["single", "dual", "dual"] {
+            let more = ["--subscribers", "20"];
+            let scratch = Scratch::new();
+            let json = scratch.path("run.json");
+            let mut command = throng();
+            against(&server, &mut command)
+                .args(["--publishers", "4", "--duration", "4", "--connection"])
+                .args([connection, "--json"])
+                .arg(&json)
+                .args(more);
+            let finished = run(&mut command, &server.secret);
+            let report = Report::read(&json, &server.secret);
+            let said = &finished.stdout;
+            assert_eq!(report.counter("session", "joins_ok"), 24, "{said}");
+            assert_eq!(report.counter("audio", "tracks_live"), 80, "{said}");
+            assert_eq!(report.counter("audio", "packets_lost"), 0, "{said}");
+        }
+    });
 }
 
 #[test]
