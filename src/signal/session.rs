@@ -981,10 +981,17 @@ impl Session {
         let missing = halves
             .into_iter()
             .find(|half| half.is_missing() && half.added);
-        if let Some(half) = missing.filter(|half| !self.joined && half.ice_at.is_none()) {
-            let (question, ends) = (half.port_question(), half.ends());
-            failure.reason += &format!("; ICE had no answer{ends} ({question})");
-        }
+        let Some(half) = missing.filter(|_| !self.joined) else {
+            return failure;
+        };
+        let ends = half.ends();
+        failure.reason += &if half.ice_at.is_none() {
+            format!("; ICE had no answer{ends} ({})", half.port_question())
+        } else {
+            format!(
+                "; ICE was connected{ends}, and DTLS did not come up: are long datagrams dropped on the way (MTU)?"
+            )
+        };
         failure
     }
 

@@ -38,6 +38,14 @@ fn forward(listen: IpAddr, to: SocketAddr) -> SocketAddr {
     address
 }
 
+/// `nft` in this network namespace.
+pub(super) fn wall(rules: &[&str]) {
+    for rule in rules {
+        let done = Command::new("nft").arg(rule).status().expect("nft");
+        assert!(done.success(), "{rule}");
+    }
+}
+
 pub(super) fn address_of(server: &Server) -> SocketAddr {
     let authority = server.url.strip_prefix("ws://").expect("our own URL");
     authority.parse().expect("an address and a port")
@@ -203,6 +211,40 @@ fn everybody_gets_in_at_a_server_with_several_addresses() {
             assert_eq!(report.counter("session", "joins_ok"), 24, "{said}");
             assert_eq!(report.counter("audio", "tracks_live"), 80, "{said}");
             assert_eq!(report.counter("audio", "packets_lost"), 0, "{said}");
+        }
+    });
+}
+
+/// A path whose MTU is smaller than it says: checks pass, and the certificates of DTLS do not.
+#[test]
+fn where_only_short_datagrams_pass_dtls_is_named() {
+    let name = "where_only_short_datagrams_pass_dtls_is_named";
+    let Some(network) = Network::for_test(module_path!(), name, 1) else {
+        return;
+    };
+    let options = Options {
+        site: Site {
+            address: SERVER,
+            device: DEVICE,
+        },
+        ..Options::default()
+    };
+    let Some(server) = network.server.run(|| Server::livekit_with(&options)) else {
+        return;
+    };
+    let _turn = alone();
+    network.clients.run(|| {
+        wall(&[
+            "add table ip mtu",
+            "add chain ip mtu out { type filter hook output priority 0; }",
+            "add rule ip mtu out meta l4proto udp meta length > 400 drop",
+        ]);
+        let only_udp = ["--transport", "udp"];
+        let (finished, report) = run_through(&server.url, &server, "single", &only_udp);
+        assert_eq!(report.counter("session", "joins_ok"), 0);
+        let said = unwrapped(&finished);
+        for words in ["ICE was connected", "DTLS did not come up", "MTU"] {
+            assert!(said.contains(words), "{words}: {said}");
         }
     });
 }
