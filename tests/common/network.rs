@@ -649,6 +649,11 @@ fn describe_udp(payload: &[u8]) -> Content {
             rtp_time: word(4),
             padded: payload[0] & 0x20 != 0,
         }),
+        // RFC 8656, section 12.4: a relay's channel, around what it carries.
+        [64..=79, _, high, low, carried @ ..] => {
+            let len = usize::from(u16::from_be_bytes([*high, *low]));
+            carried.get(..len).map_or(Content::OtherUdp, describe_udp)
+        }
         _ => Content::OtherUdp,
     }
 }

@@ -5,15 +5,15 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 use throng::transport::rtp::Ssrc;
 
-use crate::common::network::{DEVICE, Direction, Network, SERVER};
+use crate::common::coturn::{PASSWORD, USER};
+use crate::common::network::{Direction, Network};
 use crate::common::path::{Conditions, Loss};
 use crate::common::program::{Report, Running, Scratch, against, alone, throng};
-use crate::common::server::{Options, Server, Site};
+use crate::common::server::Server;
 
-const SITE: Site = Site {
-    address: SERVER,
-    device: DEVICE,
-};
+use super::paths::{SITE, livekit_in};
+use super::turn::livekit_and_coturn_in;
+
 const SUBSCRIBERS: u64 = 2;
 
 const CALM: Conditions = Conditions {
@@ -47,7 +47,7 @@ struct Truth {
 
 /// A run of audio alone: there a packet is a frame, and a resend has its number. The network is bad
 /// for five seconds, some seconds after everybody has joined.
-fn run(network: &Network, server: &Server, bad: Bad) -> (Report, Truth) {
+fn run(network: &Network, server: &Server, bad: Bad, by: &[&str]) -> (Report, Truth) {
     let scratch = Scratch::new();
     let mut command = throng();
     against(server, &mut command)
@@ -69,6 +69,7 @@ fn run(network: &Network, server: &Server, bad: Bad) -> (Report, Truth) {
             "--max-loss",
             "100",
         ])
+        .args(by)
         .arg("--json")
         .arg(scratch.path("run.json"));
     network.set_both(CALM);
@@ -118,25 +119,40 @@ fn run(network: &Network, server: &Server, bad: Bad) -> (Report, Truth) {
     (report, truth)
 }
 
+/// Who is on the other side of the bad network.
+#[derive(Clone, Copy)]
+enum Beyond {
+    LiveKit,
+    OurSfu,
+    /// coturn, with LiveKit behind it.
+    Relay,
+}
+
 /// Holds the attribution of one run to the log, to a share of all that was lost.
-fn check(name: &str, livekit: bool, bad: Bad, error_max: f64) {
+fn check(name: &str, beyond: Beyond, bad: Bad, error_max: f64) {
     let Some(network) = Network::for_test(module_path!(), name, 1) else {
         return;
     };
     let _alone = alone();
-    let options = Options {
-        site: SITE,
-        ..Options::default()
-    };
-    let server = network.server.run(|| {
-        if livekit {
-            Server::livekit_with(&options)
-        } else {
-            Some(Server::embedded_at(SITE))
+    let (server, relay) = match beyond {
+        Beyond::LiveKit => (livekit_in(&network.server), None),
+        Beyond::OurSfu => {
+            let start = || Server::embedded_at(SITE);
+            (Some(network.server.run(start)), None)
         }
-    });
+        Beyond::Relay => livekit_and_coturn_in(&network).unzip(),
+    };
     let Some(server) = server else { return };
-    let (report, truth) = run(&network, &server, bad);
+    let url = relay.as_ref().map(|relay| relay.url_for("turn-udp"));
+    let by = url.iter().flat_map(|url| {
+        let relay = ["--transport", "turn-udp", "--turn", url];
+        relay
+            .into_iter()
+            .chain(["--turn-user", USER, "--turn-password", PASSWORD])
+    });
+    let (report, truth) = run(&network, &server, bad, &by.collect::<Vec<_>>());
+    let by_relay = if relay.is_some() { 1 + SUBSCRIBERS } else { 0 };
+    assert_eq!(report.counter("session", "joins_by_turn_udp"), by_relay);
     let count = |counter: &str| report.counter("audio", counter);
     let missing = count("frames_expected") - count("frames_delivered");
     let found = ["uplink", "sfu", "downlink", "unattributed"]
@@ -177,7 +193,7 @@ fn check_packets(report: &Report, truth: &Truth) {
 fn what_the_way_to_livekit_loses() {
     check(
         "what_the_way_to_livekit_loses",
-        true,
+        Beyond::LiveKit,
         Bad {
             up: 0.65,
             down: 0.0,
@@ -190,7 +206,7 @@ fn what_the_way_to_livekit_loses() {
 fn what_the_way_from_livekit_loses() {
     check(
         "what_the_way_from_livekit_loses",
-        true,
+        Beyond::LiveKit,
         Bad { up: 0.0, down: 0.6 },
         0.05,
     );
@@ -200,7 +216,7 @@ fn what_the_way_from_livekit_loses() {
 fn what_both_ways_of_livekit_lose() {
     check(
         "what_both_ways_of_livekit_lose",
-        true,
+        Beyond::LiveKit,
         Bad {
             up: 0.65,
             down: 0.5,
@@ -209,11 +225,36 @@ fn what_both_ways_of_livekit_lose() {
     );
 }
 
+/// The relay is beside the server, so what is lost on the way to it is lost before the server. One
+/// direction at a time: the server's requests come by the other one.
+#[test]
+fn what_the_udp_leg_to_a_relay_loses() {
+    check(
+        "what_the_udp_leg_to_a_relay_loses",
+        Beyond::Relay,
+        Bad {
+            up: 0.65,
+            down: 0.0,
+        },
+        0.05,
+    );
+}
+
+#[test]
+fn what_the_udp_leg_from_a_relay_loses() {
+    check(
+        "what_the_udp_leg_from_a_relay_loses",
+        Beyond::Relay,
+        Bad { up: 0.0, down: 0.6 },
+        0.05,
+    );
+}
+
 #[test]
 fn what_the_way_to_our_sfu_loses() {
     check(
         "what_the_way_to_our_sfu_loses",
-        false,
+        Beyond::OurSfu,
         Bad {
             up: 0.75,
             down: 0.0,
@@ -226,7 +267,7 @@ fn what_the_way_to_our_sfu_loses() {
 fn what_the_way_from_our_sfu_loses() {
     check(
         "what_the_way_from_our_sfu_loses",
-        false,
+        Beyond::OurSfu,
         Bad {
             up: 0.0,
             down: 0.75,
@@ -239,7 +280,7 @@ fn what_the_way_from_our_sfu_loses() {
 fn what_both_ways_of_our_sfu_lose() {
     check(
         "what_both_ways_of_our_sfu_lose",
-        false,
+        Beyond::OurSfu,
         Bad {
             up: 0.75,
             down: 0.7,

@@ -4,15 +4,13 @@
 
 use std::time::Duration;
 
-use crate::common::network::{DEVICE, Direction, Network, SERVER};
+use crate::common::network::{Direction, Network};
 use crate::common::path::{Conditions, Loss, Rate};
 use crate::common::program::{Report, Running, Scratch, against, beside_one_other, throng};
-use crate::common::server::{Congestion, Options, Server, Site};
+use crate::common::server::{Congestion, Options, Server};
 
-const SITE: Site = Site {
-    address: SERVER,
-    device: DEVICE,
-};
+use super::paths::SITE;
+
 /// Conditions with less bandwidth than the highest layers take.
 const NARROW: Conditions = Conditions {
     cut: false,

@@ -6,11 +6,16 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::common::network::{DEVICE, Network, SERVER};
+use crate::common::network::{DEVICE, Namespace, Network, SERVER};
 use crate::common::program::{Finished, Report, Running, Scratch, against, alone, run, throng};
 use crate::common::server::{Options, Server, Site};
 use rustix::process::{Pid, Signal, kill_process};
 
+/// The server's, in a network of the test's own.
+pub(super) const SITE: Site = Site {
+    address: SERVER,
+    device: DEVICE,
+};
 const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 
@@ -49,6 +54,15 @@ pub(super) fn wall(rules: &[&str]) {
 pub(super) fn address_of(server: &Server) -> SocketAddr {
     let authority = server.url.strip_prefix("ws://").expect("our own URL");
     authority.parse().expect("an address and a port")
+}
+
+/// LiveKit with default options.
+pub(super) fn livekit_in(namespace: &Namespace) -> Option<Server> {
+    let options = Options {
+        site: SITE,
+        ..Options::default()
+    };
+    namespace.run(|| Server::livekit_with(&options))
 }
 
 /// Runs one publisher and two subscribers through `url`.
@@ -144,21 +158,13 @@ fn signalling_through_a_forwarded_port_and_media_by_the_servers_own_address() {
     let Some(network) = Network::for_test(module_path!(), name, 1) else {
         return;
     };
-    let site = Site {
-        address: SERVER,
-        device: DEVICE,
-    };
     let _turn = alone();
     for embedded in [false, true] {
-        let server = network.server.run(|| {
-            if embedded {
-                return Some(Server::embedded_at(site));
-            }
-            Server::livekit_with(&Options {
-                site,
-                ..Options::default()
-            })
-        });
+        let server = if embedded {
+            Some(network.server.run(|| Server::embedded_at(SITE)))
+        } else {
+            livekit_in(&network.server)
+        };
         let Some(server) = server else { return };
         let to = address_of(&server);
         network.clients.run(|| {

@@ -5,16 +5,13 @@
 use std::time::Duration;
 
 use crate::common::led::{Account, Coordinator, TOKEN};
-use crate::common::network::{DEVICE, Direction, Places, SERVER};
+use crate::common::network::{Direction, Places};
 use crate::common::path::{Conditions, Loss};
 use crate::common::program::{Report, Running, Scratch, against, beside_one_other, throng};
-use crate::common::server::{Options, Server, Site};
-use serde_json::Value;
+use crate::common::server::Server;
 
-const SITE: Site = Site {
-    address: SERVER,
-    device: DEVICE,
-};
+use super::paths::{SITE, livekit_in};
+use serde_json::Value;
 
 /// Path of a vantage: milliseconds to the server and back, and the share of packets that is lost on
 /// the way back. Loss is on the way back only, so that a lost packet is missing at this vantage
@@ -51,11 +48,7 @@ const ROOM: Duration = Duration::from_millis(40);
 #[test]
 fn four_places_around_livekit() {
     around("four_places_around_livekit", |network| {
-        let options = Options {
-            site: SITE,
-            ..Options::default()
-        };
-        network.server.run(|| Server::livekit_with(&options))
+        livekit_in(&network.server)
     });
 }
 

@@ -4,11 +4,13 @@
 use std::fs;
 use std::net::TcpListener;
 
-use crate::common::network::{DEVICE, Direction, Fate, Network, Packet, SERVER};
+use crate::common::network::{Direction, Fate, Network, Packet};
 use crate::common::on_both_servers;
 use crate::common::path::{Conditions, Loss};
 use crate::common::program::{Report, Running, Scratch, against, alone, run, throng};
-use crate::common::server::{Options, Server, Site};
+use crate::common::server::{Options, Server};
+
+use super::paths::{SITE, livekit_in};
 use serde_json::Value;
 
 on_both_servers!(what_the_page_says_is_what_the_server_did);
@@ -284,11 +286,7 @@ mod over_a_bad_network {
         let Some(network) = Network::for_test(module_path!(), name, 5) else {
             return;
         };
-        let options = Options {
-            site: SITE,
-            ..Options::default()
-        };
-        let Some(server) = network.server.run(|| Server::livekit_with(&options)) else {
+        let Some(server) = livekit_in(&network.server) else {
             return;
         };
         let (page, _, log) = lossy_run(&network, &server);
@@ -369,11 +367,6 @@ mod over_a_bad_network {
             (0.0, 0.0)
         );
     }
-
-    const SITE: Site = Site {
-        address: SERVER,
-        device: DEVICE,
-    };
 
     /// Runs with a loss of 8 % each way. Returns what the page said of the run, the report, and the
     /// log of its media.

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use crate::common::network::{DEVICE, Network, SERVER};
+use crate::common::network::{Network, SERVER};
 use crate::common::path::Conditions;
 use crate::common::program::{Report, Running, Scratch, against, alone, throng};
-use crate::common::server::{Options, Server, Site};
+use crate::common::server::{Options, Server};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::paths::{joins_and_flows, run_through, unwrapped};
+use super::paths::{joins_and_flows, livekit_in, run_through, unwrapped};
 
 /// Media over TCP alone, which LiveKit calls `force_tcp`.
 fn server_over_tcp() -> Option<Server> {
@@ -143,17 +143,8 @@ fn where_udp_does_not_come_up_it_falls_back_to_tcp_and_says_so() {
     let Some(network) = Network::for_test(module_path!(), name, 1) else {
         return;
     };
-    let options = Options {
-        site: Site {
-            address: SERVER,
-            device: DEVICE,
-        },
-        ..Options::default()
-    };
-    let servers = network.server.run(|| {
-        let embedded = Server::embedded_at(options.site);
-        [Some(embedded), Server::livekit_with(&options)]
-    });
+    let embedded = network.server.run(|| Server::embedded_at(SITE));
+    let servers = [Some(embedded), livekit_in(&network.server)];
     let _turn = alone();
     for server in servers.into_iter().flatten() {
         falls_back_to_tcp(&network, &server);

@@ -15,21 +15,18 @@ use std::fmt;
 use std::time::Duration;
 use throng::transport::rtp::Ssrc;
 
-use crate::common::network::{Content, DEVICE, Direction, Fate, Network, Packet, SERVER};
+use crate::common::network::{Content, Direction, Fate, Network, Packet};
 use crate::common::path::{Conditions, Loss};
 use crate::common::program::{Report, Running, Scratch, against, alone, throng};
-use crate::common::server::{Options, Server, Site};
+use crate::common::server::Server;
+
+use super::paths::{SITE, livekit_in};
 use capture::Capture;
 use headers::{Stream, streams};
 
 const AUDIO: u8 = 111;
 const VIDEO: u8 = 96;
 const VIDEO_RTX: u8 = 97;
-
-const SITE: Site = Site {
-    address: SERVER,
-    device: DEVICE,
-};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Target {
@@ -71,13 +68,10 @@ const ACCOUNT_CLOSES: Duration = Duration::from_millis(1_490);
 const FLUSH: Duration = Duration::from_millis(5_500);
 
 fn start(network: &Network, target: Target) -> Option<Server> {
-    network.server.run(|| match target {
-        Target::LiveKit => Server::livekit_with(&Options {
-            site: SITE,
-            ..Options::default()
-        }),
-        Target::Embedded => Some(Server::embedded_at(SITE)),
-    })
+    match target {
+        Target::LiveKit => livekit_in(&network.server),
+        Target::Embedded => Some(network.server.run(|| Server::embedded_at(SITE))),
+    }
 }
 
 /// Runs a publisher of audio and video, and a subscriber.

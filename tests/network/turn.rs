@@ -7,12 +7,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::common::coturn::{Coturn, PASSWORD, USER};
-use crate::common::network::{DEVICE, Network, SERVER};
+use crate::common::network::{Network, SERVER};
 use crate::common::path::Conditions;
 use crate::common::program::{Finished, Report, Running, Scratch, against, alone, throng};
-use crate::common::server::{Options, Server, Site};
+use crate::common::server::{Options, Server};
 
-use super::paths::{address_of, joins_and_flows, run_through, unwrapped};
+use super::paths::{address_of, joins_and_flows, livekit_in, run_through, unwrapped};
 
 /// coturn refuses peers on loopback of its own accord.
 const LOOPBACK_PEERS: &str = "--allow-loopback-peers";
@@ -23,6 +23,13 @@ const LINKS: [(&str, &str, &str); 3] = [
     ("turn-tcp", "joins_by_turn_tcp", "TURN by TCP"),
     ("turn-tls", "joins_by_turn_tls", "TURN by TLS"),
 ];
+
+/// A relay beside the server.
+pub(super) fn livekit_and_coturn_in(network: &Network) -> Option<(Server, Coturn)> {
+    let server = livekit_in(&network.server)?;
+    let relay = network.server.run(|| Coturn::start(SERVER, &[]))?;
+    Some((server, relay))
+}
 
 fn run_by(
     relay: &Coturn,
@@ -163,17 +170,7 @@ fn where_a_firewall_lets_out_to_the_relay_alone_media_gets_through() {
     let Some(network) = Network::for_test(module_path!(), name, 1) else {
         return;
     };
-    let options = Options {
-        site: Site {
-            address: SERVER,
-            device: DEVICE,
-        },
-        ..Options::default()
-    };
-    let started = network
-        .server
-        .run(|| Some((Server::livekit_with(&options)?, Coturn::start(SERVER, &[])?)));
-    let Some((server, relay)) = started else {
+    let Some((server, relay)) = livekit_and_coturn_in(&network) else {
         return;
     };
     let _turn = alone();
@@ -211,17 +208,7 @@ fn where_nothing_goes_straight_auto_takes_the_relay_and_says_so() {
     let Some(network) = Network::for_test(module_path!(), name, 1) else {
         return;
     };
-    let options = Options {
-        site: Site {
-            address: SERVER,
-            device: DEVICE,
-        },
-        ..Options::default()
-    };
-    let started = network
-        .server
-        .run(|| Some((Server::livekit_with(&options)?, Coturn::start(SERVER, &[])?)));
-    let Some((server, relay)) = started else {
+    let Some((server, relay)) = livekit_and_coturn_in(&network) else {
         return;
     };
     let _turn = alone();
