@@ -1,6 +1,7 @@
 //! A relay for a participant's media (TURN, RFC 8656): allocation, permissions and channels, by
 //! `turn-client-proto`. It is off the packet path: media goes through `path` without it.
 
+mod lease;
 mod url;
 mod wire;
 
@@ -26,6 +27,7 @@ use crate::plan::TransportChoice;
 use crate::secrets::Secret;
 use crate::units::Epoch;
 use crate::words::one_line;
+use lease::{Challenge, Lessee, ShortLease};
 pub use url::{NoTurnUrl, TurnLink, TurnUrl};
 use wire::TurnWire;
 pub use wire::sign_of_life;
@@ -34,7 +36,9 @@ pub use wire::sign_of_life;
 const RTO: Duration = Duration::from_millis(200);
 const RTO_MAX: Duration = Duration::from_secs(2);
 const REPEATS: u32 = 5;
-/// Number of messages from the relay that may wait: the answers to one request for each candidate.
+/// Who has no allocation by then looks elsewhere, or says so: no person waits for longer.
+const ALLOCATION_PATIENCE: Duration = Duration::from_secs(4);
+/// Messages of the relay that wait: the answers to a request for each candidate.
 const CONTROL_MAX: usize = 32;
 /// Longest STUN message that is read.
 const MESSAGE_BYTES_MAX: usize = 2_048;
@@ -133,9 +137,10 @@ pub async fn keep_allocation(
     news: impl Fn(RelayNews),
 ) {
     let url = server.url.clone();
-    match TurnWire::open(&url, receive_buffer_bytes).await {
+    let deadline = tokio::time::Instant::now() + ALLOCATION_PATIENCE;
+    match TurnWire::open(&url, receive_buffer_bytes, deadline).await {
         Ok(wire) => {
-            let mut allocation = Allocation::new(server, wire, epoch);
+            let mut allocation = Allocation::new(server, wire, epoch, deadline);
             if let Err(AllocationOver(why)) = allocation.keep(peers, &news).await {
                 news(RelayNews::Failed(why));
             }
@@ -152,7 +157,10 @@ struct AllocationOver(String);
 struct Allocation {
     client: TurnClient,
     url: TurnUrl,
+    lessee: Lessee,
     epoch: Epoch,
+    /// There is an allocation by then, or none.
+    deadline: tokio::time::Instant,
     wire: TurnWire,
     /// Our address at the relay.
     relayed: Option<SocketAddr>,
@@ -163,35 +171,55 @@ struct Allocation {
     /// The first request that the relay answered with a challenge, as it answers every first
     /// request.
     challenged: Option<TransactionId>,
-    /// Code and reason of the relay's last refusal.
+    challenge: Option<Challenge>,
+    /// Where the library does not renew it.
+    lease: Option<ShortLease>,
+    /// The relay's last refusal, by its number and its words.
     refusal: Option<(u16, String)>,
+    /// What this host or the network answered to a request.
+    obstacle: Option<io::Error>,
+}
+
+fn client_of(wire: &TurnWire, link: TurnLink, lessee: &Lessee) -> TurnClient {
+    let who = TurnCredentials::new(&lessee.user, lessee.password.expose());
+    let mut config = TurnConfig::new(who);
+    config.set_request_retransmits(RTO, RTO_MAX, REPEATS, RTO_MAX);
+    match link {
+        TurnLink::Udp => TurnClientUdp::allocate(wire.local, wire.remote, config).into(),
+        TurnLink::Tcp | TurnLink::Tls => {
+            TurnClientTcp::allocate(wire.local, wire.remote, config).into()
+        }
+    }
 }
 
 impl Allocation {
-    fn new(server: TurnServer, wire: TurnWire, epoch: Epoch) -> Allocation {
+    fn new(
+        server: TurnServer,
+        wire: TurnWire,
+        epoch: Epoch,
+        deadline: tokio::time::Instant,
+    ) -> Allocation {
         let TurnServer {
             url,
             user,
             password,
         } = server;
-        let mut config = TurnConfig::new(TurnCredentials::new(&user, password.expose()));
-        config.set_request_retransmits(RTO, RTO_MAX, REPEATS, RTO_MAX);
-        let (ours, relay) = (wire.local, wire.remote);
-        let client = if url.link == TurnLink::Udp {
-            TurnClientUdp::allocate(ours, relay, config).into()
-        } else {
-            TurnClientTcp::allocate(ours, relay, config).into()
-        };
+        let lessee = Lessee { user, password };
         Allocation {
-            client,
+            client: client_of(&wire, url.link, &lessee),
             url,
+            lessee,
             epoch,
+            deadline,
             wire,
             relayed: None,
             control: None,
             waiting: Vec::new(),
             challenged: None,
+            challenge: None,
+            lease: None,
             refusal: None,
+            obstacle: None,
         }
     }
 
@@ -218,8 +246,11 @@ impl Allocation {
                 said = listen(&mut self.wire, &mut self.control) => {
                     match said {
                         Ok(message) => self.hear(&message)?,
-                        Err(error) => self.hear_error(&error)?,
+                        Err(error) => self.hear_error(error)?,
                     }
+                }
+                () = tokio::time::sleep_until(self.deadline), if self.relayed.is_none() => {
+                    return Err(AllocationOver(self.why("gave no allocation")));
                 }
                 () = tokio::time::sleep_until(wake) => {}
             }
@@ -237,57 +268,71 @@ impl Allocation {
             self.handle_event(event, news)?;
         }
         self.send(news).await?;
+        let renewal = self.renew(news).await?;
         let at = match polled {
             TurnPollRet::WaitUntil(at) => at,
+            TurnPollRet::Closed if self.relayed.is_none() => {
+                return Err(AllocationOver(self.why("gave no allocation")));
+            }
             TurnPollRet::Closed => return Err(AllocationOver(self.why("ended the allocation"))),
             _ => now,
         };
         let ahead = at.saturating_duration_since(now).min(LOOK_AGAIN);
         // A timer that is due at once, and stays due, must not spin.
-        let ahead = ahead.max(Duration::from_millis(1));
+        let ahead = ahead.min(renewal).max(Duration::from_millis(1));
         Ok(tokio::time::Instant::now() + ahead)
     }
 
     async fn send(&mut self, news: &impl Fn(RelayNews)) -> Result<(), AllocationOver> {
         let now = self.now();
         while let Some(transmit) = self.client.poll_transmit(now) {
-            let message = transmit.data.as_ref();
-            match (self.wire.send(message).await, self.relayed) {
-                (Ok(false), Some(relayed)) => news(RelayNews::Say {
-                    relayed,
-                    message: message.to_vec(),
-                }),
-                (Ok(_), _) => {}
-                (Err(error), _) => self.hear_error(&error)?,
-            }
+            self.say(transmit.data.as_ref(), news).await?;
         }
         Ok(())
     }
 
+    async fn say(
+        &mut self,
+        message: &[u8],
+        news: &impl Fn(RelayNews),
+    ) -> Result<(), AllocationOver> {
+        match (self.wire.send(message).await, self.relayed) {
+            (Ok(false), Some(relayed)) => news(RelayNews::Say {
+                relayed,
+                message: message.to_vec(),
+            }),
+            (Ok(_), _) => {}
+            (Err(error), _) => self.hear_error(error)?,
+        }
+        Ok(())
+    }
+
+    /// Renews what the library does not. Says how long there is nothing to do.
+    async fn renew(&mut self, news: &impl Fn(RelayNews)) -> Result<Duration, AllocationOver> {
+        let now = self.epoch.now();
+        let (Some(lease), Some(challenge)) = (&mut self.lease, &self.challenge) else {
+            return Ok(LOOK_AGAIN);
+        };
+        if lease.is_over(now) {
+            return Err(AllocationOver(self.why("let the allocation run out")));
+        }
+        let request = lease.ask(&self.lessee, challenge, now);
+        let wake_at = lease.wake_at();
+        if let Some(request) = request {
+            self.say(&request, news).await?;
+        }
+        Ok(wake_at.since(now))
+    }
+
     fn hear(&mut self, message: &[u8]) -> Result<(), AllocationOver> {
-        if let Ok(parsed) = Message::from_bytes(message)
-            && let Ok(code) = parsed.attribute::<ErrorCode>()
-        {
-            let is_challenge = match code.code() {
-                ErrorCode::STALE_NONCE => true,
-                ErrorCode::UNAUTHORIZED => {
-                    let asked = parsed.transaction_id();
-                    *self.challenged.get_or_insert(asked) == asked
-                }
-                _ => false,
-            };
-            if !is_challenge {
-                self.refusal = Some((code.code(), one_line(code.reason())));
-                // Another attempt would be refused again, and the library ignores a refusal without
-                // a signature.
-                if self.control.is_none() {
-                    return Err(AllocationOver(self.why("gave no allocation")));
-                }
-                if parsed.method() == REFRESH {
-                    return Err(AllocationOver(self.why("ended the allocation")));
-                }
+        let mut as_told = None;
+        if let Ok(parsed) = Message::from_bytes(message) {
+            self.hear_refusal(&parsed)?;
+            if self.hear_of_lease(&parsed, &mut as_told) {
+                return Ok(());
             }
         }
+        let message = as_told.as_deref().unwrap_or(message);
         let (from, to) = (self.client.remote_addr(), self.client.local_addr());
         let (now, transport) = (self.now(), self.client.transport());
         self.client
@@ -295,17 +340,64 @@ impl Allocation {
         Ok(())
     }
 
-    /// Handles an error of the connection before there is an allocation. After that, the timeout of
-    /// its requests shows it, or the path does.
-    fn hear_error(&self, error: &io::Error) -> Result<(), AllocationOver> {
+    fn hear_refusal(&mut self, message: &Message<'_>) -> Result<(), AllocationOver> {
+        if let Some(challenge) = Challenge::of(message) {
+            self.challenge = Some(challenge);
+        }
+        let Ok(code) = message.attribute::<ErrorCode>() else {
+            return Ok(());
+        };
+        let asked = message.transaction_id();
+        if code.code() == ErrorCode::UNAUTHORIZED && *self.challenged.get_or_insert(asked) == asked
+        {
+            return Ok(());
+        }
+        self.refusal = Some((code.code(), one_line(code.reason())));
+        // Asked again, with what it has just given.
+        if code.code() == ErrorCode::STALE_NONCE {
+            return Ok(());
+        }
+        // It would be refused again, and a refusal without a signature is not believed by the
+        // library.
+        if self.control.is_none() {
+            return Err(AllocationOver(self.why("gave no allocation")));
+        }
+        if message.method() == REFRESH {
+            return Err(AllocationOver(self.why("ended the allocation")));
+        }
+        Ok(())
+    }
+
+    /// Whether a message is about a lease that is renewed here, and not for the library; or how
+    /// the library is to have it.
+    fn hear_of_lease(&mut self, message: &Message<'_>, as_told: &mut Option<Vec<u8>>) -> bool {
+        let now = self.epoch.now();
+        let Some(challenge) = &self.challenge else {
+            return false;
+        };
+        if let Some(lease) = &mut self.lease {
+            return lease.hear(message, &self.lessee, challenge, now);
+        }
+        if let Some((lease, told)) = ShortLease::begin(message, &self.lessee, challenge, now) {
+            (self.lease, *as_told) = (Some(lease), Some(told));
+        }
+        false
+    }
+
+    /// What becomes of the connection before there is an allocation; after that its requests'
+    /// time-out says it, or the path.
+    fn hear_error(&mut self, error: io::Error) -> Result<(), AllocationOver> {
         let (url, ends) = (&self.url, self.ends());
         let why = match (self.url.link, error.kind()) {
             _ if self.relayed.is_some() => return Ok(()),
             (TurnLink::Udp, io::ErrorKind::ConnectionRefused) => format!(
                 "is not there: its host refuses UDP at that port ({ends}): is it running, and is this its port?"
             ),
-            // The error may pass. If it does not, the requests time out.
-            (TurnLink::Udp, _) => return Ok(()),
+            // It may pass; where it does not, it is told when patience is over.
+            (TurnLink::Udp, _) => {
+                self.obstacle = Some(error);
+                return Ok(());
+            }
             (_, io::ErrorKind::InvalidData) => {
                 format!("answers with what is no TURN ({ends}): is this its port?")
             }
@@ -390,18 +482,40 @@ impl Allocation {
         format!("from {} to {relay}", ours.ip())
     }
 
-    /// Returns what the relay did, and its reason, as far as it gave one.
-    fn why(&mut self, did: &str) -> String {
-        let (url, ends) = (&self.url, self.ends());
-        let why = match self.refusal.take() {
-            None => format!(
-                "it did not answer ({ends}): is it running, and does a firewall let {} through to it and back?",
-                if self.url.link == TurnLink::Udp { "UDP" } else { "TCP" }
+    /// Nothing came from the relay, and what came instead.
+    fn silence(&self) -> String {
+        let ends = self.ends();
+        let by = match self.url.link {
+            TurnLink::Udp => "UDP",
+            TurnLink::Tcp | TurnLink::Tls => "TCP",
+        };
+        match &self.obstacle {
+            Some(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                format!("a firewall of this host does not let {by} out to it ({ends}): open it")
+            }
+            Some(error) => format!(
+                "something on the way says that it cannot be reached ({ends}: {}): check the address, the route and the firewall",
+                plain(error)
             ),
+            None if self.relayed.is_none() && self.challenged.is_some() => {
+                format!("it asked who wants one, and did not answer to that ({ends}): see its log")
+            }
+            None => format!(
+                "it did not answer ({ends}): is it running, and does a firewall let {by} through to it and back?"
+            ),
+        }
+    }
+
+    /// What the relay did, and its reason, as far as it gave one.
+    fn why(&mut self, did: &str) -> String {
+        let url = &self.url;
+        let why = match self.refusal.take() {
+            None => self.silence(),
             Some((401 | 441, _)) => {
                 "it does not take the user name or the password (401): check both, and how long they hold".to_owned()
             }
             Some((403, _)) => "it is not allowed to (403): which peers it may reach is its own setting, as turn.allow_restricted_peer_cidrs of LiveKit and allowed-peer-ip of coturn".to_owned(),
+            Some((438, _)) => "it takes none of the nonces that it gave itself (438): look at its log, and whether several servers answer at this address".to_owned(),
             Some((437, _)) => "it does not know the allocation any more (437): was it started again, or did the allocation run out?".to_owned(),
             Some((486, _)) => "this user has as many as it may have (486): raise its quota (user-quota of coturn), or join with fewer".to_owned(),
             Some((508, _)) => "it has no room for another one (508): give it more ports for relaying (min-port and max-port of coturn, turn.relay_range_start and relay_range_end of LiveKit), or join with fewer".to_owned(),
@@ -438,85 +552,168 @@ mod tests {
 
     const PASSWORD: &str = "a relay's secret";
 
-    /// Starts a relay that grants an allocation for four seconds, and does not know it when it is
-    /// refreshed.
-    fn forgetful_relay() -> SocketAddr {
+    /// A relay that answers each request so; `None`: not at all.
+    fn relay_that(
+        answers: impl Fn(&Message<'_>, SocketAddr, usize) -> Option<Vec<u8>> + Send + 'static,
+    ) -> SocketAddr {
         let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let address = socket.local_addr().unwrap();
         socket
             .set_read_timeout(Some(Duration::from_secs(20)))
             .unwrap();
         std::thread::spawn(move || {
-            let mut buffer = [0; 2_048];
+            let (mut buffer, mut count) = ([0; 2_048], 0);
             while let Ok((len, from)) = socket.recv_from(&mut buffer) {
                 let Ok(asked) = Message::from_bytes(&buffer[..len]) else {
                     continue;
                 };
-                let _ = socket.send_to(&forgetful_answer(&asked, from), from);
+                if let Some(answer) = answers(&asked, from, count) {
+                    let _ = socket.send_to(&answer, from);
+                }
+                count += 1;
             }
         });
         address
     }
 
-    fn forgetful_answer(asked: &Message<'_>, from: SocketAddr) -> Vec<u8> {
-        let refused = |code: u16| {
-            let mut answer = Message::builder_error(asked, MessageWriteVec::new());
-            answer.add_attribute(&Realm::new("here").unwrap()).unwrap();
-            answer.add_attribute(&Nonce::new("nonce").unwrap()).unwrap();
-            let code = ErrorCode::builder(code).build().unwrap();
-            answer.add_attribute(&code).unwrap();
-            answer
-        };
-        let is_signed = asked.attribute::<Realm>().is_ok();
-        let mut answer = match asked.method() {
-            ALLOCATE if !is_signed => return refused(401).finish(),
-            ALLOCATE => {
-                let mut answer = Message::builder_success(asked, MessageWriteVec::new());
-                let relayed = XorRelayedAddress::new(from, asked.transaction_id());
-                answer.add_attribute(&relayed).unwrap();
-                answer.add_attribute(&Lifetime::new(4)).unwrap();
-                answer
-            }
-            _ => refused(437),
-        };
-        let user = TurnCredentials::new("alice", PASSWORD).into_long_term_credentials("here");
+    fn refused(asked: &Message<'_>, code: u16, realm: &str, nonce: &str) -> MessageWriteVec {
+        let mut answer = Message::builder_error(asked, MessageWriteVec::new());
+        answer.add_attribute(&Realm::new(realm).unwrap()).unwrap();
+        answer.add_attribute(&Nonce::new(nonce).unwrap()).unwrap();
+        let code = ErrorCode::builder(code).build().unwrap();
+        answer.add_attribute(&code).unwrap();
+        answer
+    }
+
+    fn given(asked: &Message<'_>, from: SocketAddr, lifetime: u32) -> MessageWriteVec {
+        let mut answer = Message::builder_success(asked, MessageWriteVec::new());
+        let relayed = XorRelayedAddress::new(from, asked.transaction_id());
+        answer.add_attribute(&relayed).unwrap();
+        answer.add_attribute(&Lifetime::new(lifetime)).unwrap();
+        answer
+    }
+
+    fn signed(mut answer: MessageWriteVec, realm: &str) -> Vec<u8> {
+        let user = TurnCredentials::new("alice", PASSWORD).into_long_term_credentials(realm);
         answer
             .add_message_integrity(&user.into(), IntegrityAlgorithm::Sha1)
             .unwrap();
         answer.finish()
     }
 
-    #[tokio::test]
-    async fn an_allocation_that_the_relay_no_longer_knows_is_over_in_its_words() {
+    fn realm_of(asked: &Message<'_>) -> Option<String> {
+        let realm = asked.attribute::<Realm>().ok()?;
+        Some(realm.realm().to_owned())
+    }
+
+    /// Gives an allocation for four seconds, and does not know it when it is to be refreshed.
+    fn forgetful_answer(asked: &Message<'_>, from: SocketAddr) -> Vec<u8> {
+        match (asked.method(), realm_of(asked)) {
+            (ALLOCATE, None) => refused(asked, 401, "here", "nonce").finish(),
+            (ALLOCATE, _) => signed(given(asked, from, 4), "here"),
+            _ => signed(refused(asked, 437, "here", "nonce"), "here"),
+        }
+    }
+
+    fn asked_of(relay: SocketAddr) -> mpsc::UnboundedReceiver<RelayNews> {
         let server = TurnServer {
-            url: format!("turn:{}", forgetful_relay()).parse().unwrap(),
+            url: format!("turn:{relay}").parse().unwrap(),
             user: "alice".into(),
             password: Secret::new(PASSWORD),
         };
-        let (_asked, peers) = mpsc::unbounded_channel();
-        let (sender, mut news) = mpsc::unbounded_channel();
+        let (asked, peers) = mpsc::unbounded_channel();
+        let (sender, news) = mpsc::unbounded_channel();
         let tell = move |news| drop(sender.send(news));
-        tokio::spawn(keep_allocation(server, 1 << 16, Epoch::read(), peers, tell));
-        let mut next = async || {
-            let heard = tokio::time::timeout(Duration::from_secs(15), news.recv()).await;
-            heard.expect("it says something").expect("it is kept")
-        };
-        let RelayNews::Open { mut path, .. } = next().await else {
-            panic!("there is an allocation at first");
-        };
-        // Messages from the relay come through the path.
-        let looking = std::thread::spawn(move || {
+        tokio::spawn(async move {
+            keep_allocation(server, 1 << 16, Epoch::read(), peers, tell).await;
+            drop(asked);
+        });
+        news
+    }
+
+    async fn next(news: &mut mpsc::UnboundedReceiver<RelayNews>) -> RelayNews {
+        let heard = tokio::time::timeout(Duration::from_secs(15), news.recv()).await;
+        heard.expect("it says something").expect("it is kept")
+    }
+
+    /// What the relay says comes by the path, once there is one.
+    fn look_at(mut path: Path) {
+        std::thread::spawn(move || {
             let mut batch = crate::net::ReceiveBatch::default();
             for _ in 0..1_000 {
                 let _ = path.receive(crate::path::Lane::Main, &mut batch);
                 std::thread::sleep(Duration::from_millis(5));
             }
         });
-        let RelayNews::Failed(why) = next().await else {
+    }
+
+    #[tokio::test]
+    async fn an_allocation_that_the_relay_no_longer_knows_is_over_in_its_words() {
+        let relay = relay_that(|asked, from, _| Some(forgetful_answer(asked, from)));
+        let mut news = asked_of(relay);
+        let RelayNews::Open { path, .. } = next(&mut news).await else {
+            panic!("there is an allocation at first");
+        };
+        look_at(path);
+        let RelayNews::Failed(why) = next(&mut news).await else {
             panic!("it is over");
         };
         let said = "ended the allocation: it does not know the allocation any more (437)";
         assert!(why.contains(said), "{why}");
-        drop(looking);
+    }
+
+    #[tokio::test]
+    async fn an_allocation_that_is_not_renewed_runs_out_at_its_time() {
+        let began = std::time::Instant::now();
+        let relay = relay_that(|asked, from, _| match (asked.method(), realm_of(asked)) {
+            (ALLOCATE, None) => Some(refused(asked, 401, "here", "nonce").finish()),
+            (ALLOCATE, _) => Some(signed(given(asked, from, 2), "here")),
+            _ => None,
+        });
+        let mut news = asked_of(relay);
+        let RelayNews::Open { path, .. } = next(&mut news).await else {
+            panic!("there is an allocation at first");
+        };
+        look_at(path);
+        let RelayNews::Failed(why) = next(&mut news).await else {
+            panic!("it is over");
+        };
+        let said = "let the allocation run out: it did not answer (from 127.0.0.1 to";
+        assert!(why.contains(said), "{why}");
+        assert!(began.elapsed() >= Duration::from_secs(2), "{why}");
+    }
+
+    #[tokio::test]
+    async fn a_relay_that_gives_no_allocation_is_given_up_in_time_and_told_by_what_it_said() {
+        type Answers = fn(&Message<'_>, SocketAddr, usize) -> Option<Vec<u8>>;
+        let silent: Answers = |_, _, _| None;
+        let challenges_once: Answers =
+            |asked, _, count| (count == 0).then(|| refused(asked, 401, "here", "nonce").finish());
+        let never_content: Answers = |asked, _, count| {
+            let code = if count == 0 { 401 } else { 438 };
+            Some(refused(asked, code, "here", &format!("nonce {count}")).finish())
+        };
+        let no_stun: Answers = |_, _, _| Some(b"HTTP/1.1 400 Bad Request".to_vec());
+        for (answers, said) in [
+            (silent, "it did not answer"),
+            (challenges_once, "it asked who wants one"),
+            (never_content, "it takes none of the nonces"),
+            (no_stun, "it did not answer"),
+        ] {
+            let began = std::time::Instant::now();
+            let mut news = asked_of(relay_that(answers));
+            let RelayNews::Failed(why) = next(&mut news).await else {
+                panic!("there is no allocation");
+            };
+            assert!(
+                why.contains(&format!("gave no allocation: {said}")),
+                "{why}"
+            );
+            let took = began.elapsed();
+            assert!(
+                took < ALLOCATION_PATIENCE + Duration::from_secs(1),
+                "{took:?}"
+            );
+        }
     }
 }

@@ -65,7 +65,7 @@ pub(super) fn livekit_in(namespace: &Namespace) -> Option<Server> {
     namespace.run(|| Server::livekit_with(&options))
 }
 
-/// Runs one publisher and two subscribers through `url`.
+/// A run of one publisher and two subscribers through `url`; for 3 s, unless `more` says otherwise.
 pub(super) fn run_through(
     url: &str,
     server: &Server,
@@ -79,10 +79,13 @@ pub(super) fn run_through(
         .env("LIVEKIT_URL", url)
         .env("LIVEKIT_API_KEY", &server.key)
         .env("LIVEKIT_API_SECRET", &server.secret)
-        .args(["--publishers", "1", "--subscribers", "2", "--duration", "3"])
+        .args(["--publishers", "1", "--subscribers", "2"])
         .args(["--connection", connection, "--json"])
         .arg(&json)
         .args(more);
+    if !more.contains(&"--duration") {
+        command.args(["--duration", "3"]);
+    }
     let finished = run(&mut command, &server.secret);
     let report = Report::read(&json, &server.secret);
     (finished, report)

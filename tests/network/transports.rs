@@ -8,7 +8,7 @@ use crate::common::program::{Report, Running, Scratch, against, alone, throng};
 use crate::common::server::{Options, Server};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::paths::{joins_and_flows, livekit_in, run_through, unwrapped};
+use super::paths::{SITE, joins_and_flows, livekit_in, run_through, unwrapped};
 
 /// Media over TCP alone, which LiveKit calls `force_tcp`.
 fn server_over_tcp() -> Option<Server> {

@@ -17,6 +17,9 @@ use super::paths::{address_of, joins_and_flows, livekit_in, run_through, unwrapp
 /// coturn refuses peers on loopback of its own accord.
 const LOOPBACK_PEERS: &str = "--allow-loopback-peers";
 
+/// A relay that gives no allocation is given up after 4 s; the rest is what a run itself takes.
+const GIVEN_UP_BY: Duration = Duration::from_secs(8);
+
 /// What leads to a relay, and how the report calls it.
 const LINKS: [(&str, &str, &str); 3] = [
     ("turn-udp", "joins_by_turn_udp", "TURN by UDP"),
@@ -38,11 +41,23 @@ fn run_by(
     connection: &str,
     password: &str,
 ) -> (Finished, Report) {
+    run_by_with(relay, server, transport, connection, password, &[])
+}
+
+/// `first` comes before what leads to the relay.
+fn run_by_with(
+    relay: &Coturn,
+    server: &Server,
+    transport: &str,
+    connection: &str,
+    password: &str,
+    first: &[&str],
+) -> (Finished, Report) {
     let (url, cert) = (relay.url_for(transport), relay.certificate());
     let more = ["--transport", transport, "--turn", &url];
     let who = ["--turn-user", USER, "--turn-password", password];
     let trust = ["--ca-cert", cert.to_str().expect("a plain path")];
-    let more = [&more[..], &who, &trust].concat();
+    let more = [first, &more, &who, &trust].concat();
     run_through(&server.url, server, connection, &more)
 }
 
@@ -122,11 +137,7 @@ fn what_a_relay_refuses_is_said_in_its_words() {
         let words = unwrapped(&finished);
         assert!(words.contains(said), "{said}: {words}");
         assert!(words.contains(&relay.url()), "{said}: {words}");
-        assert!(
-            finished.took < Duration::from_secs(15),
-            "{:?}",
-            finished.took
-        );
+        assert!(finished.took < GIVEN_UP_BY, "{:?}", finished.took);
     }
     // Nothing listens there, and nobody is there.
     let nobody = UdpSocket::bind("127.0.0.1:0").expect("a free port");
@@ -148,6 +159,7 @@ fn what_a_relay_refuses_is_said_in_its_words() {
             run_through(&server.url, &server, "single", &[&more[..], &who].concat());
         let words = unwrapped(&finished);
         assert!(words.contains(said), "{said}: {words}");
+        assert!(finished.took < GIVEN_UP_BY, "{said}: {:?}", finished.took);
     }
     // The server names no relay, and nobody did.
     let by_turn = ["--transport", "turn-udp"];
@@ -334,6 +346,160 @@ fn a_relay_that_is_not_trusted_or_not_there_is_told_by_its_link() {
     let more = [&more[..], &who].concat();
     let (finished, report) = run_through(&server.url, &server, "single", &more);
     by_relay("--insecure", "turn-tls", &finished, &report);
+}
+
+/// Takes connections, and says nothing.
+fn mute_server() -> (TcpListener, SocketAddr) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("an address");
+    (listener, address)
+}
+
+#[test]
+fn a_relay_that_says_nothing_is_given_up_in_time_and_told_by_where_it_stopped() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let _turn = alone();
+    let (_listener, mute) = mute_server();
+    for (transport, url, said) in [
+        (
+            "turn-tcp",
+            format!("turn:{mute}?transport=tcp"),
+            "gave no allocation: it did not answer (from 127.0.0.1 to 127.0.0.1:",
+        ),
+        (
+            "turn-tls",
+            format!("turns:{mute}"),
+            "did not agree on TLS within 4 s",
+        ),
+    ] {
+        let more = ["--transport", transport, "--turn", &url, "--insecure"];
+        let who = ["--turn-user", USER, "--turn-password", PASSWORD];
+        let more = [&more[..], &who].concat();
+        let (finished, _) = run_through(&server.url, &server, "single", &more);
+        let words = unwrapped(&finished);
+        assert!(words.contains(said), "{said}: {words}");
+        assert!(words.contains(&mute.to_string()), "{words}");
+        assert!(finished.took < GIVEN_UP_BY, "{:?}", finished.took);
+    }
+}
+
+#[test]
+fn what_is_on_the_way_to_a_relay_is_told() {
+    let name = "what_is_on_the_way_to_a_relay_is_told";
+    let Some(network) = Network::for_test(module_path!(), name, 1) else {
+        return;
+    };
+    let Some((server, relay)) = livekit_and_coturn_in(&network) else {
+        return;
+    };
+    let _turn = alone();
+    let port = relay.port;
+    let (udp, tcp) = (format!("udp dport {port}"), format!("tcp dport {port}"));
+    for (at_server, transport, rule, said) in [
+        (
+            true,
+            "turn-udp",
+            format!("{udp} drop"),
+            "gave no allocation: it did not answer (from 10.77.0.1 to 10.77.0.2:",
+        ),
+        (
+            true,
+            "turn-udp",
+            format!("{udp} reject with icmp type admin-prohibited"),
+            "something on the way says that it cannot be reached",
+        ),
+        (
+            true,
+            "turn-udp",
+            format!("{udp} reject with icmp type port-unreachable"),
+            "is not there: its host refuses UDP at that port",
+        ),
+        (
+            false,
+            "turn-udp",
+            format!("{udp} drop"),
+            "a firewall of this host does not let UDP out to it",
+        ),
+        (
+            true,
+            "turn-tcp",
+            format!("{tcp} drop"),
+            "did not take a TCP connection within 4 s",
+        ),
+    ] {
+        let (place, hook) = if at_server {
+            (&network.server, "input")
+        } else {
+            (&network.clients, "output")
+        };
+        let set = |rules: &[&str]| place.run(|| wall(rules));
+        set(&[
+            "add table inet wall",
+            &format!("add chain inet wall way {{ type filter hook {hook} priority 0; }}"),
+            &format!("add rule inet wall way {rule}"),
+        ]);
+        let run = || run_by(&relay, &server, transport, "single", PASSWORD);
+        let (finished, report) = network.clients.run(run);
+        set(&["delete table inet wall"]);
+        let words = unwrapped(&finished);
+        assert!(words.contains(said), "{rule}: {words}");
+        assert!(words.contains(&relay.url_for(transport)), "{rule}: {words}");
+        assert_eq!(report.counter("session", "joins_ok"), 0, "{rule}");
+        assert!(finished.took < GIVEN_UP_BY, "{rule}: {:?}", finished.took);
+    }
+    // Where the way to it is shut, the next one is taken.
+    network.set_both(Conditions {
+        cut: true,
+        ..Conditions::default()
+    });
+    network.clients.run(|| {
+        let (signalling, tls) = (address_of(&server).port(), relay.tls_port);
+        wall(&[
+            "add table inet wall",
+            "add chain inet wall out { type filter hook output priority 0; }",
+            &format!("add rule inet wall out tcp dport != {{ {signalling}, {tls} }} drop"),
+        ]);
+        let dead = ["--turn", &relay.url_for("turn-udp")];
+        let (finished, report) = run_by_with(&relay, &server, "auto", "single", PASSWORD, &dead);
+        by_relay("past a dead one", "turn-tls", &finished, &report);
+        let joined = report.micros("session", "join", "max");
+        assert!(joined.is_some_and(|us| us < 6_500_000), "{joined:?}");
+    });
+}
+
+/// coturn gives allocations for as long as it is told, and a nonce holds for some seconds.
+#[test]
+fn an_allocation_that_is_given_for_seconds_is_renewed() {
+    let (Some(server), Some(relay)) = (
+        Server::livekit(),
+        Coturn::start(
+            Ipv4Addr::LOCALHOST,
+            &[
+                LOOPBACK_PEERS,
+                "--max-allocate-lifetime=4",
+                "--stale-nonce=3",
+            ],
+        ),
+    ) else {
+        return;
+    };
+    let _turn = alone();
+    for transport in ["turn-udp", "turn-tcp"] {
+        let longer = ["--duration", "12"];
+        let (finished, report) =
+            run_by_with(&relay, &server, transport, "single", PASSWORD, &longer);
+        by_relay(transport, transport, &finished, &report);
+        let said = unwrapped(&finished);
+        assert!(!said.contains("lost its session"), "{said}");
+        assert_eq!(report.counter("session", "disconnects"), 0, "{said}");
+        let audio = |name| report.counter("audio", name);
+        assert!(audio("frames_expected") > 1_000, "{said}");
+        assert_eq!(audio("packets_lost_network"), 0, "{said}");
+    }
+    let renewed = relay.log().matches("refreshed").count();
+    assert!(renewed >= 6 * 2, "{renewed}");
 }
 
 /// One that takes anything for a bad request, and says so at once.

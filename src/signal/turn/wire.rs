@@ -7,30 +7,30 @@ use std::time::Duration;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UdpSocket};
+use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::{MESSAGE_BYTES_MAX, RTO, STUN_HEAD_BYTES, TurnLink, TurnUrl};
+use super::{ALLOCATION_PATIENCE, MESSAGE_BYTES_MAX, RTO, STUN_HEAD_BYTES, TurnLink, TurnUrl};
 use crate::net;
 use crate::path::{RelayLink, RelayStream};
 use crate::signal::link::{causes, plain};
 use crate::signal::trust::{self, TlsFault, UnusableTrust};
 
-/// Time limit for opening a connection to a relay. A slower one is of no use to a conversation.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Why a relay cannot be reached; follows its address.
+/// Why a relay is not reached, as it goes on from its address.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum NoTurnWire {
     #[error("has a name that cannot be resolved ({0}): check its spelling and this host's DNS")]
     Name(String),
+    #[error("has a name that was not resolved within {} s: check this host's DNS", ALLOCATION_PATIENCE.as_secs())]
+    SlowName,
     #[error("refuses TCP connections at {0}: is it running, and is this its port?")]
     Refused(SocketAddr),
     #[error(
         "cannot be reached at {remote} ({cause}): check the address, the route and the firewall"
     )]
     Unreachable { remote: SocketAddr, cause: String },
-    #[error("at {remote} did not {stage} within {} s: does a firewall let it through, and is it stuck?", OPEN_TIMEOUT.as_secs())]
+    #[error("at {remote} did not {stage} within {} s: does a firewall let it through, and is it stuck?", ALLOCATION_PATIENCE.as_secs())]
     Slow {
         remote: SocketAddr,
         stage: &'static str,
@@ -75,8 +75,10 @@ impl TurnWire {
     pub(super) async fn open(
         url: &TurnUrl,
         receive_buffer_bytes: usize,
+        deadline: Instant,
     ) -> Result<TurnWire, NoTurnWire> {
-        let remote = resolve(url).await?;
+        let resolving = tokio::time::timeout_at(deadline, resolve(url)).await;
+        let remote = resolving.map_err(|_| NoTurnWire::SlowName)??;
         if url.link == TurnLink::Udp {
             let no_socket = |error: io::Error| match error.kind() {
                 io::ErrorKind::NetworkUnreachable | io::ErrorKind::HostUnreachable => {
@@ -90,7 +92,7 @@ impl TurnWire {
             return TurnWire::datagrams(remote, receive_buffer_bytes).map_err(no_socket);
         }
         let slow = |stage| move |_| NoTurnWire::Slow { remote, stage };
-        let stream = tokio::time::timeout(OPEN_TIMEOUT, TcpStream::connect(remote)).await;
+        let stream = tokio::time::timeout_at(deadline, TcpStream::connect(remote)).await;
         let stream = stream.map_err(slow("take a TCP connection"))?;
         let stream = stream.map_err(|error| match error.kind() {
             io::ErrorKind::ConnectionRefused => NoTurnWire::Refused(remote),
@@ -104,7 +106,7 @@ impl TurnWire {
             .map_err(|error| NoTurnWire::NoSocket(plain(&error)))?;
         let stream = match url.link {
             TurnLink::Tls => {
-                let sealing = tokio::time::timeout(OPEN_TIMEOUT, seal(url, remote, stream)).await;
+                let sealing = tokio::time::timeout_at(deadline, seal(url, remote, stream)).await;
                 OpenStream::Tls(Box::new(sealing.map_err(slow("agree on TLS"))??))
             }
             _ => OpenStream::Plain(stream),
@@ -261,7 +263,8 @@ pub async fn sign_of_life(url: &TurnUrl) -> &'static str {
 
 async fn ask_for_address(url: &TurnUrl) -> Result<(), NoTurnWire> {
     const MAGIC: [u8; 4] = [0x21, 0x12, 0xA4, 0x42];
-    let mut wire = TurnWire::open(url, MESSAGE_BYTES_MAX).await?;
+    let deadline = Instant::now() + SIGN_OF_LIFE_WAIT;
+    let mut wire = TurnWire::open(url, MESSAGE_BYTES_MAX, deadline).await?;
     let failed = |error: io::Error| NoTurnWire::NoSocket(plain(&error));
     let mut request = [0; STUN_HEAD_BYTES];
     request[1] = 1;
