@@ -117,6 +117,8 @@ pub enum ShardCommand {
         local: IceCredentials,
         remote: IceCredentials,
         remote_candidates: Vec<SocketAddr>,
+        /// By nothing else from now on, of which there is one.
+        by_relays: bool,
     },
     /// Adds tracks to send, after their description is agreed.
     Publish {
@@ -251,6 +253,12 @@ pub enum ShardEvent {
         ice_at: Option<Time>,
         at: Time,
         /// Which of our transports carries the connection.
+        via: Via,
+    },
+    /// A connection that is up has another path, after a restart of ICE.
+    Moved {
+        key: PeerKey,
+        /// By what of ours it goes.
         via: Via,
     },
     Failed {

@@ -20,7 +20,7 @@ use crate::media::assemble::FrameEvent;
 use crate::media::identity::{FrameIdentity, Origin};
 use crate::path::{FarEnd, Via};
 use crate::recording::Tap;
-use crate::transport::peer::{NearEnd, PeerEvent};
+use crate::transport::peer::{IceCredentials, NearEnd, PeerEvent};
 use crate::transport::rtcp;
 use crate::units::Time;
 
@@ -217,11 +217,10 @@ impl Shard {
                 local,
                 remote,
                 remote_candidates,
+                by_relays,
             } => {
-                if let Some(peer) = self.peers[key].as_mut() {
-                    peer.transport.restart_ice(&local, &remote, now);
-                    self.begin_checks_again(key, remote_candidates, now, io);
-                }
+                self.restart_ice(key, (&local, &remote), by_relays, now);
+                self.begin_checks_again(key, remote_candidates, now, io);
             }
             ShardCommand::StopPublishing => self.stop_publishing(now),
             ShardCommand::Record { participant, tap } => self.taps.push((participant, tap)),
@@ -284,6 +283,21 @@ impl Shard {
         self.change_tracks(key, track, |layer| {
             layer.set_watched(layers >> layer.identity().layer & 1 == 1, now)
         });
+    }
+
+    fn restart_ice(
+        &mut self,
+        key: PeerKey,
+        (local, remote): (&IceCredentials, &IceCredentials),
+        by_relays: bool,
+        now: Time,
+    ) {
+        if let Some(peer) = self.peers[key].as_mut() {
+            peer.transport.restart_ice(local, remote, now);
+            if by_relays {
+                peer.transport.keep_to_relays();
+            }
+        }
     }
 
     fn begin_checks_again(
@@ -533,6 +547,10 @@ impl Shard {
             PeerEvent::Nominated(end) => {
                 peer.nominated_at = now;
                 io.nominate(key, end);
+                if peer.transport.connected_at().is_some() {
+                    let via = end.via;
+                    self.events.push_back((key, ShardEvent::Moved { key, via }));
+                }
             }
             PeerEvent::Connected => {
                 self.in_setup -= 1;

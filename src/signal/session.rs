@@ -337,6 +337,8 @@ struct Session {
     answerer: Answerer,
     /// An answer and its number, held until the shard has restarted ICE.
     held_answer: Option<(String, u32)>,
+    /// An offer that restarts ICE, until a relay has given an address to answer with.
+    held_offer: Option<Description>,
     tracks: Vec<SessionTrack>,
     /// Whether the server has withdrawn the right to subscribe.
     may_not_subscribe: bool,
@@ -501,6 +503,7 @@ impl Session {
             },
             answerer: Answerer::new(Capabilities::SUBSCRIBER),
             held_answer: None,
+            held_offer: None,
             tracks,
             may_not_subscribe: false,
             fresh_token: None,
@@ -721,14 +724,19 @@ impl Session {
         (role, link): (PeerRole, TurnLink),
         news: RelayNews,
         sender: &mut SignalSender,
+        engine: &mpsc::UnboundedSender<ShardEvent>,
     ) -> Result<(), SessionFailure> {
         let (key, now, is_in) = (self.key(role), self.context.epoch.now(), self.joined);
         let half = self.half_mut(role);
         match news {
             RelayNews::Open { path, relayed } => {
                 debug!(connection = ?role, %relayed, "a relay carries it");
+                let is_first = half.awaits_relay();
                 half.take_relay(link, path, relayed);
                 self.hand_over_paths(role);
+                if is_first {
+                    self.restart_at_relay(role, sender, engine).await?;
+                }
                 self.tell_addresses(role, sender).await?;
             }
             RelayNews::Bound { peer, number } => {
@@ -755,7 +763,12 @@ impl Session {
             RelayNews::Failed(why) if is_in && half.uses_relay(link) => {
                 return Err(SessionFailure::of(why, Cure::Rejoin));
             }
-            RelayNews::Failed(why) => half.fail_relay(link, why, now),
+            RelayNews::Failed(why) => {
+                half.fail_relay(link, why, now);
+                if let Some(why) = half.failed_move() {
+                    return Err(SessionFailure::of(why, Cure::Rejoin));
+                }
+            }
         }
         Ok(())
     }
@@ -820,7 +833,7 @@ impl Session {
                 () = self.time_of_streams() => self.open_streams(&mut signal.sender).await?,
                 Some(Ok(opened)) = self.streams.join_next() => self.handle_stream(opened),
                 Some((role, link, news)) = self.relays.news.recv() => {
-                    self.handle_relay((role, link), news, &mut signal.sender).await?;
+                    self.handle_relay((role, link), news, &mut signal.sender, &engine.sender).await?;
                 }
                 () = &mut deadline, if !self.joined => return Err(SessionFailure::lost(self.timeout_reason())),
                 Some(event) = engine.receiver.recv() => {
@@ -1178,6 +1191,10 @@ impl Session {
             .local_ip
             .ok_or_else(|| SessionFailure::lasting("no local address"))?;
         let restarts = self.subscriber.is_restarted_by(&offer.sdp);
+        if restarts && self.subscriber.awaits_relay() {
+            self.held_offer = Some(offer.clone());
+            return Ok(());
+        }
         if restarts {
             self.subscriber.draw_credentials();
         }
@@ -1445,6 +1462,12 @@ impl Session {
                 }
                 return self.check_joined();
             }
+            ShardEvent::Moved { key, via } => {
+                debug!(connection = ?self.role_of(key), ?via, "ICE has another path");
+                if let Some(why) = self.half_of(key).take_move(via) {
+                    self.notify(Notice::FellBack { why });
+                }
+            }
             ShardEvent::FirstMedia { at, .. } => {
                 let timeline = self.first_timeline.as_mut().unwrap_or(&mut self.timeline);
                 if timeline.first_media.is_none() {
@@ -1576,11 +1599,13 @@ impl Session {
                 local,
                 remote,
                 remote_candidates,
+                by_relays,
             }) => ShardCommand::RestartIce {
                 key,
                 local,
                 remote,
                 remote_candidates,
+                by_relays,
             },
             Some(DescriptionChange::New { path, parameters }) => {
                 let peer = NewPeer {

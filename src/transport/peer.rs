@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use dimpl::crypto::{Buf, HashAlgorithm, KeyProvider, SignatureAlgorithm, SigningKey};
 use dimpl::{CryptoError, CryptoOperation, Dtls, DtlsCertificate, Output, SrtpProfile};
 use is::stun::{StunMessage, StunPacket};
-use is::{Candidate, IceAgent, IceAgentEvent, IceCreds, Protocol};
+use is::{Candidate, CandidateKind, IceAgent, IceAgentEvent, IceCreds, Protocol};
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
 use ring::digest;
 use ring::error::KeyRejected;
@@ -501,6 +501,17 @@ impl Peer {
             self.setup.silent_until = now + LITE_SILENCE_MAX;
         }
         self.next_timeout = now;
+    }
+
+    /// From now on relays alone carry it.
+    pub fn keep_to_relays(&mut self) {
+        let ice = &mut self.setup.ice;
+        let straight = ice
+            .local_candidates()
+            .filter(|candidate| candidate.kind() != CandidateKind::Relayed);
+        for candidate in straight.collect::<Vec<_>>() {
+            ice.invalidate_candidate(&candidate);
+        }
     }
 
     /// Serves data channels: the client may open them. With `opens`, we open LiveKit's two once the

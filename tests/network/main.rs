@@ -14,3 +14,4 @@ mod server_metrics;
 mod transports;
 mod truth;
 mod turn;
+mod wishes;

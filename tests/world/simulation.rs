@@ -663,6 +663,7 @@ impl World {
             local,
             remote,
             remote_candidates,
+            by_relays: false,
         });
     }
 
@@ -1320,6 +1321,7 @@ impl World {
                     }
                     ShardEvent::IceConnected { .. }
                     | ShardEvent::IceRestarted { .. }
+                    | ShardEvent::Moved { .. }
                     | ShardEvent::FirstMedia { .. } => {}
                 }
             }

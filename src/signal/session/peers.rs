@@ -70,7 +70,9 @@ pub(super) struct PeerHalf {
     more_relays: VecDeque<TurnServer>,
     /// Whether only a relay may carry the connection.
     only_relays: bool,
-    /// Whether the participant counts as joined only when this connection is up.
+    /// It is connected by something else so far.
+    moves: bool,
+    /// The participant is not in before this connection is up.
     pub(super) wanted: bool,
     pub(super) local: Option<LocalTransport>,
     /// Path of the connection, until the shard takes it.
@@ -90,8 +92,8 @@ pub(super) struct PeerHalf {
     pub(super) connected_at: Option<Time>,
     /// Transport that the connection used when it came up.
     pub(super) via: Via,
-    /// When ICE restarted on a connection over TCP. The server ends its TCP connections then.
-    restarted_at: Option<Time>,
+    /// It is connected, and ICE restarts.
+    restart: Option<IceRestart>,
     early_candidates: Vec<Candidate>,
     /// Number of candidates that were trickled since the description.
     pub(super) trickled: u32,
@@ -111,6 +113,8 @@ pub(super) enum DescriptionChange {
         local: IceCredentials,
         remote: IceCredentials,
         remote_candidates: Vec<SocketAddr>,
+        /// By nothing else from now on.
+        by_relays: bool,
     },
 }
 
@@ -121,6 +125,7 @@ impl PeerHalf {
             relays: Vec::new(),
             more_relays: VecDeque::new(),
             only_relays: choice.is_relay(),
+            moves: false,
             wanted,
             local: None,
             path: None,
@@ -133,7 +138,7 @@ impl PeerHalf {
             ice_at: None,
             connected_at: None,
             via: Via::Udp,
-            restarted_at: None,
+            restart: None,
             early_candidates: Vec::new(),
             trickled: 0,
             remote_ufrag: None,
@@ -242,14 +247,18 @@ impl PeerHalf {
         let is_other =
             self.remote_ufrag.replace(remote.ufrag.clone()).as_ref() != Some(&remote.ufrag);
         let Some(path) = self.path.take() else {
-            if is_other && matches!(self.via, Via::Tcp(_)) {
-                self.restarted_at = Some(now);
+            if is_other {
+                self.restart = Some(IceRestart {
+                    at: now,
+                    reaches_udp: !remote_candidates.is_empty(),
+                });
                 self.offered.streams.iter_mut().for_each(StreamOffer::reset);
             }
             return is_other.then_some(DescriptionChange::Restart {
                 local: local_credentials,
                 remote: remote_credentials,
                 remote_candidates,
+                by_relays: self.only_relays,
             });
         };
         // The path was opened before the server said that it wants a relay.
@@ -322,6 +331,9 @@ impl PeerHalf {
             .and_then(|source| self.open_towards(source, context).map(|()| source));
         match reached {
             Ok(source) => {
+                if let Some(restart) = &mut self.restart {
+                    restart.reaches_udp = true;
+                }
                 if self.offered.reached.is_empty() {
                     context.routes.set_usual(source);
                 }
@@ -376,10 +388,34 @@ impl PeerHalf {
         self.only_relays = only;
     }
 
-    /// Returns when the next relay is to be asked; `None` if there is none, or the connection is up
-    /// without it.
+    /// It is connected, and is to go on by a relay alone.
+    pub(super) fn begin_move(&mut self) {
+        self.moves = self.connected_at.is_some();
+        self.relays.clear();
+        if let (true, Some(local)) = (self.moves, &mut self.local) {
+            local.candidates.clear();
+            self.untold.clear();
+        }
+    }
+
+    /// It is to go on by a relay, and none has given it an address.
+    pub(super) fn awaits_relay(&self) -> bool {
+        self.moves && self.relays.iter().all(|relay| relay.relayed.is_none())
+    }
+
+    /// Why there is no relay for it to go on by.
+    pub(super) fn failed_move(&self) -> Option<String> {
+        let is_over = self.more_relays.is_empty() && self.relays.iter().all(RelayEnd::is_hopeless);
+        (self.moves && is_over).then(|| {
+            let told = named(self.relays.iter().map(RelayEnd::without_path));
+            format!("the server wants media to go through a TURN server from now on: {told}")
+        })
+    }
+
+    /// When the next relay is to be asked; `None` where there is none, or something else does.
     pub(super) fn relay_due_at(&self) -> Option<Time> {
-        if self.more_relays.is_empty() || self.connected_at.is_some() || self.ice_at.is_some() {
+        let is_up = self.connected_at.is_some() || self.ice_at.is_some();
+        if self.more_relays.is_empty() || is_up && !self.moves {
             return None;
         }
         if self.only_relays {
@@ -480,11 +516,12 @@ impl PeerHalf {
     pub(super) fn streams_due_at(&self) -> Option<Time> {
         let described_at = self.described_at.filter(|_| self.added)?;
         let waits = |offer: &StreamOffer| offer.state == StreamState::Waiting;
-        if !self.choice.allows_tcp() || !self.offered.streams.iter().any(waits) {
+        let may_open = self.choice.allows_tcp() && !self.only_relays;
+        if !may_open || !self.offered.streams.iter().any(waits) {
             return None;
         }
-        if self.restarted_at.is_some() {
-            return self.restarted_at;
+        if let Some(restart) = &self.restart {
+            return restart.streams_due_at(self.via);
         }
         if self.connected_at.is_some() || self.ice_at.is_some() {
             return None;
@@ -686,8 +723,29 @@ impl PeerHalf {
         }
     }
 
-    /// Says what carries media in place of UDP, and why; `None` if the user chose it, or UDP
-    /// carries it.
+    /// It goes on by this. In words, where the server moved it off what carried it.
+    pub(super) fn take_move(&mut self, via: Via) -> Option<String> {
+        let was = std::mem::replace(&mut self.via, via);
+        let is_restarted = self.restart.take().is_some();
+        match (was, via) {
+            (Via::Udp | Via::Relay(_), Via::Tcp(_)) if is_restarted => Some(
+                "over TCP in the end: the server restarted ICE with TCP candidates alone"
+                    .to_owned(),
+            ),
+            (Via::Udp | Via::Tcp(_), Via::Relay(_)) if self.moves => {
+                self.moves = false;
+                self.settle_relays();
+                let url = self.relay_in_use()?;
+                Some(format!(
+                    "through the TURN server {url} in the end: the server wanted it when the session was resumed"
+                ))
+            }
+            _ => None,
+        }
+    }
+
+    /// Over what it goes where UDP was to carry it, and why; `None` where that was asked for, or
+    /// UDP does.
     pub(super) fn why_not_udp(&self) -> Option<String> {
         if !self.choice.is_auto() || self.via == Via::Udp {
             return None;
@@ -823,6 +881,23 @@ impl OfferedCandidates {
                 address,
                 state: StreamState::Waiting,
             });
+        }
+    }
+}
+
+/// ICE restarts on a connection: the server ends its TCP connections then, and where it names no
+/// UDP candidate any more, it wants media to go by TCP.
+struct IceRestart {
+    at: Time,
+    reaches_udp: bool,
+}
+
+impl IceRestart {
+    fn streams_due_at(&self, via: Via) -> Option<Time> {
+        match via {
+            Via::Tcp(_) => Some(self.at),
+            Via::Udp | Via::Relay(_) if self.reaches_udp => None,
+            Via::Udp | Via::Relay(_) => Some(self.at + UDP_WAIT),
         }
     }
 }

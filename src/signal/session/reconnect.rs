@@ -88,18 +88,51 @@ impl Session {
     async fn try_to_resume(&mut self, restart_ice: bool) -> Result<Signal, SessionFailure> {
         self.held_answer = None;
         let mut signal = self.open_signal(true).await?;
-        tokio::time::timeout(RESUME_TIMEOUT, resumption(self, &mut signal.receiver))
+        let resuming = resumption(self, &mut signal.receiver);
+        let relays = tokio::time::timeout(RESUME_TIMEOUT, resuming)
             .await
             .map_err(|_| SignalError::NotResumed {
                 after: RESUME_TIMEOUT,
             })??;
         signal.sender.sync_state(sync_state(&self.tracks)).await?;
+        if let Some(offered) = relays.filter(|_| self.goes_past_relay()) {
+            // ICE restarts when the relay has given its address.
+            self.move_to_relays(&offered)?;
+            return Ok(signal);
+        }
         self.offer_again(restart_ice, &mut signal.sender).await?;
         Ok(signal)
     }
 
-    /// Sends an offer again, because the last one or its answer may have been lost. With one
-    /// connection, the server may also have asked for another offer meanwhile.
+    /// The server wants media to go through a relay from now on: as clients do, ICE restarts with
+    /// nothing else, on the same connections.
+    fn move_to_relays(&mut self, offered: &[IceServer]) -> Result<(), SessionFailure> {
+        self.held_offer = None;
+        self.take_relays(offered, true)?;
+        for role in PeerRole::BOTH {
+            self.half_mut(role).begin_move();
+        }
+        Ok(())
+    }
+
+    /// A relay has given its address to a connection that is to move there.
+    pub(super) async fn restart_at_relay(
+        &mut self,
+        role: PeerRole,
+        sender: &mut SignalSender,
+        engine: &mpsc::UnboundedSender<ShardEvent>,
+    ) -> Result<(), SessionFailure> {
+        match role {
+            PeerRole::Publisher => self.offer_again(true, sender).await,
+            PeerRole::Subscriber => match self.held_offer.take() {
+                Some(offer) => self.handle_offer(&offer, sender, engine).await,
+                None => Ok(()),
+            },
+        }
+    }
+
+    /// What was said while nobody listened is said again: our last offer, and with one connection
+    /// also the server's wish for another.
     async fn offer_again(
         &mut self,
         restart_ice: bool,
@@ -210,7 +243,7 @@ impl Session {
             ..Offering::default()
         };
         self.answerer = Answerer::new(Capabilities::SUBSCRIBER);
-        self.held_answer = None;
+        (self.held_answer, self.held_offer) = (None, None);
         self.publisher = PeerHalf::new(self.publisher.wanted, self.plan.transport);
         self.subscriber = PeerHalf::new(self.subscriber.wanted, self.plan.transport);
         self.streams = JoinSet::new();
@@ -242,23 +275,18 @@ impl Session {
     }
 }
 
-/// Waits for the server's answer to a resume, which is its first message.
+/// The server's word on a resume, which is the first thing that it says; with the relays that it
+/// names, where it wants media to go through one.
 async fn resumption(
     session: &Session,
     receiver: &mut SignalReceiver,
-) -> Result<(), SessionFailure> {
+) -> Result<Option<Vec<IceServer>>, SessionFailure> {
     loop {
         match receiver.next().await? {
-            SignalEvent::Reconnect { force_relay, .. }
-                if force_relay && session.goes_past_relay() =>
-            {
-                // A new session gives the server our address at the relay.
-                return Err(SessionFailure::of(
-                    "the server wants media to go through a TURN server from now on",
-                    Cure::Rejoin,
-                ));
-            }
-            SignalEvent::Reconnect { .. } => return Ok(()),
+            SignalEvent::Reconnect {
+                ice_servers,
+                force_relay,
+            } => return Ok(Some(ice_servers).filter(|_| force_relay)),
             SignalEvent::Leave(leave) => return Err(SessionFailure::from(&leave)),
             SignalEvent::Join(_) => {
                 return Err(SessionFailure::of(
