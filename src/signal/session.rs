@@ -327,6 +327,8 @@ struct Session {
     /// When it last came back, and the number of tries that took.
     back: Option<(Time, u32)>,
     disconnects: u32,
+    /// Set while a resume has restarted ICE and media is not back yet: when it ought to be.
+    media_back_by: Option<Time>,
     /// Whether the server counts nobody as present without data channels.
     needs_data: bool,
     publisher: PeerHalf,
@@ -488,6 +490,7 @@ impl Session {
             leaves_at: None,
             back: None,
             disconnects: 0,
+            media_back_by: None,
             needs_data: false,
             publisher: PeerHalf::new(
                 context.single_connection || !tracks.is_empty(),
@@ -562,15 +565,22 @@ impl Session {
             let (Cure::Resume { restart_ice }, true) = (failure.cure, self.joined) else {
                 return Err(failure);
             };
+            let awaits_media = self.media_back_by.is_some();
+            if restart_ice && awaits_media {
+                // As clients do: what a resume did not help, a new session may.
+                return Err(SessionFailure {
+                    cure: Cure::Rejoin,
+                    ..failure
+                });
+            }
+            let restart_ice = restart_ice || awaits_media;
             info!(
                 why = failure.reason,
                 restart_ice, "lost its signalling connection, and resumes"
             );
-            self.lost = Some(Lost::at(
-                self.context.epoch.now(),
-                self.back,
-                &failure.reason,
-            ));
+            let (now, back) = (self.context.epoch.now(), self.back);
+            self.lost
+                .get_or_insert_with(|| Lost::at(now, back, &failure.reason));
             signal = tokio::select! {
                 resumed = self.resume(failure, restart_ice) => resumed?,
                 () = leaving(&mut leave) => return Ok(()),
@@ -613,6 +623,18 @@ impl Session {
             .iter()
             .filter_map(|half| half.without_path_at())
             .min();
+        let at = at.map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
+        async move {
+            match at {
+                Some(at) => tokio::time::sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Completes when media ought to be back after a resume.
+    fn time_without_media(&self) -> impl Future<Output = ()> + use<> {
+        let at = self.media_back_by;
         let at = at.map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
         async move {
             match at {
@@ -829,6 +851,7 @@ impl Session {
                 () = leaving(&mut leave) => break,
                 () = self.time_to_leave() => break,
                 () = self.time_without_path(), if !self.joined => return Err(SessionFailure::lasting(self.without_path())),
+                () = self.time_without_media() => self.end_wait_for_media()?,
                 () = self.time_of_relays() => self.open_relays(),
                 () = self.time_of_streams() => self.open_streams(&mut signal.sender).await?,
                 Some(Ok(opened)) = self.streams.join_next() => self.handle_stream(opened),
@@ -1467,6 +1490,7 @@ impl Session {
                 if let Some(why) = self.half_of(key).take_move(via) {
                     self.notify(Notice::FellBack { why });
                 }
+                self.note_media_back();
             }
             ShardEvent::FirstMedia { at, .. } => {
                 let timeline = self.first_timeline.as_mut().unwrap_or(&mut self.timeline);

@@ -412,6 +412,11 @@ impl PeerHalf {
         })
     }
 
+    /// Whether ICE was restarted and has no path yet.
+    pub(super) fn is_restarting(&self) -> bool {
+        self.restart.is_some()
+    }
+
     /// When the next relay is to be asked; `None` where there is none, or something else does.
     pub(super) fn relay_due_at(&self) -> Option<Time> {
         let is_up = self.connected_at.is_some() || self.ice_at.is_some();

@@ -18,6 +18,9 @@ pub(super) const RESUME_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a participant tries to come back. LiveKit forgets a participant about 20 s after its
 /// media has stopped.
 const RECONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long media may stay away after a resume: as long as livekit-client waits for its peer
+/// connections.
+const MEDIA_BACK_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Pause at a rate limit that names none, and the time over which participants with the same pause
 /// spread their return.
@@ -71,7 +74,12 @@ impl Session {
             tokio::time::sleep(pause.max(asked).min(RECONNECT_TIMEOUT)).await;
             match self.try_to_resume(restart_ice).await {
                 Ok(signal) => {
-                    self.tell_reconnected();
+                    if restart_ice {
+                        let by = self.context.epoch.now() + MEDIA_BACK_TIMEOUT;
+                        self.media_back_by.get_or_insert(by);
+                    } else {
+                        self.tell_reconnected();
+                    }
                     return Ok(signal);
                 }
                 Err(again) if matches!(again.cure, Cure::Resume { .. }) => {
@@ -244,6 +252,7 @@ impl Session {
         };
         self.answerer = Answerer::new(Capabilities::SUBSCRIBER);
         (self.held_answer, self.held_offer) = (None, None);
+        self.media_back_by = None;
         self.publisher = PeerHalf::new(self.publisher.wanted, self.plan.transport);
         self.subscriber = PeerHalf::new(self.subscriber.wanted, self.plan.transport);
         self.streams = JoinSet::new();
@@ -258,6 +267,27 @@ impl Session {
     /// Whether the server may move its media to a relay.
     fn goes_past_relay(&self) -> bool {
         self.plan.transport.is_auto() && !self.transport().is_relay()
+    }
+
+    /// ICE has a path again. A resume that restarted it is done when that is so everywhere.
+    pub(super) fn note_media_back(&mut self) {
+        let is_back = !self.publisher.is_restarting() && !self.subscriber.is_restarting();
+        if is_back && self.media_back_by.take().is_some() {
+            self.tell_reconnected();
+        }
+    }
+
+    /// Fails if ICE was restarted and found no path in time.
+    pub(super) fn end_wait_for_media(&mut self) -> Result<(), SessionFailure> {
+        self.media_back_by = None;
+        if self.publisher.is_restarting() || self.subscriber.is_restarting() {
+            let seconds = MEDIA_BACK_TIMEOUT.as_secs();
+            let why = format!("its media did not come back within {seconds} s of a resume");
+            return Err(SessionFailure::of(why, Cure::Rejoin));
+        }
+        // The server did not restart ICE after all, so media never went away.
+        self.tell_reconnected();
+        Ok(())
     }
 
     pub(super) fn tell_reconnected(&mut self) {
