@@ -193,6 +193,8 @@ pub struct ReceiveBatch {
     buffers: [Option<ReceivedDatagram>; BATCH],
     taken: usize,
     datagrams: Vec<DatagramPlace>,
+    /// Senders of these, if they are others than those of their buffers: behind a relay.
+    senders: Vec<SocketAddr>,
     errors: u64,
     refused: u64,
 }
@@ -222,6 +224,7 @@ impl Default for ReceiveBatch {
                 buffers: [None; BATCH],
                 taken: 0,
                 datagrams: Vec::with_capacity(BATCH * SEGMENTS_MAX),
+                senders: Vec::with_capacity(BATCH * SEGMENTS_MAX),
                 errors: 0,
                 refused: 0,
             }
@@ -240,6 +243,7 @@ impl ReceiveBatch {
     /// there may be more to read.
     pub fn receive(&mut self, socket: &UdpSocket) -> io::Result<usize> {
         self.datagrams.clear();
+        self.senders.clear();
         self.taken = 0;
         for _ in 1..PENDING_ERRORS_MAX {
             match self.receive_once(socket) {
@@ -264,6 +268,7 @@ impl ReceiveBatch {
         cut: impl Fn(&[u8]) -> Option<FramePlace>,
     ) -> io::Result<usize> {
         self.datagrams.clear();
+        self.senders.clear();
         self.taken = 0;
         self.buffers[0] = Some(ReceivedDatagram {
             from,
@@ -415,22 +420,19 @@ impl ReceiveBatch {
     }
 
     /// Unwraps each datagram of the last call. `unwrap` returns the range of the inner datagram and
-    /// its sender, or `None` if there is none. Returns the number of datagrams that remain. For
-    /// sockets that keep no bursts together.
+    /// its sender, or `None` if there is none. Returns the number of datagrams that remain.
     pub fn unwrap_each(
         &mut self,
         mut unwrap: impl FnMut(&[u8]) -> Option<(Range<usize>, SocketAddr)>,
     ) -> usize {
-        let (bytes, buffers) = (&self.bytes, &mut self.buffers);
+        let (bytes, senders) = (&self.bytes, &mut self.senders);
         self.datagrams.retain_mut(|place| {
             let Some((range, from)) = unwrap(&bytes[place.start..place.end]) else {
                 return false;
             };
             place.end = place.start + range.end;
             place.start += range.start;
-            if let Some(received) = &mut buffers[place.buffer] {
-                received.from = from;
-            }
+            senders.push(from);
             true
         });
         self.datagrams.len()
@@ -440,7 +442,10 @@ impl ReceiveBatch {
     /// was too long.
     pub fn datagram(&mut self, index: usize) -> Option<(&mut [u8], ReceivedDatagram)> {
         let place = self.datagrams.get(index)?;
-        let received = self.buffers[place.buffer]?;
+        let mut received = self.buffers[place.buffer]?;
+        if let Some(sender) = self.senders.get(index) {
+            received.from = *sender;
+        }
         let bytes = &mut self.bytes[place.start..place.end];
         (bytes.len() <= DATAGRAM_BYTES_MAX).then_some((bytes, received))
     }

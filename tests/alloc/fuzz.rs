@@ -50,6 +50,7 @@ replayed! {
     a_router_and_lying_clients: "router",
     a_lobby_and_lying_clients: "lobby",
     pages_of_a_server: "server_page",
+    what_a_relay_may_say: "relay",
 }
 
 fn replay(target: &'static Target) {

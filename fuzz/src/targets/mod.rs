@@ -8,6 +8,7 @@ mod identity;
 mod lobby;
 mod receive;
 mod red;
+mod relay;
 mod router;
 mod rtcp;
 mod rtp;
@@ -53,6 +54,7 @@ pub const ALL: &[Target] = &[
     router::TARGET,
     lobby::TARGET,
     server_page::TARGET,
+    relay::TARGET,
 ];
 
 pub fn named(name: &str) -> &'static Target {
