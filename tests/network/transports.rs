@@ -182,6 +182,46 @@ fn falls_back_to_tcp(network: &Network, server: &Server) {
     });
 }
 
+/// A resume that brings no media back is none: a new session takes another transport.
+#[test]
+fn where_udp_is_cut_in_a_run_media_comes_back_over_tcp_and_not_by_a_resume() {
+    let name = "where_udp_is_cut_in_a_run_media_comes_back_over_tcp_and_not_by_a_resume";
+    let Some(network) = Network::for_test(module_path!(), name, 1) else {
+        return;
+    };
+    let Some(server) = livekit_in(&network.server) else {
+        return;
+    };
+    let _turn = alone();
+    let scratch = Scratch::new();
+    let json = scratch.path("run.json");
+    let mut command = throng();
+    against(&server, &mut command)
+        .args(["--publishers", "1", "--subscribers", "2"])
+        .args(["--duration", "45", "--json"])
+        .arg(&json);
+    let running = network
+        .clients
+        .run(|| Running::start(&mut command, &server.secret));
+    std::thread::sleep(Duration::from_secs(5));
+    network.set_both(Conditions {
+        cut: true,
+        ..Conditions::default()
+    });
+    let finished = running.finish();
+    let report = Report::read(&json, &server.secret);
+    let said = unwrapped(&finished);
+    let transports = report.0["transports"].as_array().expect("a list");
+    let names: Vec<_> = transports.iter().map(|row| &row["transport"]).collect();
+    assert_eq!(names, ["tcp"], "{said}");
+    assert_eq!(report.counter("session", "reconnects_ok"), 3, "{said}");
+    assert!(said.contains("joined anew"), "{said}");
+    assert!(!said.contains("then resumed the session"), "{said}");
+    let rows = report.0["series"].as_array().expect("a row a second");
+    let last = &rows[rows.len() - 3]["packets_received_per_second"];
+    assert!(last.as_f64() > Some(80.0), "{last}: {said}");
+}
+
 #[test]
 fn a_server_that_is_killed_ends_its_connections_and_is_not_the_generators_fault() {
     let Some(server) = server_over_tcp() else {
