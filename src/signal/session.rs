@@ -1485,13 +1485,7 @@ impl Session {
                 }
                 return self.check_joined();
             }
-            ShardEvent::Moved { key, via } => {
-                debug!(connection = ?self.role_of(key), ?via, "ICE has another path");
-                if let Some(why) = self.half_of(key).take_move(via) {
-                    self.notify(Notice::FellBack { why });
-                }
-                self.note_media_back();
-            }
+            ShardEvent::Moved { key, via } => self.handle_move(key, via),
             ShardEvent::FirstMedia { at, .. } => {
                 let timeline = self.first_timeline.as_mut().unwrap_or(&mut self.timeline);
                 if timeline.first_media.is_none() {
@@ -1508,6 +1502,15 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// ICE has another path after a restart.
+    fn handle_move(&mut self, key: PeerKey, via: Via) {
+        debug!(connection = ?self.role_of(key), ?via, "ICE has another path");
+        if let Some(why) = self.half_of(key).take_move(via) {
+            self.notify(Notice::FellBack { why });
+        }
+        self.note_media_back();
     }
 
     /// Starts publishing. Each track gets a slot of its own, spread over the frame interval by the
