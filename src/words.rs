@@ -28,13 +28,20 @@ pub fn wrapped(text: &str, indent: usize) -> String {
 /// Returns text from others on one line. Characters that move a terminal's cursor, or change the
 /// direction of the text around them, become blanks.
 pub fn one_line(text: &str) -> String {
-    let turns = |c| matches!(c, '\u{200E}' | '\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2066}'..='\u{2069}');
     let mut line: String = text
         .chars()
-        .map(|c| if c.is_control() || turns(c) { ' ' } else { c })
+        .map(|c| if is_shown(c) { c } else { ' ' })
         .collect();
     line.truncate(line.trim_end().len());
     line
+}
+
+/// Whether a terminal shows this character. Others move its cursor, or change the direction of the
+/// text around them.
+pub fn is_shown(c: char) -> bool {
+    let turns =
+        matches!(c, '\u{200E}' | '\u{200F}' | '\u{2028}'..='\u{202E}' | '\u{2066}'..='\u{2069}');
+    !c.is_control() && !turns
 }
 
 /// Formats a value, or `n/a` if it is unknown.

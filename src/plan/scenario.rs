@@ -21,6 +21,7 @@ use crate::codec::red;
 use crate::measure::Kind;
 use crate::media::vp8;
 use crate::units::{Bitrate, duration_text, optional_duration_text, written_duration};
+use crate::words;
 
 /// Greatest seed. Readers of JSON keep whole numbers exact up to here.
 pub const SEED_MAX: u64 = (1 << 53) - 1;
@@ -32,6 +33,12 @@ pub const PHASE_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 pub const GROUPS_MAX: usize = 64;
 /// Longest name or label, in bytes.
 pub const NAME_BYTES_MAX: usize = 128;
+/// Longest name of a room, and longest identity, that a LiveKit server takes unless it is set up
+/// otherwise.
+pub const SERVER_NAME_BYTES_MAX: usize = 256;
+/// Longest prefix of identities. What follows it is a tag of eight digits, at most "probe-" and a
+/// number, with a hyphen before each.
+const IDENTITY_PREFIX_BYTES_MAX: usize = SERVER_NAME_BYTES_MAX - "-01234567-probe-1000000".len();
 /// Possible durations of an Opus packet in microseconds (RFC 6716, section 2.1.4, and several
 /// frames in one packet).
 const AUDIO_FRAMES_US: [u64; 9] = [
@@ -588,6 +595,14 @@ pub enum ScenarioFault {
     },
     #[error("takes 1 to {NAME_BYTES_MAX} bytes without spaces")]
     Name,
+    #[error("is empty: write a name, or leave it out")]
+    NameEmpty,
+    #[error("is {bytes} bytes long, and at most {bytes_max} fit: a server takes {SERVER_NAME_BYTES_MAX}{}", added(*.bytes_max))]
+    NameLong { bytes: usize, bytes_max: usize },
+    #[error(
+        "holds the character U+{code:04X}, which moves a terminal's cursor or turns its text: leave it out"
+    )]
+    NameCharacter { code: u32 },
     #[error("takes 1 to {NAME_BYTES_MAX} bytes without control characters")]
     Label,
     #[error("{found} is no length of an Opus packet: write {AUDIO_FRAMES_TEXT}")]
@@ -662,7 +677,7 @@ impl Scenario {
         if self.seed > SEED_MAX {
             return Err(FieldFault::new("seed", out(self.seed, "0 to 9007199254740991")).into());
         }
-        must_be_a_name(&self.identity_prefix)
+        must_fit_a_server(&self.identity_prefix, IDENTITY_PREFIX_BYTES_MAX)
             .map_err(|fault| ScenarioError::from(FieldFault::new("identity_prefix", fault)))?;
         self.rooms
             .validate()
@@ -803,7 +818,14 @@ impl RoomSet {
         if self.count == 0 {
             return Err(FieldFault::new("count", out(0, "1 or more")));
         }
-        let name = self.name.as_deref().map_or(Ok(()), must_be_a_name);
+        // Several rooms are numbered: `NAME-12`.
+        let added = match self.count {
+            1 => 0,
+            count => 1 + count.to_string().len(),
+        };
+        let bytes_max = SERVER_NAME_BYTES_MAX - added;
+        let name = self.name.as_deref();
+        let name = name.map_or(Ok(()), |name| must_fit_a_server(name, bytes_max));
         name.map_err(|fault| FieldFault::new("name", fault))
     }
 }
@@ -893,7 +915,15 @@ pub fn spread_must_fit(spread: Duration) -> Result<(), ScenarioFault> {
     Ok(())
 }
 
-/// Checks the name of a room, or a prefix of identities.
+/// Returns what a run adds to a name, in words.
+fn added(bytes_max: usize) -> String {
+    match SERVER_NAME_BYTES_MAX - bytes_max {
+        0 => String::new(),
+        added => format!(", and up to {added} are added to it"),
+    }
+}
+
+/// Checks the name of a host.
 ///
 /// # Errors
 /// Returned if it is empty or too long, or has spaces or control characters.
@@ -903,6 +933,21 @@ pub fn must_be_a_name(name: &str) -> Result<(), ScenarioFault> {
         Ok(())
     } else {
         Err(ScenarioFault::Name)
+    }
+}
+
+/// Checks the name of a room, or a prefix of identities. Whatever a server takes is taken, unless a
+/// terminal could not show it.
+fn must_fit_a_server(name: &str, bytes_max: usize) -> Result<(), ScenarioFault> {
+    if name.is_empty() {
+        return Err(ScenarioFault::NameEmpty);
+    }
+    if let Some(c) = name.chars().find(|c| !words::is_shown(*c)) {
+        return Err(ScenarioFault::NameCharacter { code: c.into() });
+    }
+    match name.len() {
+        bytes if bytes > bytes_max => Err(ScenarioFault::NameLong { bytes, bytes_max }),
+        _ => Ok(()),
     }
 }
 
@@ -1067,20 +1112,78 @@ pub(crate) mod tests {
         }
     }
 
+    #[test]
+    fn names_that_a_server_takes_are_taken_and_what_is_wrong_with_others_is_named() {
+        let with = |room: &str, count, prefix: &str| {
+            let mut scenario = kinds().remove("ramp").unwrap();
+            scenario.rooms.name = Some(room.to_owned());
+            scenario.rooms.count = count;
+            scenario.identity_prefix = prefix.to_owned();
+            scenario.validate().map_err(|why| why.to_string())
+        };
+        let x = |count| "x".repeat(count);
+        for (room, count, prefix) in [
+            ("a b", 1, "ünïcode 😀"),
+            (" ", 1, " "),
+            ("../etc/x?y#z%20\"'", 1, "a/b"),
+            (&x(256), 1, &x(233)),
+            (&x(253), 12, "throng"),
+        ] {
+            assert_eq!(with(room, count, prefix), Ok(()), "{room} {prefix}");
+        }
+        for (room, count, prefix, says) in [
+            (
+                &*x(257),
+                1,
+                "p",
+                "rooms.name is 257 bytes long, and at most 256 fit",
+            ),
+            (
+                &x(254),
+                12,
+                "p",
+                "at most 253 fit: a server takes 256, and up to 3 are added",
+            ),
+            (
+                "r",
+                1,
+                &x(234),
+                "identity_prefix is 234 bytes long, and at most 233",
+            ),
+            ("", 1, "p", "rooms.name is empty"),
+            (
+                "r",
+                1,
+                "\u{1b}[31m",
+                "identity_prefix holds the character U+001B",
+            ),
+            ("a\nb", 1, "p", "rooms.name holds the character U+000A"),
+            (
+                "a\u{202e}b",
+                1,
+                "p",
+                "rooms.name holds the character U+202E",
+            ),
+        ] {
+            let why = with(room, count, prefix).unwrap_err();
+            assert!(why.contains(says), "{why}");
+        }
+    }
+
     /// Each entry is a change that breaks a bound, and the message with the field's name.
     #[test]
     fn every_bound_is_refused_with_its_field_and_what_to_write() {
         type Break = fn(&mut Scenario);
         let broken: [(Break, &str); 27] = [
             (|of| of.seed = u64::MAX, "seed 18446744073709551615 is out"),
-            (
-                |of| of.identity_prefix.clear(),
-                "identity_prefix takes 1 to",
-            ),
+            (|of| of.identity_prefix.clear(), "identity_prefix is empty"),
             (|of| of.joins_per_second = f64::NAN, "joins_per_second NaN"),
             (|of| of.joins_per_second = 0.0, "write a rate of 0.001"),
             (|of| of.rooms.count = 0, "rooms.count 0 is out of range"),
-            (|of| of.rooms.name = Some("a b".into()), "rooms.name takes"),
+            (
+                |of| of.rooms.name = Some("a\nb".into()),
+                "rooms.name holds the character U+000A",
+            ),
             (|of| of.rooms.count = u32::MAX, "more than 1000000 partic"),
             (|of| of.groups.clear(), "nobody would join"),
             (|of| of.groups[2].count = u32::MAX, "groups add up to more"),

@@ -17,6 +17,7 @@ use crate::codec::{Codec, Container};
 use crate::measure::Kind;
 use crate::media::identity::FrameIdentity;
 use crate::plan::Plan;
+use crate::words;
 
 pub struct Book {
     dir: PathBuf,
@@ -124,9 +125,10 @@ impl Book {
             .filter(|track| !matches!(track.file, File::None))
             .count();
         let mut notes = vec![format!(
-            "recorded {} frames of video and {} packets of audio in {files} files below {}",
+            "recorded {} frames of video and {} packets of audio in {} below {}",
             frames(Kind::Video),
             frames(Kind::Audio),
+            words::count(files as u64, "file"),
             self.dir.display()
         )];
         let dropped = self

@@ -80,8 +80,13 @@ fn create_new(dir: &Path, name: &str, extension: &str) -> io::Result<(PathBuf, F
     Err(ErrorKind::AlreadyExists.into())
 }
 
+/// Longest file name that is made of a name, in bytes. File systems take 255, and a number and an
+/// extension follow.
+const SAFE_NAME_BYTES_MAX: usize = 200;
+
 /// Turns a room's name or an identity into a file name. Letters, digits and `-_.` stay, other
-/// characters become `_`, and no name begins with a dot.
+/// characters become `_`, and no name begins with a dot. A long one loses its middle, because what
+/// tells names of a run apart is at their end.
 pub fn safe_name(name: &str) -> String {
     let safe = |c: char| {
         if c.is_alphanumeric() || matches!(c, '-' | '_' | '.') {
@@ -90,16 +95,37 @@ pub fn safe_name(name: &str) -> String {
             '_'
         }
     };
-    let name: String = name.chars().map(safe).collect();
+    let name = shortened(name.chars().map(safe).collect());
     match name.strip_prefix('.') {
         Some(rest) => format!("_{rest}"),
         None => name,
     }
 }
 
+fn shortened(name: String) -> String {
+    const MARK: &str = "__";
+    if name.len() <= SAFE_NAME_BYTES_MAX {
+        return name;
+    }
+    let half = (SAFE_NAME_BYTES_MAX - MARK.len()) / 2;
+    let begin = name.get(..name.floor_char_boundary(half));
+    let end = name.get(name.ceil_char_boundary(name.len() - half)..);
+    begin.unwrap_or_default().to_owned() + MARK + end.unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_names_fit_a_file_system_and_stay_apart() {
+        for letter in ["x", "ü", "😀"] {
+            let name =
+                |end: u32| safe_name(&format!("{}-{end}", letter.repeat(256 / letter.len())));
+            assert!(name(1).len() <= SAFE_NAME_BYTES_MAX, "{}", name(1));
+            assert!(name(11).ends_with("-11") && name(11) != name(12));
+        }
+    }
 
     fn scratch(name: &str) -> PathBuf {
         std::env::temp_dir().join(format!("throng-output-{}-{name}", std::process::id()))

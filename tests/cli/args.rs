@@ -697,8 +697,11 @@ fn nonsense_is_refused_with_what_to_write_instead() {
         ),
         (&["--threads", "0"], "1..=1024"),
         (&["--seed", "9007199254740992"], "9007199254740992"),
-        (&["--identity-prefix", "a b"], "without spaces"),
-        (&["--room", ""], "without spaces"),
+        (
+            &["--identity-prefix", "a\u{1b}b"],
+            "--identity-prefix holds the character U+001B",
+        ),
+        (&["--room", ""], "--room is empty"),
         (&["--json", "a", "--participants", "a"], "the same file"),
         (&["--participants", "-"], "only --json"),
         (&["--subscribers", "1", "--record", "-"], "only --json"),
@@ -861,8 +864,8 @@ fn flags_are_refused_with_the_sentence_of_the_scenario() {
         (&["--warmup", "31d"], "--warmup", |of| {
             of.phases[0].warmup = Duration::from_secs(31 * 24 * 3600);
         }),
-        (&["--room", "a b"], "--room", |of| {
-            of.rooms.name = Some("a b".to_owned());
+        (&["--room", "a\nb"], "--room", |of| {
+            of.rooms.name = Some("a\nb".to_owned());
         }),
     ];
     for (args, flag, break_it) in bounds {
