@@ -29,7 +29,7 @@ use crate::plan::{
 pub use crate::prober::Membership;
 use crate::report::{Destinations, Judging, Threshold};
 pub use crate::run::{Credentials, RunSpec};
-use crate::secrets::Secret;
+use crate::secrets::{Secret, cleaned};
 use crate::server_metrics::PageUrl;
 use crate::sfu::SendMode;
 use crate::signal::trust::TrustSpec;
@@ -1037,13 +1037,13 @@ impl TargetArgs {
             Ok::<_, RefusedFlag>(())
         };
         for (at, given) in self.token.iter().enumerate() {
-            let Some(path) = given.strip_prefix('@') else {
-                read(given.trim(), &format!("--token number {}", at + 1))?;
+            let Some(path) = cleaned(given).strip_prefix('@') else {
+                read(cleaned(given), &format!("--token number {}", at + 1))?;
                 continue;
             };
             let text = std::fs::read_to_string(path)
                 .map_err(|error| format!("--token @{path} cannot be read: {error}"))?;
-            let lines = text.lines().map(str::trim).enumerate();
+            let lines = text.lines().map(cleaned).enumerate();
             for (number, line) in
                 lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
             {
@@ -1114,10 +1114,8 @@ impl TargetArgs {
     }
 }
 
-/// Removes white space at both ends. Files and variables that hold a secret often end with a
-/// newline, which is not part of it.
 fn trimmed(text: String) -> String {
-    text.trim().to_owned()
+    cleaned(&text).to_owned()
 }
 
 /// Returns a secret from a flag, or from the file that another flag names. No error repeats it.

@@ -83,6 +83,19 @@ impl fmt::Debug for Secrets {
     }
 }
 
+/// Returns a secret as it was meant. Files and variables that hold one often end with a newline,
+/// begin with a byte order mark, or have quotes around it, as in a `.env` file. None of these is
+/// part of a key, a secret or a token.
+pub fn cleaned(text: &str) -> &str {
+    let is_around = |c: char| c.is_whitespace() || matches!(c, '\u{FEFF}' | '\u{200B}');
+    let text = text.trim_matches(is_around);
+    let unquoted = ['"', '\''].into_iter().find_map(|quote| {
+        let inner = text.strip_prefix(quote)?.strip_suffix(quote)?;
+        (!inner.contains(quote)).then_some(inner)
+    });
+    unquoted.map_or(text, |inner| inner.trim_matches(is_around))
+}
+
 /// A text that is never printed: `Debug` and `Display` show `***`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
@@ -154,6 +167,25 @@ mod tests {
             // Five standard deviations of 1,000.
             assert!((840..=1_160).contains(&times), "{letter}: {times}");
         }
+    }
+
+    #[test]
+    fn what_editors_and_env_files_put_around_a_secret_is_no_part_of_it() {
+        for text in [
+            "s3cret",
+            "\u{FEFF}s3cret",
+            " s3cret\r\n",
+            "\"s3cret\"",
+            "'s3cret'\n",
+            "\u{FEFF}\"s3cret\"\r\n",
+            "\" s3cret \"",
+        ] {
+            assert_eq!(cleaned(text), "s3cret", "{text:?}");
+        }
+        for whole in ["s3c\"ret", "\"", "'s3cret", "\"a\"b\"", "s3cret=="] {
+            assert_eq!(cleaned(whole), whole);
+        }
+        assert_eq!(cleaned("\"\""), "");
     }
 
     #[test]

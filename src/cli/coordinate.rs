@@ -11,6 +11,7 @@ use crate::coordinator::access::must_be_usable;
 use crate::coordinator::protocol::{PROBERS_MAX, TIERS_MAX, TOKEN_VARIABLE};
 use crate::coordinator::state::OnMissing;
 use crate::plan::{PARTICIPANTS_MAX, Target};
+use crate::secrets::cleaned;
 use crate::signal::Secret;
 
 const DEFAULT_PORT: u16 = 8787;
@@ -192,8 +193,9 @@ impl RunArgs {
         let Some((token, name)) = given else {
             return Ok(None);
         };
-        must_be_usable(token.trim()).map_err(|why| format!("{name}: {why}"))?;
-        Ok(Some(Secret::new(token.trim())))
+        let token = cleaned(&token);
+        must_be_usable(token).map_err(|why| format!("{name}: {why}"))?;
+        Ok(Some(Secret::new(token)))
     }
 
     /// Returns the server's credentials, if they are given. Without them probers need their own,

@@ -9,6 +9,7 @@ use crate::coordinator::protocol::{TOKEN_VARIABLE, URL_VARIABLE};
 use crate::host;
 use crate::plan::scenario::must_be_a_name;
 use crate::plan::{HostRole, ServerUrl, Target, WEIGHT_MAX};
+use crate::secrets::cleaned;
 use crate::sfu::SendMode;
 use crate::signal::Secret;
 
@@ -92,7 +93,8 @@ impl HostsArgs {
     ) -> Result<Membership, RefusedFlag> {
         let url = url.trim();
         // `ServerUrl` also accepts LiveKit's schemes.
-        if !url.starts_with("http://") && !url.starts_with("https://") {
+        let scheme = url.split_once("://").map_or("", |(scheme, _)| scheme);
+        if !["http", "https"].contains(&scheme.to_ascii_lowercase().as_str()) {
             return Err(format!("{name} needs a scheme: http:// or https://").into());
         }
         let coordinator: ServerUrl = url.parse().map_err(|why| format!("{name} {why}"))?;
@@ -108,7 +110,7 @@ impl HostsArgs {
         let token = self.token()?.or_else(|| set(env, TOKEN_VARIABLE));
         Ok(Membership {
             coordinator,
-            token: token.map(|token| Secret::new(token.trim())),
+            token: token.map(|token| Secret::new(cleaned(&token))),
             vantage: vantage.map_or_else(host::name, |(vantage, _)| vantage),
             role: self.role.unwrap_or_default(),
             weight: self.weight.unwrap_or(1),
