@@ -1106,7 +1106,9 @@ pub enum UnusableUrl {
     Scheme,
     #[error("names no host")]
     NoHost,
-    #[error("holds a user name or password: give --api-key and --api-secret instead")]
+    #[error(
+        "holds a user name or password: give LiveKit's as --api-key and --api-secret, and the login of a gateway in front of it as --header 'Authorization: Basic ..' with --token-in query"
+    )]
     Credentials,
     #[error("must end with the path: no query, no fragment")]
     BeyondPath,
@@ -1119,7 +1121,8 @@ impl FromStr for ServerUrl {
 
     fn from_str(text: &str) -> Result<ServerUrl, UnusableUrl> {
         let uri: http::Uri = text.parse().map_err(|_| UnusableUrl::Malformed)?;
-        let secure = match uri.scheme_str() {
+        let scheme = uri.scheme_str().map(str::to_ascii_lowercase);
+        let secure = match scheme.as_deref() {
             Some("ws" | "http") => false,
             Some("wss" | "https") => true,
             _ => return Err(UnusableUrl::Scheme),
@@ -1136,12 +1139,7 @@ impl FromStr for ServerUrl {
         {
             return Err(UnusableUrl::Authority);
         }
-        // Some users give the whole address of the signalling endpoint.
-        let path = uri
-            .path()
-            .trim_end_matches('/')
-            .trim_end_matches("/rtc")
-            .to_owned();
+        let path = prefix_of(uri.path()).to_owned();
         Ok(ServerUrl {
             secure,
             authority: authority.as_str().to_owned(),
@@ -1152,6 +1150,24 @@ impl FromStr for ServerUrl {
             path,
         })
     }
+}
+
+/// Returns the path of a server before those that it serves itself. Some users give the whole
+/// address of the signalling endpoint, or of the room service.
+fn prefix_of(path: &str) -> &str {
+    const OF_SERVERS: [&str; 6] = [
+        "/rtc/v1/validate",
+        "/rtc/v1",
+        "/rtc/validate",
+        "/rtc",
+        "/twirp/livekit.RoomService",
+        "/twirp",
+    ];
+    let path = path.trim_end_matches('/');
+    let prefix = OF_SERVERS
+        .iter()
+        .find_map(|served| path.strip_suffix(served));
+    prefix.unwrap_or(path).trim_end_matches('/')
 }
 
 #[cfg(test)]
@@ -1495,6 +1511,20 @@ pub(crate) mod tests {
                 "https://sfu.example.com/base".into()
             )
         );
+        for (text, base) in [
+            ("WS://sfu:7880", "ws://sfu:7880"),
+            ("WSS://sfu/", "wss://sfu"),
+            ("Https://sfu/live", "wss://sfu/live"),
+            ("ws://sfu/rtc", "ws://sfu"),
+            ("ws://sfu/rtc/v1", "ws://sfu"),
+            ("ws://sfu/rtc/v1/validate/", "ws://sfu"),
+            ("ws://sfu/live/rtc/v1/", "ws://sfu/live"),
+            ("ws://sfu/twirp", "ws://sfu"),
+            ("http://sfu/live/twirp/livekit.RoomService", "ws://sfu/live"),
+            ("ws://sfu/artc", "ws://sfu/artc"),
+        ] {
+            assert_eq!(text.parse::<ServerUrl>().unwrap().websocket(), base);
+        }
         for (text, loopback) in [
             ("ws://127.0.0.1:7880", true),
             ("http://localhost:7880/", true),
