@@ -7,10 +7,11 @@ use http::header;
 use reqwest::Method;
 use serde::Serialize;
 
+use crate::coordinator::access::Denied;
 use crate::coordinator::protocol::{self, ProtocolMessage, TOKEN_VARIABLE};
 use crate::plan::ServerUrl;
 use crate::signal::Secret;
-use crate::signal::answer::{AnswerFault, AskedAt, AskedFor, HttpAnswer};
+use crate::signal::answer::{self, AnswerFault, AskedAt, AskedFor, HttpAnswer};
 use crate::signal::fetch::{FetchFault, Fetched, Fetcher};
 use crate::signal::link::{LinkFault, LinkStage};
 use crate::signal::route::ProxyFault;
@@ -124,7 +125,8 @@ impl CoordinatorClient {
         };
         match fault {
             // Another attempt would fail in the same way.
-            FetchFault::Trust(_) | FetchFault::Proxy(ProxyFault::Unspoken { .. }) => {
+            FetchFault::Trust(_)
+            | FetchFault::Proxy(ProxyFault::Unspoken { .. } | ProxyFault::Unreadable { .. }) => {
                 NoAnswer::Refused(text)
             }
             _ => NoAnswer::Away(text),
@@ -141,6 +143,12 @@ impl CoordinatorClient {
 
     fn refusal(&self, fetched: &Fetched, url: &str, path: &str) -> NoAnswer {
         let (status, body) = (fetched.status, fetched.body.as_slice());
+        if answer::is_livekits(body) {
+            return NoAnswer::Refused(format!(
+                "{} is a LiveKit server's address, and no coordinator's: give the coordinator's (--report-to)",
+                self.url.http()
+            ));
+        }
         let fault = AnswerFault::of(
             &HttpAnswer {
                 status,
@@ -155,12 +163,21 @@ impl CoordinatorClient {
             },
         );
         match fault {
-            AnswerFault::Own { .. } | AnswerFault::WebPage { .. } => {}
-            AnswerFault::Limited { .. } | AnswerFault::BackendAway { .. } => {
+            AnswerFault::Own { .. } => {}
+            // Its words are a page's, and not a coordinator's.
+            AnswerFault::WebPage { .. } => return page(status, fault.to_string()),
+            AnswerFault::Limited { .. }
+            | AnswerFault::BackendAway { .. }
+            | AnswerFault::Unavailable { .. } => {
                 return NoAnswer::Away(format!("the coordinator cannot answer now: {fault}"));
             }
             other => return NoAnswer::Refused(other.to_string()),
         }
+        self.own_refusal(status, body)
+    }
+
+    /// Returns what a coordinator's own refusal means.
+    fn own_refusal(&self, status: u16, body: &[u8]) -> NoAnswer {
         let refusal = protocol::read::<protocol::RefusalMessage>(body);
         let is_coordinator = refusal.is_ok();
         let said = match refusal {
@@ -171,6 +188,12 @@ impl CoordinatorClient {
             .token
             .as_ref()
             .map_or(said.clone(), |token| token.redact(&said));
+        if status == 401 && self.token.is_some() && said == Denied::NoToken.text() {
+            return NoAnswer::Refused(format!(
+                "the coordinator at {} saw no token, and this prober sent one: something in front of it takes the Authorization header away; have it passed on, or use an address behind it",
+                self.url.http()
+            ));
+        }
         match status {
             404 if !is_coordinator => NoAnswer::Unknown(format!(
                 "{} does not answer as a coordinator does ({said}): check the address",
@@ -216,6 +239,15 @@ fn bearer(token: &Secret) -> Result<header::HeaderValue, NoAnswer> {
         })?;
     value.set_sensitive(true);
     Ok(value)
+}
+
+/// Returns what a web page in a coordinator's place means.
+fn page(status: u16, said: String) -> NoAnswer {
+    match status {
+        404 => NoAnswer::Unknown(said),
+        500.. => NoAnswer::Away(said),
+        _ => NoAnswer::Refused(said),
+    }
 }
 
 /// Shortens text from the network to one readable line.

@@ -551,6 +551,7 @@ mod tests {
 
     use super::super::scripted::{Asked, Scripted};
     use super::*;
+    use crate::coordinator::access::Denied;
     use crate::engine::FrameCount as Count;
 
     fn register() -> Register {
@@ -639,6 +640,20 @@ mod tests {
             (refusal(409), "not today"),
             (refusal(400), "not today"),
             ((404, json!({"detail": "Not Found"})), "check the address"),
+            // A LiveKit server's words, and those of a page.
+            (
+                (401, json!("invalid authorization token")),
+                "is a LiveKit server's address, and no coordinator's",
+            ),
+            (
+                (405, json!("<html><title>405 Not Allowed</title></html>")),
+                "answers /register with a web page (405: 405 Not Allowed), which a coordinator does not",
+            ),
+            // What the coordinator says to who sent no token.
+            (
+                (401, json!({"error": Denied::NoToken.text()})),
+                "takes the Authorization header away",
+            ),
             (
                 registered(json!(VERSION + 1)),
                 "run the same throng on all hosts",

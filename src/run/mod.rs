@@ -205,7 +205,7 @@ pub async fn settle_connection(plan: &mut Plan, gateway: &Gateway) {
     let endpoint = Endpoint::from(plan.target.url.clone()).through(gateway);
     let presence = match endpoint.resolve().await {
         Ok(endpoint) => probe::has_single_connection(&endpoint).await,
-        Err(why) => ServedPath::Unknown(why.to_string()),
+        Err(_) => ServedPath::Unasked("it cannot be reached"),
     };
     let (connection, reason) = match presence {
         ServedPath::There => (ConnectionMode::Single, "the server has /rtc/v1".to_owned()),
@@ -213,6 +213,10 @@ pub async fn settle_connection(plan: &mut Plan, gateway: &Gateway) {
         ServedPath::Unknown(why) => (
             ConnectionMode::Dual,
             format!("the server did not say whether it has /rtc/v1: {why}"),
+        ),
+        ServedPath::Unasked(why) => (
+            ConnectionMode::Dual,
+            format!("the server was not asked whether it has /rtc/v1: {why}"),
         ),
     };
     plan.settle_connection(connection, reason);

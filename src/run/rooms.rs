@@ -14,7 +14,7 @@ use tracing::warn;
 use super::interrupts::Interrupts;
 use crate::codec::Codec;
 use crate::measure::Kind;
-use crate::plan::Plan;
+use crate::plan::{ConnectionMode, Plan};
 use crate::signal::probe::{self, ServedPath};
 use crate::signal::rooms::{RoomError, RoomService};
 use crate::signal::{ApiKey, Endpoint};
@@ -144,15 +144,16 @@ impl Rooms {
         let asked_at = unix_now();
         let (existing, told_at) = match self.list(&wanted).await {
             Ok(told) => told,
-            Err(why) => return self.without_service(why).await,
+            Err(why) => return self.without_service(plan, why).await,
         };
         let (ours, others): (Vec<_>, Vec<_>) = existing
             .iter()
             .partition(|room| wanted.contains(&room.name));
         if !others.is_empty() {
             self.notes.push(format!(
-                "the server carries {} that are not ours: its figures are not of this load alone",
-                plural(others.len(), "room")
+                "the server carries {} that {} not ours: its figures are not of this load alone",
+                plural(others.len(), "room"),
+                are(others.len())
             ));
         }
         for room in ours {
@@ -167,7 +168,7 @@ impl Rooms {
             .filter(|name| existing.iter().all(|room| room.name != *name))
         {
             if let Err(why) = self.make_one(plan, name, before).await {
-                return self.without_service(why).await;
+                return self.without_service(plan, why).await;
             }
         }
         Ok(Making::Done)
@@ -201,18 +202,30 @@ impl Rooms {
     }
 
     /// Decides whether the run goes on without the service, because joining makes rooms, too.
-    async fn without_service(&mut self, why: RoomError) -> Result<Making> {
+    async fn without_service(&mut self, plan: &Plan, why: RoomError) -> Result<Making> {
         if !why.is_of_service_alone() {
             return Err(why.into());
         }
-        let is_slow = matches!(why, RoomError::FetchFault(_));
         match probe::has_signalling(self.service.endpoint()).await {
             ServedPath::There => Ok(Making::WithoutService(why)),
             // The server may be slow in everything.
-            ServedPath::Unknown(_) if is_slow => Ok(Making::WithoutService(why)),
+            ServedPath::Unknown(_) | ServedPath::Unasked(_) if why.is_slow() => {
+                Ok(Making::WithoutService(why))
+            }
+            // What lets only the WebSocket itself through hides this path as well.
+            _ if self.lets_in(plan).await => Ok(Making::WithoutService(why)),
             // If there is no signalling either, this is not a server that hides its room service.
-            ServedPath::Missing | ServedPath::Unknown(_) => Err(why.into()),
+            _ => Err(why.into()),
         }
+    }
+
+    /// Whether a participant can join the first room.
+    async fn lets_in(&self, plan: &Plan) -> bool {
+        let (room, identity) = (plan.room_name(0), plan.identity("probe"));
+        let token = probe::visitor_token(self.service.api_key(), &room, &identity);
+        let Some(token) = token else { return false };
+        let single = plan.connection == ConnectionMode::Single;
+        probe::lets_in(self.service.endpoint(), &token, single).await
     }
 
     async fn make_one(
@@ -240,6 +253,7 @@ impl Rooms {
             }
         };
         self.note_codecs(plan, &room);
+        self.note_seats(plan, &room);
         if is_unique {
             if let Some(made) = self.made.last_mut() {
                 made.sid = Some(room.sid).filter(|sid| !sid.is_empty());
@@ -253,6 +267,23 @@ impl Rooms {
             self.note_foreign(&name);
         }
         Ok(())
+    }
+
+    /// Notes that the room takes fewer participants than the plan has for it.
+    fn note_seats(&mut self, plan: &Plan, room: &proto::Room) {
+        let planned = plan.scenario.participants();
+        if room.max_participants == 0 || planned <= room.max_participants.into() {
+            return;
+        }
+        let note = format!(
+            "the server's rooms take {} each, and this run has {planned} for a room: the others will be refused (room.max_participants in the server's configuration)",
+            plural(room.max_participants as usize, "participant")
+        );
+        // All rooms of a server have the same number of places.
+        if !self.notes.contains(&note) {
+            warn!("{note}");
+            self.notes.push(note);
+        }
     }
 
     /// Notes codecs that the plan sends and the room does not accept: their tracks will be refused.
@@ -301,8 +332,9 @@ impl Rooms {
             match self.delete_one(plan, room).await {
                 Ok(RoomFate::Deleted) => {}
                 Ok(RoomFate::InUse(others)) => notes.push(format!(
-                    "room '{name}' stays: {} who are not ours are in it",
-                    plural(others, "participant")
+                    "room '{name}' stays: {} who {is} not ours {is} in it",
+                    plural(others, "participant"),
+                    is = are(others)
                 )),
                 Ok(RoomFate::Another) => notes.push(format!(
                     "room '{name}' stays: it is not the one that this run made, somebody has made it anew"
@@ -364,6 +396,10 @@ fn unix_now() -> Duration {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
+}
+
+const fn are(count: usize) -> &'static str {
+    if count == 1 { "is" } else { "are" }
 }
 
 fn plural(count: usize, noun: &str) -> String {

@@ -20,6 +20,18 @@ pub enum JoinAccess {
     Issued(TokenIssuer),
 }
 
+/// Who made a participant's token. What to do about a refused one depends on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TokenOrigin {
+    /// This run, with the API key that the user gave.
+    #[default]
+    Signed,
+    /// Whoever gave it with `--token`.
+    Given,
+    /// The coordinator of the run.
+    Issued,
+}
+
 /// Issuer of tokens elsewhere. It makes one for each join and each return of a participant, because
 /// its tokens are short-lived.
 #[derive(Clone)]
@@ -97,6 +109,14 @@ impl JoinAccess {
                 .token(participant.position)
                 .await
                 .map_err(NoToken::NotIssued),
+        }
+    }
+
+    pub fn origin(&self) -> TokenOrigin {
+        match self {
+            JoinAccess::Key(_) => TokenOrigin::Signed,
+            JoinAccess::Given(_) => TokenOrigin::Given,
+            JoinAccess::Issued(_) => TokenOrigin::Issued,
         }
     }
 

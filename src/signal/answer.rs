@@ -124,6 +124,16 @@ pub enum AnswerFault {
         status: u16,
         text: String,
     },
+    /// Something in front of the server takes no requests for now: a limit of its own, or
+    /// maintenance.
+    #[error("{who} at {at} takes no such request for now ({status}: {text}){}", for_now(who, *.retry_after))]
+    Unavailable {
+        at: String,
+        who: AnsweredBy,
+        status: u16,
+        text: String,
+        retry_after: Option<Duration>,
+    },
     #[error(
         "{who} at {at} answers {path} with a web page ({status}: {text}), which {} does not: does the proxy pass {path} on, and is this the address?", what.service()
     )]
@@ -137,7 +147,12 @@ pub enum AnswerFault {
     },
     /// The server itself gave this answer, as far as can be told.
     #[error("{status}: {text}")]
-    Own { status: u16, text: String },
+    Own {
+        status: u16,
+        text: String,
+        /// Whether the words are known to be those of the service that was asked for.
+        is_known: bool,
+    },
 }
 
 /// Name that the answering software gives itself.
@@ -145,9 +160,21 @@ pub enum AnswerFault {
 pub struct AnsweredBy(Option<String>);
 
 impl AnsweredBy {
-    fn of(headers: &HeaderMap) -> AnsweredBy {
+    pub(super) fn of(headers: &HeaderMap) -> AnsweredBy {
         let name = text_of(headers, header::SERVER).filter(|name| !name.is_empty());
         AnsweredBy(name.map(|name| shortened(&name, NAME_CHARS_MAX)))
+    }
+
+    /// Whether the name begins with one of these, in lower case.
+    fn is_one_of(&self, names: &[&str]) -> bool {
+        let name = self.0.as_deref().unwrap_or_default().to_lowercase();
+        names.iter().any(|begins| name.starts_with(begins))
+    }
+
+    /// Whether it answers as nginx does: 503 for a limit or maintenance, 502 and 504 for a backend
+    /// that is away.
+    fn is_nginx(&self) -> bool {
+        self.is_one_of(&["nginx", "openresty", "tengine", "angie"])
     }
 }
 
@@ -169,6 +196,18 @@ fn come_back(after: Option<Duration>) -> String {
     )
 }
 
+/// Returns what a 503 of something in front of the server means, and what to do.
+fn for_now(who: &AnsweredBy, after: Option<Duration>) -> String {
+    match after {
+        Some(after) => format!(
+            ", and says to come back in {} s: it, or what it stands for, is under maintenance or over a limit; wait, or ask whoever runs it",
+            after.as_secs()
+        ),
+        None if who.is_nginx() => ": that is a limit of its own (limit_conn, limit_req) or maintenance, because it answers 502 or 504 for a server that is away; join more slowly, or look at its settings".to_owned(),
+        None => ": a limit of its own, maintenance, or nothing behind it; look at its settings and its log".to_owned(),
+    }
+}
+
 impl AnswerFault {
     /// Reads an answer other than the one that was asked for.
     pub fn of(answer: &HttpAnswer<'_>, asked: &AskedAt<'_>) -> AnswerFault {
@@ -178,16 +217,17 @@ impl AnswerFault {
             who: AnsweredBy::of(answer.headers),
             text: said(answer, asked.secret),
             is_page: is_page(answer),
-            is_own: is_own_words(answer.body),
+            is_own: is_own_words(asked.what, answer.body),
         };
         seen.fault()
     }
 
     /// Returns the pause that a rate limit asks for: `None` if this is no rate limit, `Some(None)`
-    /// if the limit names no pause.
+    /// if the limit names no pause. What names a time after which to come back counts as a limit.
     pub fn limit(&self) -> Option<Option<Duration>> {
         match self {
             AnswerFault::Limited { retry_after, .. } => Some(*retry_after),
+            AnswerFault::Unavailable { retry_after, .. } => retry_after.map(Some),
             _ => None,
         }
     }
@@ -225,7 +265,7 @@ impl Seen<'_> {
                 text,
                 retry_after,
             },
-            503 if retry_after.is_some() => AnswerFault::Limited {
+            503 if self.is_unavailable(retry_after) => AnswerFault::Unavailable {
                 at,
                 who,
                 status,
@@ -253,7 +293,11 @@ impl Seen<'_> {
                 text,
                 what: self.asked.what,
             },
-            _ => AnswerFault::Own { status, text },
+            _ => AnswerFault::Own {
+                status,
+                text,
+                is_known: self.is_own,
+            },
         }
     }
 
@@ -320,13 +364,18 @@ impl Seen<'_> {
         if self.is_own && !wants_other {
             return false;
         }
-        // LiveKit gives a 403 only with its own words.
+        // LiveKit refuses with its own words alone, and never in JSON other than Twirp's.
+        let is_of_livekit = matches!(
+            self.asked.what,
+            AskedFor::Signalling | AskedFor::RoomService
+        );
         wants_other
             || self.is_page
             || self.answer.body.is_empty()
             || self.who.0.is_some()
             || matches!(self.answer.status, 407 | 511)
             || self.answer.status == 403 && self.asked.what != AskedFor::Coordinator
+            || is_of_livekit && is_json(self.answer.body)
     }
 
     /// Returns what a gateway wants, in its own words.
@@ -342,12 +391,30 @@ impl Seen<'_> {
         }
     }
 
-    /// Whether a proxy gave this answer. Servers never answer 502 or 504 themselves; they may
-    /// answer 503.
+    /// Whether a proxy gave this answer for a server that does not answer. Servers never answer 502
+    /// or 504 themselves; they may answer 503.
     fn is_proxys(&self) -> bool {
         if self.is_own {
             return false;
         }
+        let is_bare = self.is_page || self.answer.body.is_empty();
+        self.answer.status != 503
+            || self.names_a_backend()
+            // These answer 503 where nginx answers 502.
+            || is_bare && self.who.is_one_of(&["apache", "awselb", "caddy"])
+    }
+
+    /// Whether something in front of the server answers 503 for a reason of its own.
+    fn is_unavailable(&self, retry_after: Option<Duration>) -> bool {
+        if self.is_own || retry_after.is_none() && self.is_proxys() {
+            return false;
+        }
+        let is_bare = self.is_page || self.answer.body.is_empty() && self.who.0.is_some();
+        retry_after.is_some() || is_bare
+    }
+
+    /// Whether the text is one with which proxies say that they have nothing behind them.
+    fn names_a_backend(&self) -> bool {
         let text = self.body().to_lowercase();
         let words = [
             "upstream",
@@ -356,10 +423,7 @@ impl Seen<'_> {
             "no server is available",
             "no healthy",
         ];
-        self.answer.status != 503
-            || self.is_page
-            || self.answer.body.is_empty() && self.who.0.is_some()
-            || words.iter().any(|word| text.contains(word))
+        words.iter().any(|word| text.contains(word))
     }
 }
 
@@ -403,39 +467,145 @@ fn is_page(answer: &HttpAnswer<'_>) -> bool {
         || start.starts_with(b"<!doctype")
 }
 
-/// Whether the body begins as LiveKit's authentication or its room service (Twirp) begins its
-/// answers. The embedded SFU answers in the same words, and coordinators have JSON of their own.
-fn is_own_words(body: &[u8]) -> bool {
-    const BEGINNINGS: [&[u8]; 5] = [
-        b"invalid token",
-        b"invalid API key",
-        b"invalid authorization",
-        b"permissions denied",
-        b"requested room",
-    ];
-    let is_json = || serde_json::from_slice::<OwnBody>(body).is_ok();
-    BEGINNINGS.iter().any(|words| body.starts_with(words)) || is_json()
+/// Whether these are words of the service that was asked for. The embedded SFU answers in LiveKit's
+/// words.
+fn is_own_words(what: AskedFor, body: &[u8]) -> bool {
+    #[derive(serde::Deserialize)]
+    struct CoordinatorBody {
+        #[serde(rename = "error")]
+        _error: String,
+    }
+    match what {
+        AskedFor::Signalling | AskedFor::RoomService => is_livekits(body),
+        AskedFor::Coordinator => serde_json::from_slice::<CoordinatorBody>(body).is_ok(),
+        AskedFor::MetricsPage => false,
+    }
 }
 
+/// Whether the body begins as LiveKit begins its refusals, on the way to a session and in its room
+/// service (Twirp).
+pub fn is_livekits(body: &[u8]) -> bool {
+    /// Texts of `pkg/service` and `pkg/rtc` that reach a client.
+    const BEGINNINGS: [&str; 24] = [
+        "invalid token",
+        "invalid API key",
+        "invalid authorization",
+        "permissions denied",
+        "no permissions to access the room",
+        "requested room",
+        "participant does not exist",
+        "identity cannot be empty",
+        "participant sid cannot be empty",
+        "participant identity length exceeds",
+        "room name length exceeds",
+        "name length exceeds",
+        "metadata size exceeds",
+        "attribute size exceeds",
+        "no room name",
+        "join_request is required",
+        "join request too large",
+        "cannot base64 decode",
+        "cannot unmarshal",
+        "cannot decode attributes",
+        "cannot read decompressed",
+        "connection closed by media",
+        "node has exceeded its configured limit",
+        "could not start session",
+    ];
+    let body = body.trim_ascii_start();
+    BEGINNINGS
+        .iter()
+        .any(|words| body.starts_with(words.as_bytes()))
+        || twirp(body).is_some()
+}
+
+/// A refusal of a Twirp service.
 #[derive(serde::Deserialize)]
-#[serde(untagged)]
-#[expect(dead_code, reason = "only whether there is one")]
-enum OwnBody {
-    Twirp { code: String },
-    Coordinator { error: String },
+struct TwirpErrorBody {
+    code: String,
+    msg: String,
+}
+
+/// Reads a refusal of a Twirp service. Its codes are those of the protocol's specification.
+fn twirp(body: &[u8]) -> Option<TwirpErrorBody> {
+    const CODES: [&str; 18] = [
+        "canceled",
+        "unknown",
+        "invalid_argument",
+        "malformed",
+        "deadline_exceeded",
+        "not_found",
+        "bad_route",
+        "already_exists",
+        "permission_denied",
+        "unauthenticated",
+        "resource_exhausted",
+        "failed_precondition",
+        "aborted",
+        "out_of_range",
+        "unimplemented",
+        "internal",
+        "unavailable",
+        "dataloss",
+    ];
+    let error: TwirpErrorBody = serde_json::from_slice(body).ok()?;
+    CODES.contains(&error.code.as_str()).then_some(error)
+}
+
+fn is_json(body: &[u8]) -> bool {
+    matches!(body.trim_ascii_start().first(), Some(b'{' | b'['))
+}
+
+/// Returns what to do about a refusal in LiveKit's words that are about neither token nor key;
+/// `None` for other words.
+pub(super) fn advice_on(text: &str) -> Option<&'static str> {
+    const KNOWN: [(&str, &str); 9] = [
+        (
+            "requested room does not exist",
+            "the server makes no room by itself (room.auto_create): create the room before, or give an API key, with which throng creates it",
+        ),
+        (
+            "participant identity length exceeds limits",
+            "write a shorter --identity-prefix (or have tokens for shorter identities), or raise limit.max_participant_identity_length at the server",
+        ),
+        (
+            "room name length exceeds limits",
+            "write a shorter --room, or raise limit.max_room_name_length at the server",
+        ),
+        (
+            "connection closed by media",
+            "the server let it in and ended it at once, as it does where room.max_participants is reached: its log says why",
+        ),
+        (
+            "node has exceeded its configured limit",
+            "its limit, not ours (limit.* in the server's configuration)",
+        ),
+        (
+            "no room name",
+            "the token names no room: have one made that does",
+        ),
+        (
+            "identity cannot be empty",
+            "the token names no identity (sub): have one made that does",
+        ),
+        (
+            "join request",
+            "does something in front of the server change or cut the request?",
+        ),
+        (
+            "join_request",
+            "does something in front of the server take the query (?join_request=) away?",
+        ),
+    ];
+    let known = KNOWN.iter().find(|(words, _)| text.contains(words));
+    known.map(|(_, advice)| *advice)
 }
 
 /// Returns the answer's text for people: a page's title, Twirp's code and message, or the body.
 fn said(answer: &HttpAnswer<'_>, secret: Option<&Secret>) -> String {
-    #[derive(serde::Deserialize)]
-    struct TwirpErrorBody {
-        code: String,
-        #[serde(default)]
-        msg: String,
-    }
-    let text = match serde_json::from_slice::<TwirpErrorBody>(answer.body) {
-        Ok(error) => format!("{}: {}", error.code, error.msg),
-        Err(_) => {
+    let text = match twirp(answer.body) {
+        Some(error) => format!("{}: {}", error.code, error.msg),
+        None => {
             let body = String::from_utf8_lossy(answer.body).into_owned();
             title(&body).unwrap_or(body)
         }
@@ -565,6 +735,14 @@ mod tests {
             fault(AskedFor::RoomService, 503, &date, "").limit(),
             Some(Some(Duration::ZERO))
         );
+        // A time to come back without a rate limit is maintenance.
+        let closed = text(503, &[("retry-after", "100")], PAGE);
+        assert!(
+            closed.contains("come back in 100 s")
+                && closed.contains("maintenance")
+                && !closed.contains("join more slowly"),
+            "{closed}"
+        );
         assert_eq!(fault(AskedFor::Signalling, 503, &[], "full").limit(), None);
     }
 
@@ -592,11 +770,77 @@ mod tests {
         for (status, body) in [
             (401, "invalid token: eyToken, error: expired"),
             (401, "permissions denied"),
+            (401, "no permissions to access the room"),
+            (401, "invalid API key: devkey"),
+            (401, "invalid authorization header. Must start with Bearer "),
+            (
+                401,
+                "{\"code\":\"unauthenticated\",\"msg\":\"permissions denied\"}",
+            ),
             (403, "{\"code\":\"permission_denied\",\"msg\":\"no\"}"),
         ] {
             let fault = fault(AskedFor::RoomService, status, &nginx, body);
             assert!(matches!(fault, AnswerFault::Own { .. }), "{fault:?}");
             assert!(!fault.to_string().contains("eyToken"), "{fault}");
+        }
+    }
+
+    #[test]
+    fn words_belong_to_who_says_them_and_to_what_was_asked() {
+        let json = "{\"error\":\"ip not allowed\"}";
+        for what in [AskedFor::Signalling, AskedFor::RoomService] {
+            for status in [401, 403] {
+                let fault = fault(what, status, &[], json);
+                assert!(matches!(fault, AnswerFault::Gateway { .. }), "{fault:?}");
+                assert!(
+                    fault.to_string().contains(&format!("({status}: {json})")),
+                    "{fault}"
+                );
+            }
+            // A gateway's code is none of Twirp's.
+            let fault = fault(what, 401, &[], "{\"code\":\"forbidden\",\"msg\":\"no\"}");
+            assert!(matches!(fault, AnswerFault::Gateway { .. }), "{fault:?}");
+        }
+        for (what, body, is_known) in [
+            (AskedFor::Coordinator, json, true),
+            (AskedFor::Coordinator, "invalid authorization token", false),
+            (AskedFor::RoomService, "invalid authorization token", true),
+            (AskedFor::Signalling, "something new", false),
+        ] {
+            let found = fault(what, 401, &[], body);
+            assert_eq!(
+                matches!(found, AnswerFault::Own { is_known, .. } if is_known),
+                is_known,
+                "{what:?} {body}: {found:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_proxys_limit_is_no_backend_that_is_away() {
+        let page = "<html><head><title>503 Service Temporarily Unavailable</title></head></html>";
+        for (server, body) in [
+            ("nginx/1.22.1", page),
+            ("openresty", page),
+            ("nginx", ""),
+            ("cloudflare", page),
+        ] {
+            let fault = fault(AskedFor::Signalling, 503, &[("server", server)], body);
+            assert!(
+                matches!(fault, AnswerFault::Unavailable { .. }) && fault.limit().is_none(),
+                "{server}: {fault:?}"
+            );
+            assert!(
+                fault.to_string().contains("limit") && !fault.to_string().contains("is the server"),
+                "{fault}"
+            );
+        }
+        for server in ["Apache/2.4.62 (Debian)", "awselb/2.0"] {
+            let fault = fault(AskedFor::Signalling, 503, &[("server", server)], page);
+            assert!(
+                matches!(fault, AnswerFault::BackendAway { .. }),
+                "{fault:?}"
+            );
         }
     }
 

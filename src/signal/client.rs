@@ -31,10 +31,13 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 
-use super::answer::AnswerFault;
+use super::access::TokenOrigin;
+use super::answer::{self, AnswerFault};
 use super::dial::{DialDeadline, Dialled, TcpOrTls};
 use super::gateway::UnsendableToken;
+use super::given::Validity;
 use super::link::{LinkFault, plain};
+use super::refused::{RefusedToken, TokenRefusal, unix_now};
 use super::route::ProxyFault;
 use super::trust::UnusableTrust;
 use super::{Endpoint, Secret};
@@ -112,6 +115,8 @@ pub struct JoinOptions {
     pub packet_trailer: bool,
     /// The participant's sid, to resume its session instead of joining.
     pub resume: Option<String>,
+    /// Who made the token, for what is said where it is refused.
+    pub token_from: TokenOrigin,
     pub connection: JoinMode,
     /// Time limit of name look-up, TCP, TLS and WebSocket together. A server may take several
     /// seconds to start a session under load.
@@ -128,6 +133,7 @@ impl Default for JoinOptions {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             packet_trailer: true,
             resume: None,
+            token_from: TokenOrigin::Signed,
             connection: JoinMode::Dual,
             timeout: Duration::from_secs(20),
         }
@@ -232,15 +238,59 @@ fn zipped(bytes: &[u8]) -> io::Result<Vec<u8>> {
     encoder.finish()
 }
 
-/// Returns what to look at where a path of the server does not exist.
-fn why_not_found(path: &str, text: &str) -> &'static str {
-    if text.contains("requested room") {
-        "does the room exist?"
-    } else if path.ends_with("/rtc/v1") {
-        "an old LiveKit server has no single connections, so --connection auto or dual is needed; otherwise check that this is a LiveKit server, and its address"
-    } else {
-        "is this a LiveKit server, and its address?"
+/// Returns what it means that a path of the server does not exist, and what to do.
+fn not_found(path: &str, text: &str, dropped: Option<&DroppedUpgrade>) -> String {
+    if let Some(dropped) = dropped {
+        return dropped.to_string();
     }
+    if let Some(advice) = answer::advice_on(text) {
+        return format!("the server refused the join (404: {text}): {advice}");
+    }
+    let advice = match text {
+        "404 page not found" | "Not Found" if path.ends_with("/rtc/v1") => {
+            "an old LiveKit server has no single connections, so --connection auto or dual is needed; otherwise check that this is a LiveKit server, and its address"
+        }
+        "404 page not found" | "Not Found" => "is this a LiveKit server, and its address?",
+        _ => "check the address, and that it is a LiveKit server's; its log may say more",
+    };
+    format!("{path} is not there (404: {text}): {advice}")
+}
+
+/// Returns what it means that the server opens no WebSocket, and what to do.
+fn not_opened(status: u16, text: &str) -> String {
+    match answer::advice_on(text) {
+        Some(advice) => format!("the server refused the join ({status}: {text}): {advice}"),
+        None => format!(
+            "the server answered {status} ({text}) instead of opening a WebSocket: check the address; if it is a LiveKit server's, its log says why"
+        ),
+    }
+}
+
+fn failed(status: u16, text: &str) -> String {
+    let advice = answer::advice_on(text).unwrap_or("see its log");
+    format!("the server failed ({status}: {text}): {advice}")
+}
+
+/// Something in front of the server passes requests on, but no WebSockets.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the server has {path}, and got no WebSocket request for it ({status}), because {by} in front of it passes the Upgrade header not on: where that is nginx, its location needs these three lines: proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection \"upgrade\";"
+)]
+pub struct DroppedUpgrade {
+    pub path: String,
+    pub status: u16,
+    pub by: String,
+}
+
+/// Why what a server sends on its WebSocket is not what a LiveKit server sends.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ProtocolFault {
+    #[error("the server does not keep to the WebSocket protocol ({0})")]
+    WebSocket(String),
+    #[error(
+        "what answers there is no LiveKit server: its first message is {0}, and LiveKit's is a Join (protobuf, in a binary message): check the address, and what it leads to"
+    )]
+    NotLiveKit(String),
 }
 
 /// Why there is no signalling connection, or no longer one. Each message says what to do; none
@@ -257,22 +307,23 @@ pub enum SignalError {
     Proxy(#[from] ProxyFault),
     #[error(transparent)]
     Trust(#[from] UnusableTrust),
-    #[error(
-        "the server refused the token (401: {text}): check API key and secret, and both clocks"
-    )]
-    Unauthorized { text: String },
+    #[error(transparent)]
+    Unauthorized(RefusedToken),
     /// The token carries the grant, so the server has not seen the token.
     #[error(
-        "the server saw no token that lets us join (401: {text}): where something in front of it takes the Authorization header away, add --token-in query; a token that was given needs the grant roomJoin for its room"
+        "the server saw no token that lets us join ({status}: {text}): where something in front of it takes the Authorization header away, add --token-in query; a token that was given needs the grant roomJoin for its room"
     )]
-    TokenUnseen { text: String },
-    #[error("{path} is not there (404: {text}): {}", why_not_found(path, text))]
-    NotFound { path: String, text: String },
-    #[error("the server failed ({status}: {text}): see its log")]
+    TokenUnseen { status: u16, text: String },
+    #[error("{}", not_found(path, text, dropped.as_ref()))]
+    NotFound {
+        path: String,
+        text: String,
+        /// Set where the path is there for requests that are no WebSocket's.
+        dropped: Option<DroppedUpgrade>,
+    },
+    #[error("{}", failed(*.status, text))]
     Server { status: u16, text: String },
-    #[error(
-        "the server answered {status} ({text}) instead of opening a WebSocket: is this a LiveKit server?"
-    )]
+    #[error("{}", not_opened(*.status, text))]
     Http { status: u16, text: String },
     #[error("nothing gave a room token within {} s", after.as_secs())]
     NoTokenInTime { after: Duration },
@@ -287,14 +338,19 @@ pub enum SignalError {
         "the server sent a message of {bytes} bytes, more than the {MESSAGE_BYTES_MAX} that are read: is the room too large?"
     )]
     TooLarge { bytes: usize },
-    #[error("the server does not keep to the WebSocket protocol ({cause})")]
-    Protocol { cause: String },
+    #[error(transparent)]
+    Protocol(#[from] ProtocolFault),
 }
 
 impl SignalError {
-    /// Returns what an answer other than status 101 means for a join.
-    pub(super) fn of_answer(fault: AnswerFault, endpoint: &Endpoint, path: &str) -> SignalError {
-        let AnswerFault::Own { status, text } = fault else {
+    /// Returns what an answer other than status 101 means for a join with this token.
+    pub(super) fn of_answer(
+        fault: AnswerFault,
+        endpoint: &Endpoint,
+        path: &str,
+        (token, token_from): (&Secret, TokenOrigin),
+    ) -> SignalError {
+        let AnswerFault::Own { status, text, .. } = fault else {
             return match fault {
                 AnswerFault::SpeaksTls { .. } => LinkFault::TlsMismatch {
                     endpoint: endpoint.to_string(),
@@ -305,11 +361,18 @@ impl SignalError {
             };
         };
         match status {
-            401 | 403 if says_nothing_was_seen(&text) => SignalError::TokenUnseen { text },
-            401 | 403 => SignalError::Unauthorized { text },
+            401 | 403 if says_nothing_was_seen(&text) => SignalError::TokenUnseen { status, text },
+            401 | 403 => SignalError::Unauthorized(RefusedToken::ByServer(TokenRefusal {
+                status,
+                text,
+                origin: token_from,
+                validity: Validity::of(token),
+                now: unix_now(),
+            })),
             404 => SignalError::NotFound {
                 path: path.to_owned(),
                 text,
+                dropped: None,
             },
             500.. => SignalError::Server { status, text },
             _ => SignalError::Http { status, text },
@@ -340,9 +403,7 @@ pub(super) fn says_nothing_was_seen(text: &str) -> bool {
 
 impl From<UnsendableToken> for SignalError {
     fn from(error: UnsendableToken) -> SignalError {
-        SignalError::Unauthorized {
-            text: error.to_string(),
-        }
+        SignalError::Unauthorized(error.into())
     }
 }
 
@@ -370,7 +431,8 @@ impl Dialled<'_> {
     ) -> Result<(SignalSender, SignalReceiver, ConnectTimes), SignalError> {
         let started = Instant::now();
         let (tcp, tls) = (self.tcp, self.tls);
-        let (transport, leftover) = Box::pin(self.upgrade(&options.path(), token)).await?;
+        let whose = (token, options.token_from);
+        let (transport, leftover) = Box::pin(self.upgrade(&options.path(), whose)).await?;
         let websocket = WebSocketStream::from_raw_socket(
             FrameReads::new(transport, leftover),
             Role::Client,
@@ -389,6 +451,7 @@ impl Dialled<'_> {
                 stream,
                 held: None,
                 bytes_received: 0,
+                has_spoken: false,
                 closed: false,
             },
             times,
@@ -418,10 +481,30 @@ fn lost(error: WsError) -> SignalError {
         ) => SignalError::Lost {
             cause: "the server hung up".into(),
         },
-        other => SignalError::Protocol {
-            cause: other.to_string(),
-        },
+        other => ProtocolFault::WebSocket(other.to_string()).into(),
     }
+}
+
+/// Returns what is wrong with a server's first message, if no LiveKit server sends it. From then on
+/// a message that cannot be read is skipped.
+fn foreign(message: &[u8], event: &SignalEvent) -> Option<String> {
+    /// Number above those of all messages that a server has.
+    const KINDS_MAX: u32 = 64;
+    let is_foreign = match event {
+        // Where its kind can be told, it says more than this does.
+        SignalEvent::Malformed { kind, .. } => essential_name(*kind).is_none(),
+        SignalEvent::Ignored { kind, .. } => *kind > KINDS_MAX || !holds_a_message(message),
+        _ => false,
+    };
+    is_foreign.then(|| match message.len() {
+        0 => "empty".to_owned(),
+        len => format!("{len} bytes that cannot be read"),
+    })
+}
+
+/// Whether the first field is length-delimited, as all messages are that a server begins with.
+fn holds_a_message(message: &[u8]) -> bool {
+    split_field(message).is_some_and(|(_, bytes, _)| bytes.is_some())
 }
 
 /// The sending half. Await each send in full: a send that is cancelled half-way leaves the
@@ -547,6 +630,8 @@ pub struct SignalReceiver {
     /// allocate new memory for its read buffer.
     held: Option<Bytes>,
     bytes_received: u64,
+    /// Whether a message has arrived.
+    has_spoken: bool,
     closed: bool,
 }
 
@@ -558,13 +643,8 @@ impl SignalReceiver {
                 break;
             };
             match message.map_err(lost)? {
-                Message::Binary(bytes) => return Ok(self.receive(bytes)),
-                Message::Text(text) => {
-                    return Ok(SignalEvent::Ignored {
-                        kind: 0,
-                        len: text.len(),
-                    });
-                }
+                Message::Binary(bytes) => return self.receive(bytes),
+                Message::Text(text) => return self.receive_text(&text),
                 Message::Close(frame) => {
                     self.closed = true;
                     let (code, reason) = frame.map_or((None, String::new()), |frame| {
@@ -589,10 +669,29 @@ impl SignalReceiver {
         self.bytes_received
     }
 
-    fn receive(&mut self, bytes: Bytes) -> SignalEvent {
+    fn receive(&mut self, bytes: Bytes) -> Result<SignalEvent, SignalError> {
         self.bytes_received += bytes.len() as u64;
         self.held = (bytes.len() > READ_BUFFER_BYTES).then(|| bytes.clone());
-        SignalEvent::decode(&bytes)
+        let event = SignalEvent::decode(&bytes);
+        let is_first = !std::mem::replace(&mut self.has_spoken, true);
+        match is_first.then(|| foreign(&bytes, &event)).flatten() {
+            Some(what) => Err(ProtocolFault::NotLiveKit(what).into()),
+            None => Ok(event),
+        }
+    }
+
+    /// LiveKit sends text only to who has sent it text, and we send none.
+    fn receive_text(&mut self, text: &str) -> Result<SignalEvent, SignalError> {
+        const SHOWN_MAX: usize = 60;
+        if std::mem::replace(&mut self.has_spoken, true) {
+            return Ok(SignalEvent::Malformed {
+                kind: 0,
+                len: text.len(),
+            });
+        }
+        let shown: String = text.chars().take(SHOWN_MAX).collect();
+        let shown = answer::stranger_text(&shown, None);
+        Err(ProtocolFault::NotLiveKit(format!("the text '{shown}'")).into())
     }
 }
 
@@ -1798,7 +1897,10 @@ mod tests {
             let (_sender, mut receiver, server) = connected().await;
             let mut socket = server.into_inner();
             let lengths = [0usize, 1, 125, 126, 127, 4_096, 65_535, 65_536, 100_000, 3];
-            let mut wire = Vec::new();
+            // Without a first message of LiveKit's, the connection would end at the next.
+            let first = response(proto::signal_response::Message::RefreshToken("t".into()));
+            let mut wire = vec![0x82, first.len() as u8];
+            wire.extend_from_slice(&first);
             for len in lengths {
                 let mut message = vec![0x82];
                 match len {
@@ -1820,6 +1922,10 @@ mod tests {
                 }
                 socket
             });
+            assert!(matches!(
+                receiver.next().await,
+                Ok(SignalEvent::RefreshToken(_))
+            ));
             for len in lengths {
                 assert_eq!(
                     receiver.next().await.unwrap(),
@@ -1828,6 +1934,85 @@ mod tests {
             }
             drop(writing);
         });
+    }
+
+    #[test]
+    fn what_no_livekit_server_begins_with_ends_the_attempt_and_later_is_skipped() {
+        let binary = |bytes: &'static [u8]| Message::Binary(Bytes::from_static(bytes));
+        run(async {
+            for (message, says) in [
+                (
+                    Message::Text("{\"hello\":1}".into()),
+                    "the text '{\"hello\":1}'",
+                ),
+                (binary(b""), "is empty"),
+                (binary(b"hello"), "5 bytes that cannot be read"),
+                (binary(b"\xff\xff"), "2 bytes that cannot be read"),
+            ] {
+                let (_sender, mut receiver, mut server) = connected().await;
+                server.send(message.clone()).await.unwrap();
+                let error = receiver.next().await.unwrap_err().to_string();
+                assert!(
+                    error.contains(says) && error.contains("no LiveKit server"),
+                    "{error}"
+                );
+                let (_sender, mut receiver, mut server) = connected().await;
+                let first = response(proto::signal_response::Message::Join(join_to(0)));
+                server.send(Message::Binary(first)).await.unwrap();
+                server.send(message).await.unwrap();
+                assert!(matches!(receiver.next().await, Ok(SignalEvent::Join(_))));
+                assert!(receiver.next().await.is_ok());
+            }
+            // A Join that cannot be read has a sentence of its own.
+            let (_sender, mut receiver, mut server) = connected().await;
+            server.send(binary(b"\x0a\x02\x1a\x7f")).await.unwrap();
+            assert!(matches!(
+                receiver.next().await,
+                Ok(SignalEvent::Malformed { kind: 1, .. })
+            ));
+        });
+    }
+
+    #[test]
+    fn livekits_own_words_get_the_advice_that_fits_them() {
+        let of = |status, text: &str| match status {
+            404 => SignalError::NotFound {
+                path: "/rtc/v1".into(),
+                text: text.into(),
+                dropped: None,
+            },
+            500 => SignalError::Server {
+                status,
+                text: text.into(),
+            },
+            _ => SignalError::Http {
+                status,
+                text: text.into(),
+            },
+        };
+        for (status, text, says) in [
+            (404, "requested room does not exist", "room.auto_create"),
+            (
+                400,
+                "participant identity length exceeds limits: max length 8",
+                "shorter --identity-prefix",
+            ),
+            (
+                400,
+                "room name length exceeds limits: max length 8",
+                "shorter --room",
+            ),
+            (500, "connection closed by media", "room.max_participants"),
+            (400, "something that nobody knows", "its log says why"),
+            (404, "something that nobody knows", "its log may say more"),
+            (500, "something that nobody knows", "see its log"),
+        ] {
+            let said = of(status, text).to_string();
+            assert!(said.contains(says) && said.contains(text), "{said}");
+            assert!(!said.contains("is this a LiveKit server"), "{said}");
+        }
+        let plain = of(404, "404 page not found").to_string();
+        assert!(plain.contains("an old LiveKit server"), "{plain}");
     }
 
     #[test]

@@ -18,12 +18,13 @@ use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::tungstenite::handshake::client::generate_key;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 
-use super::answer::{AnswerFault, AskedAt, AskedFor, HttpAnswer};
-use super::client::SignalError;
+use super::access::TokenOrigin;
+use super::answer::{AnswerFault, AnsweredBy, AskedAt, AskedFor, HttpAnswer};
+use super::client::{DroppedUpgrade, ProtocolFault, SignalError};
 use super::head::{AnswerHead, NoHead};
 use super::link::{LinkEnd, LinkFault, LinkStage, causes, plain};
 use super::route::ProxyRoute;
-use super::{Endpoint, Secret, trust};
+use super::{Endpoint, Secret, probe, trust};
 
 /// Time after which the next address is tried beside one that has not answered (RFC 8305, section
 /// 5).
@@ -56,8 +57,18 @@ impl DialDeadline {
         stage: LinkStage,
         work: impl Future<Output = Result<T, SignalError>>,
     ) -> Result<T, SignalError> {
+        self.or_else(work, || end.slow(stage, self.after).into())
+            .await
+    }
+
+    /// Ends `work` at the deadline, with this fault.
+    async fn or_else<T>(
+        self,
+        work: impl Future<Output = Result<T, SignalError>>,
+        late: impl FnOnce() -> SignalError,
+    ) -> Result<T, SignalError> {
         let done = tokio::time::timeout_at(self.at, work).await;
-        done.unwrap_or_else(|_| Err(end.slow(stage, self.after).into()))
+        done.unwrap_or_else(|_| Err(late()))
     }
 }
 
@@ -349,16 +360,16 @@ impl<'d> Dialled<'d> {
         let name = endpoint.to_string();
         let end = endpoint.end(&name);
         let started = Instant::now();
+        let proxy = endpoint.proxy()?;
         // Boxed, because thousands do this at once: code that few need must not enlarge every
         // waiting future.
-        let opening = Box::pin(async {
-            let mut stream = endpoint.open().await?;
-            if let Some(proxy) = endpoint.proxy()? {
-                Box::pin(tunnel(&mut stream, &proxy, endpoint)).await?;
+        let stream = match &proxy {
+            None => {
+                let opening = Box::pin(endpoint.open());
+                deadline.keep(end, LinkStage::Connect, opening).await?
             }
-            Ok(stream)
-        });
-        let stream = deadline.keep(end, LinkStage::Connect, opening).await?;
+            Some(proxy) => Box::pin(dial_proxy(endpoint, proxy, deadline)).await?,
+        };
         let tcp = started.elapsed();
         let local = stream.local_addr();
         let local = local.map_err(|error| end.unreachable(&error))?;
@@ -385,14 +396,14 @@ impl<'d> Dialled<'d> {
     pub(super) async fn upgrade(
         mut self,
         path: &str,
-        token: &Secret,
+        whose: (&Secret, TokenOrigin),
     ) -> Result<(TcpOrTls, Vec<u8>), SignalError> {
         let name = self.endpoint.to_string();
         let end = self.endpoint.end(&name);
         let deadline = self.deadline;
         let upgrading = Box::pin(async {
             let key = generate_key();
-            let request = self.request(path, token, &key)?;
+            let request = self.request(path, whose.0, &key)?;
             let sent = self.transport.write_all(&request).await;
             drop(request);
             let flushed = match sent {
@@ -402,7 +413,7 @@ impl<'d> Dialled<'d> {
             // A server that refuses before it has read everything has already sent its answer.
             let head = AnswerHead::read(&mut self.transport).await;
             let head = head.map_err(|none| no_head(none, flushed.err(), end))?;
-            Box::pin(self.judge(head, path, token, &key)).await
+            Box::pin(self.judge(head, path, whose, &key)).await
         });
         deadline
             .keep(end, LinkStage::UpgradeAnswer, upgrading)
@@ -410,13 +421,10 @@ impl<'d> Dialled<'d> {
     }
 
     fn request(&self, path: &str, token: &Secret, key: &str) -> Result<Vec<u8>, SignalError> {
-        let url: http::Uri =
-            self.endpoint
-                .http_url("")
-                .parse()
-                .map_err(|_| SignalError::Protocol {
-                    cause: "the address cannot be written into a request".into(),
-                })?;
+        let url: http::Uri = self.endpoint.http_url("").parse().map_err(|_| {
+            let why = "the address cannot be written into a request";
+            ProtocolFault::WebSocket(why.into())
+        })?;
         let gateway = &self.endpoint.gateway;
         let prefix = url.path().trim_end_matches('/');
         let host = url.authority().map_or("", |authority| authority.as_str());
@@ -436,7 +444,7 @@ impl<'d> Dialled<'d> {
         mut self,
         mut head: AnswerHead,
         path: &str,
-        token: &Secret,
+        whose: (&Secret, TokenOrigin),
         key: &str,
     ) -> Result<(TcpOrTls, Vec<u8>), SignalError> {
         if head.status == 101 {
@@ -444,9 +452,8 @@ impl<'d> Dialled<'d> {
             return if accepted.is_some_and(|accept| *accept == derive_accept_key(key.as_bytes())) {
                 Ok((self.transport, head.rest))
             } else {
-                Err(SignalError::Protocol {
-                    cause: "its answer is to another request than ours".into(),
-                })
+                let why = "its answer is to another request than ours";
+                Err(ProtocolFault::WebSocket(why.into()).into())
             };
         }
         let body = head.body(&mut self.transport).await;
@@ -462,10 +469,59 @@ impl<'d> Dialled<'d> {
                 what: AskedFor::Signalling,
                 url: &self.endpoint.http_url(path),
                 path,
-                secret: Some(token),
+                secret: Some(whose.0),
             },
         );
-        Err(SignalError::of_answer(fault, self.endpoint, path))
+        let is_silent = body.trim_ascii().is_empty();
+        let error = SignalError::of_answer(fault, self.endpoint, path, whose);
+        match error {
+            SignalError::NotFound { path, text, .. } if is_silent => Err(SignalError::NotFound {
+                dropped: self.dropped(&path, &head).await,
+                path,
+                text,
+            }),
+            other => Err(other),
+        }
+    }
+
+    /// Returns what keeps WebSockets from a server that has the path. LiveKit answers a request
+    /// that is none with 404 and no text, as it does where a proxy takes the Upgrade header away.
+    async fn dropped(&self, path: &str, head: &AnswerHead) -> Option<DroppedUpgrade> {
+        let endpoint = self.endpoint;
+        let asked = endpoint.serves_signalling.get_or_init(|| async {
+            let served = probe::has(endpoint, &format!("{path}/validate")).await;
+            served == probe::ServedPath::There
+        });
+        asked.await.then(|| DroppedUpgrade {
+            path: path.to_owned(),
+            status: head.status,
+            by: AnsweredBy::of(&head.headers).to_string(),
+        })
+    }
+}
+
+/// Connects to the server through the proxy.
+async fn dial_proxy(
+    endpoint: &Endpoint,
+    proxy: &ProxyRoute,
+    deadline: DialDeadline,
+) -> Result<TcpStream, SignalError> {
+    let after = deadline.after;
+    let late = || proxy.away(format!("no answer within {} s", after.as_secs_f64()));
+    let mut stream = deadline.or_else(endpoint.open(), || late().into()).await?;
+    let asking = tunnel(&mut stream, proxy, endpoint);
+    let silent = || proxy.silent(&target_of(endpoint), after);
+    deadline.or_else(asking, || silent().into()).await?;
+    Ok(stream)
+}
+
+/// Returns the server's host and port as `CONNECT` takes them.
+fn target_of(endpoint: &Endpoint) -> String {
+    let host = endpoint.host();
+    if host.contains(':') {
+        format!("[{host}]:{}", endpoint.url.port())
+    } else {
+        format!("{host}:{}", endpoint.url.port())
     }
 }
 
@@ -508,12 +564,7 @@ async fn tunnel(
     proxy: &ProxyRoute,
     endpoint: &Endpoint,
 ) -> Result<(), SignalError> {
-    let host = endpoint.host();
-    let target = if host.contains(':') {
-        format!("[{host}]:{}", endpoint.url.port())
-    } else {
-        format!("{host}:{}", endpoint.url.port())
-    };
+    let target = target_of(endpoint);
     let mut headers = HeaderMap::new();
     if let Some(authorization) = proxy.authorization() {
         headers.insert(header::PROXY_AUTHORIZATION, authorization.clone());
@@ -698,6 +749,39 @@ mod tests {
         run(addresses.look());
         assert_eq!(uses(&addresses), [(0, true), (0, false)]);
         assert_eq!(addresses.there()[0], both[1]);
+    }
+
+    #[test]
+    fn each_step_that_meets_silence_has_a_fault_of_its_own() {
+        let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = held.local_addr().unwrap().port();
+        let deadline = || DialDeadline::after(Duration::from_millis(300));
+        let endpoint = |scheme: &str| -> Endpoint {
+            let url = format!("{scheme}://127.0.0.1:{port}");
+            url.parse().unwrap()
+        };
+        let secure = endpoint("wss");
+        let tls = run(async { Dialled::dial(&secure, deadline()).await.err() });
+        let tls = tls.unwrap().to_string();
+        assert!(tls.contains("did not answer the TLS handshake"), "{tls}");
+        let proxy = ProxyRoute::named(&format!("http://127.0.0.1:{port}"));
+        let plain = endpoint("ws");
+        let tunnel = run(async { dial_proxy(&plain, &proxy, deadline()).await.err() });
+        let tunnel = tunnel.unwrap().to_string();
+        assert!(
+            tunnel.contains(&format!(
+                "the proxy http://127.0.0.1:{port} (HTTP_PROXY) took the"
+            )) && tunnel.contains(&format!("its answer about 127.0.0.1:{port} did not come")),
+            "{tunnel}"
+        );
+        let (dead, _held) = silent();
+        let unreached: Endpoint = format!("ws://{dead}").parse().unwrap();
+        let away = run(async { dial_proxy(&unreached, &proxy, deadline()).await.err() });
+        let away = away.unwrap().to_string();
+        assert!(
+            away.contains("cannot be reached (no answer within 0.3 s)"),
+            "{away}"
+        );
     }
 
     #[test]

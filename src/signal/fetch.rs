@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use http::HeaderMap;
 
-use super::link::{LinkEnd, LinkFault, RequestTimes};
+use super::link::{LinkEnd, LinkFault, LinkStage, RequestTimes};
 use super::route::{ProxyFault, ProxyRoute};
 use super::trust::{self, UnusableTrust};
 
@@ -17,6 +17,8 @@ pub(crate) struct Fetcher {
     /// Address as the user would write it.
     endpoint: String,
     secure: bool,
+    /// Host and port, if the address has them.
+    target: Option<(String, u16)>,
     times: RequestTimes,
     route: Result<Option<ProxyRoute>, ProxyFault>,
 }
@@ -40,6 +42,27 @@ pub enum FetchFault {
     Trust(#[from] UnusableTrust),
     #[error("{endpoint} answers with more than {} MiB", bytes_max >> 20)]
     TooLong { endpoint: String, bytes_max: usize },
+}
+
+/// Longest wait for a connection that only shows whether there is one.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Returns the host and port of a URL, the host as a known address if there is one.
+fn target_of(url: &str, addresses: &[SocketAddr]) -> Option<(String, u16)> {
+    if let Some(address) = addresses.first() {
+        return Some((address.ip().to_string(), address.port()));
+    }
+    let url = url::Url::parse(url).ok()?;
+    let host = url.host_str()?.trim_matches(['[', ']']).to_owned();
+    Some((host, url.port_or_known_default()?))
+}
+
+/// Whether a connection opens.
+async fn opens(to_where: (String, u16)) -> bool {
+    let connecting = tokio::net::TcpStream::connect(to_where);
+    tokio::time::timeout(LOOK_TIMEOUT, connecting)
+        .await
+        .is_ok_and(|opened| opened.is_ok())
 }
 
 impl Fetcher {
@@ -87,6 +110,7 @@ impl Fetcher {
                 .expect("a client with a given TLS configuration needs nothing from its host"),
             endpoint: endpoint.to_owned(),
             secure,
+            target: target_of(url, addresses),
             times,
             route,
         }
@@ -107,7 +131,10 @@ impl Fetcher {
             trust::must_be_usable()?;
         }
         let fault = |error: reqwest::Error| self.fault(&error);
-        let mut response = request.send().await.map_err(fault)?;
+        let mut response = match request.send().await {
+            Ok(response) => response,
+            Err(error) => return Err(self.of_stage(fault(error)).await),
+        };
         let status = response.status().as_u16();
         let headers = std::mem::take(response.headers_mut());
         let mut body = Vec::new();
@@ -125,6 +152,45 @@ impl Fetcher {
             headers,
             body,
         })
+    }
+
+    /// Names the stage of a connection that did not come about in time: the client has one time
+    /// limit for TCP, for a proxy's tunnel and for TLS. A second connection tells them apart.
+    async fn of_stage(&self, fault: FetchFault) -> FetchFault {
+        let FetchFault::Link(LinkFault::Slow {
+            endpoint,
+            stage,
+            after,
+        }) = fault
+        else {
+            return fault;
+        };
+        let proxy = self.route.as_ref().ok().and_then(Option::as_ref);
+        let to_where = proxy.map_or_else(
+            || self.target.clone(),
+            |proxy| Some((proxy.host().to_owned(), proxy.port())),
+        );
+        let is_open = match to_where {
+            Some(to_where) if stage == LinkStage::Connect => opens(to_where).await,
+            _ => stage != LinkStage::Connect,
+        };
+        match (proxy, is_open) {
+            (Some(proxy), true) => proxy.silent(&endpoint, after).into(),
+            (Some(proxy), false) => {
+                let why = format!("no answer within {} s", after.as_secs_f64());
+                proxy.away(why).into()
+            }
+            (None, _) => LinkFault::Slow {
+                endpoint,
+                stage: if stage == LinkStage::Connect && is_open && self.secure {
+                    LinkStage::Tls
+                } else {
+                    stage
+                },
+                after,
+            }
+            .into(),
+        }
     }
 
     fn fault(&self, error: &reqwest::Error) -> FetchFault {

@@ -1,15 +1,101 @@
 //! Tokens that the user gives, one for each participant, in place of an API key.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
+use super::refused::{unix_now, whole_seconds};
 use crate::plan::{ParticipantPlan, Plan};
 use crate::secrets::Secret;
+use crate::words;
 
 /// Longest token that is accepted: longer than any that a server takes in a request line.
 const TOKEN_BYTES_MAX: usize = 8 << 10;
+
+/// Difference of two clocks that servers overlook when they check a token's time.
+const CLOCKS_APART_MAX: Duration = Duration::from_secs(60);
+
+/// What a token says about its own time, since 1970.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Validity {
+    pub expires: Option<Duration>,
+    pub not_before: Option<Duration>,
+}
+
+impl Validity {
+    /// Reads it from a token. What is no token says nothing.
+    pub(super) fn of(token: &Secret) -> Validity {
+        let claims = claims_of(token.expose());
+        claims.map_or_else(|_| Validity::default(), |claims| claims.validity())
+    }
+
+    /// # Errors
+    /// Returns why no server takes the token now, whatever its clock says within reason.
+    fn must_hold(self, now: Duration) -> Result<(), UnusableToken> {
+        let ago = |expires| now.checked_sub(expires);
+        if let Some(ago) = self.expires.and_then(ago)
+            && ago > CLOCKS_APART_MAX
+        {
+            return Err(UnusableToken::Expired { ago });
+        }
+        let left = |from: Duration| from.checked_sub(now);
+        match self.not_before.and_then(left) {
+            Some(left) if left > CLOCKS_APART_MAX => Err(UnusableToken::Early { left }),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[derive(serde::Deserialize)]
+struct GivenClaims {
+    #[serde(default)]
+    sub: String,
+    #[serde(default)]
+    video: GivenGrants,
+    #[serde(default)]
+    exp: Option<f64>,
+    #[serde(default)]
+    nbf: Option<f64>,
+}
+
+#[derive(Default, serde::Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct GivenGrants {
+    room_join: bool,
+    room: String,
+    can_publish: Option<bool>,
+    can_subscribe: Option<bool>,
+}
+
+impl GivenClaims {
+    fn validity(&self) -> Validity {
+        // A time that is none (negative, or beyond all clocks) says nothing.
+        let time = |seconds: f64| Duration::try_from_secs_f64(seconds).ok();
+        Validity {
+            expires: self.exp.and_then(time),
+            not_before: self.nbf.and_then(time),
+        }
+    }
+}
+
+fn claims_of(text: &str) -> Result<GivenClaims, UnusableToken> {
+    let parts: Vec<&str> = text.split('.').collect();
+    let [_, claims, _] = parts[..] else {
+        return Err(UnusableToken::NoJwt);
+    };
+    if text.len() > TOKEN_BYTES_MAX {
+        return Err(UnusableToken::NoJwt);
+    }
+    let claims = URL_SAFE_NO_PAD
+        .decode(claims.trim_end_matches('='))
+        .map_err(|_| UnusableToken::NoJwt)?;
+    // Parse into a map first, because a struct could also be read from an array.
+    serde_json::from_slice::<serde_json::Map<_, _>>(&claims)
+        .and_then(|claims| serde_json::from_value(claims.into()))
+        .map_err(|_| UnusableToken::Unreadable)
+}
 
 /// A token, and what it says about its participant.
 #[derive(Clone, Debug)]
@@ -32,6 +118,10 @@ pub enum UnusableToken {
     WithoutIdentity,
     #[error("names no room to join (video.roomJoin and video.room)")]
     WithoutRoom,
+    #[error("expired {} ago (exp): have a new one made, or set this host's clock", words::duration(whole_seconds(*.ago)))]
+    Expired { ago: Duration },
+    #[error("is valid in {} only (nbf): wait, have another one made, or set this host's clock", words::duration(whole_seconds(*.left)))]
+    Early { left: Duration },
 }
 
 impl GivenToken {
@@ -40,41 +130,20 @@ impl GivenToken {
     /// # Errors
     /// Returns why no participant can join with the token.
     pub fn read(text: &str) -> Result<GivenToken, UnusableToken> {
-        #[derive(serde::Deserialize)]
-        struct Claims {
-            #[serde(default)]
-            sub: String,
-            #[serde(default)]
-            video: Grants,
-        }
-        #[derive(Default, serde::Deserialize)]
-        #[serde(rename_all = "camelCase", default)]
-        struct Grants {
-            room_join: bool,
-            room: String,
-            can_publish: Option<bool>,
-            can_subscribe: Option<bool>,
-        }
-        let parts: Vec<&str> = text.split('.').collect();
-        let [_, claims, _] = parts[..] else {
-            return Err(UnusableToken::NoJwt);
-        };
-        if text.len() > TOKEN_BYTES_MAX {
-            return Err(UnusableToken::NoJwt);
-        }
-        let claims = URL_SAFE_NO_PAD
-            .decode(claims.trim_end_matches('='))
-            .map_err(|_| UnusableToken::NoJwt)?;
-        // Parse into a map first, because a struct could also be read from an array.
-        let Claims { sub, video } = serde_json::from_slice::<serde_json::Map<_, _>>(&claims)
-            .and_then(|claims| serde_json::from_value(claims.into()))
-            .map_err(|_| UnusableToken::Unreadable)?;
+        GivenToken::read_at(text, unix_now())
+    }
+
+    fn read_at(text: &str, now: Duration) -> Result<GivenToken, UnusableToken> {
+        let claims = claims_of(text)?;
+        let validity = claims.validity();
+        let GivenClaims { sub, video, .. } = claims;
         if sub.is_empty() {
             return Err(UnusableToken::WithoutIdentity);
         }
         if !video.room_join || video.room.is_empty() {
             return Err(UnusableToken::WithoutRoom);
         }
+        validity.must_hold(now)?;
         Ok(GivenToken {
             secret: Secret::new(text),
             identity: sub,
@@ -253,6 +322,28 @@ mod tests {
         ] {
             assert_eq!(GivenToken::read(text).unwrap_err(), why, "{text}");
         }
+    }
+
+    #[test]
+    fn a_token_whose_time_has_passed_or_not_come_is_told_before_it_is_used() {
+        let token = token("hall", "ann", Permissions::BOTH).secret;
+        let at = |now| GivenToken::read_at(token.expose(), now).map(drop);
+        let (now, minute) = (unix_now(), Duration::from_secs(60));
+        assert_eq!(at(now), Ok(()));
+        // It is valid for a minute, and servers overlook another one.
+        assert_eq!(at(now + minute * 2 - Duration::from_secs(5)), Ok(()));
+        assert!(matches!(
+            at(now + minute * 61),
+            Err(UnusableToken::Expired { .. })
+        ));
+        let early = at(now - minute * 5).unwrap_err().to_string();
+        assert!(early.starts_with("is valid in "), "{early}");
+        let far = Validity {
+            expires: Some(now - minute * 60),
+            not_before: None,
+        };
+        let expired = far.must_hold(now).unwrap_err().to_string();
+        assert!(expired.contains("expired 1h ago"), "{expired}");
     }
 
     #[test]

@@ -24,7 +24,9 @@ impl LinkStage {
     const fn story(self) -> &'static str {
         match self {
             LinkStage::Connect => "did not take a connection",
-            LinkStage::Tls => "took the connection (TCP), and TLS was not agreed on",
+            LinkStage::Tls => {
+                "took the connection (TCP was open), and did not answer the TLS handshake"
+            }
             LinkStage::Answer => "took the connection, and its answer did not come",
             LinkStage::UpgradeAnswer => {
                 "took the connection (TCP was open), and the WebSocket's answer did not come"
@@ -35,7 +37,10 @@ impl LinkStage {
     const fn advice(self) -> &'static str {
         match self {
             LinkStage::Connect => "check the address, the route and the firewall",
-            LinkStage::Tls | LinkStage::Answer | LinkStage::UpgradeAnswer => {
+            LinkStage::Tls => {
+                "does it speak TLS at this port, or is it, or what stands in front of it, stuck?"
+            }
+            LinkStage::Answer | LinkStage::UpgradeAnswer => {
                 "is it, or what stands in front of it, stuck or overloaded?"
             }
         }
@@ -45,17 +50,21 @@ impl LinkStage {
 /// Why a connection gave no HTTP answer. Each message says what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LinkFault {
-    #[error("{endpoint} refused the connection: is the server running, and is this its port?")]
+    #[error(
+        "{} refused the connection: is the server running, and is this its port?",
+        with_port(endpoint)
+    )]
     Refused { endpoint: String },
     #[error(
-        "{endpoint} cannot be reached ({cause}): check the address, the route and the firewall"
+        "{} cannot be reached ({cause}): check the address, the route and the firewall",
+        with_port(endpoint)
     )]
     Unreachable { endpoint: String, cause: String },
     #[error(
         "the host name '{host}' cannot be resolved ({cause}): check its spelling and this host's DNS"
     )]
     Resolve { host: String, cause: String },
-    #[error("{endpoint} {} within {}: {}", stage.story(), seconds(*after), stage.advice())]
+    #[error("{} {} within {}: {}", with_port(endpoint), stage.story(), seconds(*after), stage.advice())]
     Slow {
         endpoint: String,
         stage: LinkStage,
@@ -81,6 +90,20 @@ pub enum LinkFault {
         secure: bool,
         cause: String,
     },
+}
+
+/// Returns the address, with the port that was tried where it names none.
+fn with_port(endpoint: &str) -> String {
+    let uri: Option<http::Uri> = endpoint.parse().ok();
+    let tried = uri.filter(|uri| uri.port().is_none()).and_then(|uri| {
+        let port = match uri.scheme_str()? {
+            "ws" | "http" => 80,
+            "wss" | "https" => 443,
+            _ => return None,
+        };
+        Some(format!("{endpoint} (port {port}, because it names none)"))
+    });
+    tried.unwrap_or_else(|| endpoint.to_owned())
 }
 
 fn hint(secure: bool) -> &'static str {
@@ -257,4 +280,26 @@ pub(crate) fn causes<'a>(
             None => cause.source(),
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_that_was_tried_is_told_where_none_was_named() {
+        for (endpoint, begins) in [
+            (
+                "ws://sfu",
+                "ws://sfu (port 80, because it names none) refused",
+            ),
+            ("wss://sfu/live", "wss://sfu/live (port 443, because"),
+            ("ws://sfu:80", "ws://sfu:80 refused"),
+            ("ws://[::1]:7880", "ws://[::1]:7880 refused"),
+        ] {
+            let endpoint = endpoint.to_owned();
+            let said = LinkFault::Refused { endpoint }.to_string();
+            assert!(said.starts_with(begins), "{said}");
+        }
+    }
 }

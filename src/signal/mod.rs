@@ -14,6 +14,7 @@ pub mod given;
 mod head;
 pub mod link;
 pub mod probe;
+pub mod refused;
 pub mod rooms;
 pub mod route;
 pub mod session;
@@ -25,11 +26,13 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use tokio::sync::OnceCell;
+
 use crate::plan::{ServerUrl, UnusableUrl};
 use dial::Addresses;
 
 pub use crate::secrets::Secret;
-pub use access::{JoinAccess, NotIssued, TokenIssuer, TokenRequest};
+pub use access::{JoinAccess, NotIssued, TokenIssuer, TokenOrigin, TokenRequest};
 pub use client::{
     ConnectTimes, JoinOptions, SignalError, SignalEvent, SignalReceiver, SignalSender, connect,
 };
@@ -46,6 +49,9 @@ pub struct Endpoint {
     url: ServerUrl,
     gateway: Arc<Gateway>,
     addresses: Option<Arc<Addresses>>,
+    /// Whether signalling is there for requests other than a WebSocket's. It is asked once, where
+    /// no WebSocket opens.
+    serves_signalling: Arc<OnceCell<bool>>,
 }
 
 impl Endpoint {
@@ -90,6 +96,7 @@ impl From<ServerUrl> for Endpoint {
             url,
             gateway: Arc::default(),
             addresses: None,
+            serves_signalling: Arc::default(),
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::answer::{AnswerFault, AskedAt, AskedFor, HttpAnswer};
-use super::client::{JoinMode, JoinOptions, SignalError, SignalEvent};
+use super::client::{Join, JoinMode, JoinOptions, SignalError, SignalEvent};
 use super::dial::{DialDeadline, Dialled};
 use super::token::Permissions;
 use super::{ApiKey, Endpoint, Secret};
@@ -23,8 +23,10 @@ pub enum ServedPath {
     There,
     /// The server does not know the path.
     Missing,
-    /// No answer, or none from the server itself. The text is the reason, for people.
+    /// The answer does not tell. The text is what it said, for people.
     Unknown(String),
+    /// There was no answer, or something else gave it. What follows will meet the same, and say so.
+    Unasked(&'static str),
 }
 
 /// Returns whether the server has `/rtc/v1`, one connection for everything.
@@ -39,7 +41,7 @@ pub async fn has_signalling(endpoint: &Endpoint) -> ServedPath {
     has(endpoint, "/rtc/validate").await
 }
 
-async fn has(endpoint: &Endpoint, path: &str) -> ServedPath {
+pub(super) async fn has(endpoint: &Endpoint, path: &str) -> ServedPath {
     let fetcher = endpoint.fetcher(TIMEOUT);
     let url = endpoint.http_url(path);
     let mut headers = http::HeaderMap::new();
@@ -48,7 +50,7 @@ async fn has(endpoint: &Endpoint, path: &str) -> ServedPath {
     let request = fetcher.request(reqwest::Method::GET, &url).headers(headers);
     let answer = match fetcher.send(request, BODY_BYTES_MAX).await {
         Ok(answer) => answer,
-        Err(fault) => return ServedPath::Unknown(fault.to_string()),
+        Err(_) => return ServedPath::Unasked("it did not answer"),
     };
     let asked = AskedAt {
         what: AskedFor::Signalling,
@@ -72,8 +74,21 @@ async fn has(endpoint: &Endpoint, path: &str) -> ServedPath {
             status: 200..300 | 400 | 401 | 403,
             ..
         } => ServedPath::There,
-        other => ServedPath::Unknown(other.to_string()),
+        AnswerFault::Own { .. } | AnswerFault::WebPage { .. } => {
+            ServedPath::Unknown(fault.to_string())
+        }
+        _ => ServedPath::Unasked("something in front of it answered"),
     }
+}
+
+/// Whether a participant with this token can join. It joins, and leaves at once.
+pub async fn lets_in(endpoint: &Endpoint, token: &Secret, single: bool) -> bool {
+    let connection = if single {
+        JoinMode::SINGLE
+    } else {
+        JoinMode::Dual
+    };
+    visit(endpoint, token, connection).await.is_some()
 }
 
 /// Makes a token to join `room` for the time that [`server_version`] takes, hidden from the others
@@ -93,24 +108,28 @@ pub fn visitor_token(api_key: &ApiKey, room: &str, identity: &str) -> Option<Sec
 /// Joins with this token, leaves at once, and returns the server's version; `None` where the server
 /// does not tell.
 pub async fn server_version(endpoint: &Endpoint, token: &Secret) -> Option<String> {
+    let join = visit(endpoint, token, JoinMode::SINGLE).await?;
+    Some(join.server_version).filter(|version| !version.is_empty())
+}
+
+/// Joins with this token, leaves at once, and returns what the server said.
+async fn visit(endpoint: &Endpoint, token: &Secret, connection: JoinMode) -> Option<Box<Join>> {
     let options = JoinOptions {
         auto_subscribe: false,
-        connection: JoinMode::SINGLE,
+        connection,
         timeout: TIMEOUT,
         ..JoinOptions::default()
     };
     let asking = async {
         let dialled = Dialled::dial(endpoint, DialDeadline::after(TIMEOUT)).await?;
         let (mut sender, mut receiver, _) = dialled.join(token, &options).await?;
-        let version = match receiver.next().await? {
-            SignalEvent::Join(join) => {
-                Some(join.server_version).filter(|version| !version.is_empty())
-            }
+        let join = match receiver.next().await? {
+            SignalEvent::Join(join) => Some(join),
             _ => None,
         };
         // If the Leave does not get through, the server still sees the connection end.
         let _ = sender.leave().await;
-        Ok::<_, SignalError>(version)
+        Ok::<_, SignalError>(join)
     };
     tokio::time::timeout(TIMEOUT, asking).await.ok()?.ok()?
 }

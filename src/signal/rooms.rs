@@ -9,11 +9,13 @@ use http::{HeaderMap, header};
 use livekit_protocol as proto;
 use prost::Message;
 
-use super::answer::{AnswerFault, AskedAt, AskedFor, HttpAnswer};
+use super::answer::{self, AnswerFault, AskedAt, AskedFor, HttpAnswer};
 use super::client::says_nothing_was_seen;
 use super::fetch::{FetchFault, Fetched, Fetcher};
 use super::gateway::UnsendableToken;
 use super::link::{LinkFault, LinkStage};
+use super::refused;
+use super::route::ProxyFault;
 use super::token::TokenError;
 use super::{ApiKey, Endpoint};
 
@@ -47,7 +49,10 @@ pub enum RoomError {
     /// Something other than the server answered.
     #[error(transparent)]
     Answer(AnswerFault),
-    #[error("the server refused our API key ({text}): check API key and secret, and both clocks")]
+    #[error(
+        "the server refused our API key ({text}): {}",
+        refused::advice_on_key(text)
+    )]
     Unauthorized { text: String },
     /// Our tokens carry the grant, so the server has not seen the token, or the key lacks the
     /// right.
@@ -55,11 +60,13 @@ pub enum RoomError {
         "the server does not let us use {method} ({text}): its key has no grant for that, or something in front of it takes the Authorization header away (--token-in query)"
     )]
     NotGranted { method: String, text: String },
-    #[error("the room service answered {method} with {status} ({text}){}", if *.status < 500 { ": is this a LiveKit server?" } else { ": see the server's log" })]
+    #[error("the room service answered {method} with {status} ({text}): {}", advice_on(text, *.is_known))]
     Other {
         method: String,
         status: u16,
         text: String,
+        /// Whether these are the words of a room service.
+        is_known: bool,
     },
     #[error("the room service sent what cannot be read ({cause}): is this a LiveKit server?")]
     Malformed { cause: String },
@@ -69,32 +76,57 @@ pub enum RoomError {
     UnsendableToken(#[from] UnsendableToken),
 }
 
+fn advice_on(text: &str, is_known: bool) -> &'static str {
+    let otherwise = if is_known {
+        "see the server's log"
+    } else {
+        "does that address lead to the server's room service (/twirp)?"
+    };
+    answer::advice_on(text).unwrap_or(otherwise)
+}
+
 impl RoomError {
     /// Whether the room does not exist (any more).
     pub fn is_not_found(&self) -> bool {
         matches!(self, RoomError::Other { status: 404, .. })
     }
 
-    /// Whether participants may still be able to join: something else answered, the service did not
-    /// answer in time, or we may not use it. This concerns a method, not a room.
+    /// Whether participants may still be able to join: something other than the server answered,
+    /// whatever it said, the service did not answer in time, or we may not use it. This concerns a
+    /// method, not a room.
     pub fn is_of_service_alone(&self) -> bool {
         match self {
             RoomError::Answer(fault) => !matches!(fault, AnswerFault::SpeaksTls { .. }),
-            RoomError::NotGranted { .. } => true,
-            // A join would only repeat the server's own failure.
-            RoomError::Other { status, .. } => *status < 500,
+            RoomError::NotGranted { .. } | RoomError::Malformed { .. } => true,
+            // A join would only repeat the server's own failure, or its refusal of a name.
+            RoomError::Other {
+                status, is_known, ..
+            } => !is_known || *status < 500 && *status != 400,
             RoomError::FetchFault(FetchFault::Link(fault)) => {
                 matches!(
                     fault,
                     LinkFault::Slow {
                         stage: LinkStage::Answer,
                         ..
-                    }
+                    } | LinkFault::HungUp { .. }
+                        | LinkFault::NotHttp { .. }
                 )
             }
-            RoomError::FetchFault(FetchFault::TooLong { .. }) => true,
+            RoomError::FetchFault(
+                FetchFault::TooLong { .. } | FetchFault::Proxy(ProxyFault::Silent { .. }),
+            ) => true,
             _ => false,
         }
+    }
+
+    /// Whether there was no answer in time.
+    pub fn is_slow(&self) -> bool {
+        matches!(
+            self,
+            RoomError::FetchFault(
+                FetchFault::Link(LinkFault::Slow { .. }) | FetchFault::TooLong { .. }
+            )
+        )
     }
 
     /// Whether the request was refused, so that nothing was done. A request that failed half-way
@@ -135,6 +167,10 @@ impl RoomService {
 
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
+    }
+
+    pub fn api_key(&self) -> &ApiKey {
+        &self.api_key
     }
 
     /// Returns the number of pauses at rate limits.
@@ -298,7 +334,12 @@ impl RoomService {
     }
 
     fn refusal(&self, fault: AnswerFault, method: &str) -> RoomError {
-        let AnswerFault::Own { status, text } = fault else {
+        let AnswerFault::Own {
+            status,
+            text,
+            is_known,
+        } = fault
+        else {
             return match fault {
                 AnswerFault::SpeaksTls { .. } => {
                     RoomError::FetchFault(FetchFault::Link(LinkFault::TlsMismatch {
@@ -311,13 +352,14 @@ impl RoomService {
         };
         let method = method.to_owned();
         match status {
-            403 => RoomError::NotGranted { method, text },
+            403 if is_known => RoomError::NotGranted { method, text },
             401 if says_nothing_was_seen(&text) => RoomError::NotGranted { method, text },
-            401 => RoomError::Unauthorized { text },
+            401 if is_known => RoomError::Unauthorized { text },
             _ => RoomError::Other {
                 method,
                 status,
                 text,
+                is_known,
             },
         }
     }
@@ -336,10 +378,10 @@ impl Endpoint {
     }
 }
 
-/// Whether the answer is a web page instead of a message.
+/// Whether the answer is something else than a message: a web page, or text.
 fn is_foreign(headers: &HeaderMap) -> bool {
     let kind = headers.get(header::CONTENT_TYPE);
-    kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/html"))
+    kind.is_some_and(|kind| !kind.as_bytes().starts_with(b"application/protobuf"))
 }
 
 /// Returns when an answer was given, by the clock of the answering host.

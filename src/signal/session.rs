@@ -902,6 +902,7 @@ impl Session {
         let mut options = JoinOptions {
             auto_subscribe: self.plan.subscribes,
             resume: resume.then(|| self.sid.clone()),
+            token_from: self.context.access.origin(),
             timeout,
             ..JoinOptions::default()
         };

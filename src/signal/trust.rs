@@ -6,6 +6,7 @@
 //! recipe (`openssl req -x509`) makes one that is an authority (CA:TRUE) and a server certificate
 //! at once.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -17,9 +18,11 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{
-    AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore,
-    SignatureScheme,
+    AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, OtherError,
+    RootCertStore, SignatureScheme,
 };
+
+use crate::words;
 
 const FILE_VARIABLE: &str = "SSL_CERT_FILE";
 const DIRECTORY_VARIABLE: &str = "SSL_CERT_DIR";
@@ -75,6 +78,10 @@ pub enum TlsFault {
         "its certificate is of an authority that nobody here trusts (or signed by itself): give --ca-cert FILE, or point SSL_CERT_FILE at its authority; --insecure does without the check"
     )]
     UnknownAuthority,
+    #[error(
+        "its certificate is issued by {issuer}, whose certificate the server does not send, and which is not among the trusted: have the server send its whole chain (certificate and intermediates in one file), or give --ca-cert FILE with the certificate of that issuer"
+    )]
+    MissingIssuer { issuer: String },
     #[error(
         "its certificate is one of an authority (CA:TRUE), which counts as a server's only where you name it: --ca-cert FILE or SSL_CERT_FILE"
     )]
@@ -162,8 +169,11 @@ fn build(
         if env(FILE_VARIABLE).is_none() && env(DIRECTORY_VARIABLE).is_none() {
             roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         }
+        let subjects = roots.roots.iter().map(|root| root.subject.to_vec());
+        let subjects = subjects.collect();
         let inner = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider);
         Arc::new(RootedOrNamed {
+            subjects,
             inner: inner
                 .build()
                 .expect("there are roots, and no revocation lists"),
@@ -246,6 +256,8 @@ fn certificates_below(path: &Path) -> Result<Vec<CertificateDer<'static>>, Unusa
 #[derive(Debug)]
 struct RootedOrNamed {
     inner: Arc<WebPkiServerVerifier>,
+    /// Names of the authorities that are trusted, in DER.
+    subjects: HashSet<Vec<u8>>,
     named: Vec<CertificateDer<'static>>,
 }
 
@@ -270,6 +282,13 @@ impl ServerCertVerifier for RootedOrNamed {
             Err(error) if is_of_issuer(&error) && self.named.contains(end_entity) => {
                 verify_server_name(&ParsedCertificate::try_from(end_entity)?, server_name)?;
                 Ok(ServerCertVerified::assertion())
+            }
+            Err(error) if is_unknown_issuer(&error) => {
+                let missing = self.missing_issuer(end_entity, intermediates);
+                Err(missing.map_or(error, |issuer| {
+                    let missing = OtherError(Arc::new(MissingIssuer(issuer)));
+                    rustls::Error::InvalidCertificate(CertificateError::Other(missing))
+                }))
             }
             checked => checked,
         }
@@ -360,13 +379,68 @@ impl ResolvesClientCert for NoClientCertificate {
     }
 }
 
-/// Whether the error is about the issuer of a certificate, and not about its validity period or
-/// name.
-fn is_of_issuer(error: &rustls::Error) -> bool {
+/// The certificate of this issuer is neither sent nor trusted.
+#[derive(Debug, thiserror::Error)]
+#[error("the certificate of {0} is missing")]
+struct MissingIssuer(String);
+
+impl RootedOrNamed {
+    /// Follows the chain that the server sent, and returns the issuer at which it breaks off.
+    /// `None` if it ends with a certificate that is signed by itself, or below a trusted name.
+    fn missing_issuer(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+    ) -> Option<String> {
+        let sent: Vec<_> = intermediates
+            .iter()
+            .filter_map(|sent| webpki::EndEntityCert::try_from(sent).ok())
+            .collect();
+        let leaf = webpki::EndEntityCert::try_from(end_entity).ok()?;
+        let (mut subject, mut issuer) = (leaf.subject(), leaf.issuer());
+        // A chain has at most as many steps as certificates.
+        for _ in 0..=sent.len() {
+            if subject == issuer || self.subjects.contains(issuer) {
+                return None;
+            }
+            let Some(next) = sent.iter().find(|sent| sent.subject() == issuer) else {
+                return Some(name_of(issuer));
+            };
+            (subject, issuer) = (next.subject(), next.issuer());
+        }
+        None
+    }
+}
+
+/// Returns the common name in a distinguished name (DER), as far as it has one, on one line.
+fn name_of(distinguished: &[u8]) -> String {
+    /// The object identifier 2.5.4.3, with its tag and length.
+    const COMMON_NAME: [u8; 5] = [6, 3, 0x55, 4, 3];
+    let at = distinguished
+        .windows(COMMON_NAME.len())
+        .position(|bytes| bytes == COMMON_NAME);
+    let text = at.and_then(|at| {
+        let value = distinguished.get(at + COMMON_NAME.len()..)?;
+        let len = usize::from(*value.get(1)?);
+        value.get(2..2 + len)
+    });
+    text.map_or_else(
+        || "an authority without a name".to_owned(),
+        |text| format!("'{}'", words::one_line(&String::from_utf8_lossy(text))),
+    )
+}
+
+fn is_unknown_issuer(error: &rustls::Error) -> bool {
     matches!(
         error,
         rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer)
-    ) || webpki_error(error) == Some(webpki::Error::CaUsedAsEndEntity)
+    )
+}
+
+/// Whether the error is about the issuer of a certificate, and not about its validity period or
+/// name.
+fn is_of_issuer(error: &rustls::Error) -> bool {
+    is_unknown_issuer(error) || webpki_error(error) == Some(webpki::Error::CaUsedAsEndEntity)
 }
 
 /// Returns the webpki error for which rustls has no variant of its own.
@@ -379,8 +453,21 @@ fn webpki_error(error: &rustls::Error) -> Option<webpki::Error> {
     }
 }
 
+fn own_error(error: &rustls::Error) -> Option<&MissingIssuer> {
+    match error {
+        rustls::Error::InvalidCertificate(CertificateError::Other(other)) => {
+            other.0.downcast_ref::<MissingIssuer>()
+        }
+        _ => None,
+    }
+}
+
 impl TlsFault {
     pub(super) fn of(error: &rustls::Error) -> TlsFault {
+        if let Some(MissingIssuer(issuer)) = own_error(error) {
+            let issuer = issuer.clone();
+            return TlsFault::MissingIssuer { issuer };
+        }
         match (webpki_error(error), error) {
             (Some(webpki::Error::CaUsedAsEndEntity), _) => TlsFault::Authority,
             (Some(webpki::Error::UnsupportedCertVersion), _) => TlsFault::OldVersion,

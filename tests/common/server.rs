@@ -50,6 +50,10 @@ pub struct Options {
     pub force_tcp: bool,
     /// Codecs that rooms accept, as named in the server's configuration. Empty means all.
     pub codecs: &'static [&'static str],
+    /// Number of participants that a room takes; 0 means any.
+    pub seats: u32,
+    /// Longest name of a room, and longest identity; 0 means the server's default.
+    pub name_length: u32,
     /// Whether the server runs its own relay, over UDP.
     pub turn: bool,
     /// If set, the server allocates by bandwidth and may pause tracks.
@@ -92,6 +96,8 @@ impl Default for Options {
             signalling: None,
             force_tcp: false,
             codecs: &[],
+            seats: 0,
+            name_length: 0,
             turn: false,
             congestion: None,
             forward_stats: false,
@@ -402,6 +408,16 @@ fn config(ports: &Ports, options: &Options) -> String {
             .collect();
         format!(", enabled_codecs: [{}]", mimes.join(", "))
     };
+    let seats = match options.seats {
+        0 => String::new(),
+        seats => format!(", max_participants: {seats}"),
+    };
+    let limit = match options.name_length {
+        0 => String::new(),
+        length => format!(
+            "limit: {{max_room_name_length: {length}, max_participant_identity_length: {length}}}\n"
+        ),
+    };
     let turn = if options.turn {
         // A relay refuses peers on its own host unless the configuration allows them.
         format!(
@@ -414,7 +430,7 @@ fn config(ports: &Ports, options: &Options) -> String {
     format!(
         "port: {}\nbind_addresses: [\"{signalling}\"]\nkeys: {{{KEY}: {SECRET}}}\n\
          rtc:\n  node_ip: {address}\n  enable_loopback_candidate: {}\n  interfaces: {{includes: [{device}]}}\n  tcp_port: {}\n  {udp}\n  use_ice_lite: {}\n{congestion}{forward_stats}{force_tcp}\
-         {turn}room: {{auto_create: {}{codecs}}}\nprometheus_port: {}\nlogging: {{level: {}, pion_level: error}}\n",
+         {turn}{limit}room: {{auto_create: {}{codecs}{seats}}}\nprometheus_port: {}\nlogging: {{level: {}, pion_level: error}}\n",
         ports.signal,
         address.is_loopback(),
         ports.tcp,

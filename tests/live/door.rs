@@ -2,6 +2,7 @@
 //! for what it is. A run gets through wherever a browser does.
 
 use std::fs;
+use std::io::Read;
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::Command;
@@ -9,16 +10,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair, date_time_ymd};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, date_time_ymd,
+};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
-use throng::signal::Permissions;
 use throng::signal::rooms::RoomService;
+use throng::signal::{ApiKey, Permissions};
 
 use crate::common::program::{Finished, Report, Scratch, beside_one_other, run, throng};
-use crate::common::server::Server;
-use crate::front::{PAGE, Verdict, answer, backend, forward, front, without};
+use crate::common::server::{Options, Server};
+use crate::front::{Nginx, PAGE, Verdict, answer, backend, forward, front, without};
 
 /// One publisher and two subscribers for two seconds.
 const SMALL: [&str; 6] = ["--publishers", "1", "--subscribers", "2", "--duration", "2"];
@@ -445,12 +448,444 @@ fn elsewhere_everything_goes_through_the_proxy_and_it_is_said() {
         command.env("ALL_PROXY", "socks5://127.0.0.1:9");
     })
     .is_kept_out(&["ALL_PROXY names socks5://127.0.0.1:9"]);
+    for no_proxy in ["throng.test", "*", "sfu.throng.test:7880"] {
+        Visit::to(url, &server, |command| {
+            command
+                .env("HTTP_PROXY", format!("http://{proxy}"))
+                .env("NO_PROXY", no_proxy);
+        })
+        .is_kept_out(&["'sfu.throng.test' cannot be resolved"]);
+    }
+    // The variable is named as it was spelt, and one that cannot be read is not left aside.
     Visit::to(url, &server, |command| {
-        command
-            .env("HTTP_PROXY", format!("http://{proxy}"))
-            .env("NO_PROXY", "throng.test");
+        command.env("http_proxy", "http://127.0.0.1:9");
     })
-    .is_kept_out(&["'sfu.throng.test' cannot be resolved"]);
+    .is_kept_out(&["the proxy http://127.0.0.1:9 (http_proxy) cannot be reached"]);
+    Visit::to(url, &server, |command| {
+        command.env("HTTP_PROXY", "foo bar");
+    })
+    .is_kept_out(&["HTTP_PROXY is set, and its value is no address of a proxy"]);
+}
+
+/// Starts to listen, and never says anything to who connects. Returns the port.
+fn silent() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        while let Ok((mut client, _)) = listener.accept() {
+            std::thread::spawn(move || while matches!(client.read(&mut [0; 4096]), Ok(1..)) {});
+        }
+    });
+    port
+}
+
+#[test]
+fn who_is_silent_and_at_which_step_is_told() {
+    let server = Server::embedded();
+    let _turn = beside_one_other();
+    let port = silent();
+    let visit = Visit::to(&format!("wss://localhost:{port}"), &server, nothing);
+    visit.is_kept_out(&[
+        "took the connection (TCP was open), and did not answer the TLS handshake within 5 s",
+    ]);
+    assert!(!visit.said().contains("firewall"), "{}", visit.said());
+    let proxy = format!("http://127.0.0.1:{port}");
+    for scheme in ["ws", "wss"] {
+        let url = format!("{scheme}://sfu.throng.test:7880");
+        let visit = Visit::to(&url, &server, |command| {
+            command.env("ALL_PROXY", &proxy);
+        });
+        visit.is_kept_out(&[
+            &format!("the proxy {proxy} (ALL_PROXY) took the connection (TCP was open)"),
+            "sfu.throng.test",
+        ]);
+        assert!(!visit.said().contains("firewall"), "{}", visit.said());
+    }
+}
+
+#[test]
+fn behind_nginx_the_server_is_known_by_its_words() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let Some(nginx) = Nginx::before(&server, &["location / { PASS; }"]) else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let visit = Visit::to(&nginx.url(0), &server, nothing);
+    let report = visit.gets_in();
+    assert_eq!(report.0["target"]["connection"], "single");
+    assert_eq!(
+        report.0["target"]["connection_reason"],
+        "the server has /rtc/v1"
+    );
+    assert!(!visit.said().contains("--header"), "{}", visit.said());
+    // Its own refusal stays its own, and ends the run before it begins.
+    Visit::to(&nginx.url(0), &server, |command| {
+        command.env(
+            "LIVEKIT_API_SECRET",
+            "another-secret-that-is-long-enough-too",
+        );
+    })
+    .is_kept_out(&["the server refused our API key", "check API key and secret"]);
+}
+
+#[test]
+fn whatever_answers_in_the_place_of_the_room_service_the_run_goes_on() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let cases = [
+        (
+            "location / { default_type text/html; return 200 '<!doctype html><title>App</title>'; }",
+            "with a web page (200: App)",
+        ),
+        (
+            "location / { default_type text/plain; return 200 ok; }",
+            "answered ListRooms with 200 (ok)",
+        ),
+        ("location / { return 302 /login; }", "is redirected (302)"),
+        ("location / { return 401; }", "lets nobody through (401"),
+        ("location / { return 405; }", "with a web page (405"),
+        ("location / { return 413; }", "with a web page (413"),
+        ("location / { return 444; }", "hung up without an answer"),
+        ("location / { return 500 oops; }", "with 500 (oops)"),
+        ("location / { return 502; }", "does not answer it (502"),
+        (
+            "location / { return 503; }",
+            "takes no such request for now (503",
+        ),
+    ];
+    let sites = cases.map(|(rest, _)| format!("location /rtc {{ PASS; }} {rest}"));
+    let mut sites: Vec<&str> = sites.iter().map(String::as_str).collect();
+    // Only the WebSocket itself gets through.
+    sites.push("location = /rtc { PASS; } location / { return 404; }");
+    let words = cases.iter().map(|(_, words)| *words);
+    let Some(nginx) = Nginx::before(&server, &sites) else {
+        return;
+    };
+    let _turn = beside_one_other();
+    for (site, words) in words.chain(["with a web page (404"]).enumerate() {
+        let visit = Visit::to(&nginx.url(site), &server, nothing);
+        let notes = visit.gets_in().notes();
+        assert!(
+            notes.contains("the room service cannot be used") && notes.contains(words),
+            "{words}: {notes}"
+        );
+    }
+}
+
+#[test]
+fn what_nginx_refuses_in_json_is_not_livekits_refusal() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let refuses = "location /twirp { PASS; } location / { default_type application/json; \
+                   return 403 '{\"error\":\"ip not allowed\"}'; }";
+    let Some(nginx) = Nginx::before(&server, &[refuses]) else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let visit = Visit::to(&nginx.url(0), &server, nothing);
+    visit.is_kept_out(&["in front of", "(403: {\"error\":\"ip not allowed\"})"]);
+    for guess in ["(401", "API key and secret", "the server has /rtc/v1"] {
+        assert!(!visit.said().contains(guess), "{guess}: {}", visit.said());
+    }
+}
+
+#[test]
+fn where_nginx_takes_the_upgrade_header_away_its_three_lines_are_named() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let Some(nginx) = Nginx::before(&server, &["location / { proxy_pass http://BACKEND; }"]) else {
+        return;
+    };
+    let _turn = beside_one_other();
+    for connection in ["auto", "dual"] {
+        let visit = Visit::to(&nginx.url(0), &server, |command| {
+            command.args(["--connection", connection]);
+        });
+        visit.is_kept_out(&[
+            "nginx",
+            "proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection \"upgrade\";",
+        ]);
+        let said = visit.said();
+        assert!(!said.contains("is this a LiveKit server"), "{said}");
+    }
+}
+
+#[test]
+fn a_limit_of_nginx_and_its_maintenance_are_no_backend_that_is_away() {
+    let Some(server) = Server::livekit() else {
+        return;
+    };
+    let sites = [
+        "limit_conn all 2; location / { PASS; }",
+        "location / { add_header Retry-After 100000 always; return 503; }",
+    ];
+    let Some(nginx) = Nginx::before(&server, &sites) else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let visit = Visit::to(&nginx.url(0), &server, nothing);
+    let said = visit.said();
+    assert_eq!(visit.finished.code, Some(99), "{said}");
+    assert!(
+        said.contains("a limit of its own (limit_conn, limit_req)")
+            && !said.contains("is the server behind it running"),
+        "{said}"
+    );
+    let visit = Visit::to(&nginx.url(1), &server, nothing);
+    visit.is_kept_out(&["come back in 100000 s", "maintenance"]);
+    assert!(
+        !visit.said().contains("join more slowly"),
+        "{}",
+        visit.said()
+    );
+}
+
+#[test]
+fn what_ends_a_run_before_it_begins_is_told_once() {
+    let server = Server::embedded();
+    let _turn = beside_one_other();
+    let held = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("ws://{}", held.local_addr().unwrap());
+    drop(held);
+    let visit = Visit::to(&url, &server, nothing);
+    assert_eq!(visit.finished.code, Some(1), "{}", visit.said());
+    let times = visit.said().matches("refused the connection").count();
+    assert_eq!(times, 1, "{}", visit.said());
+}
+
+/// A LiveKit server that is set up otherwise than usual.
+fn strict(options: Options) -> Option<Server> {
+    Server::livekit_with(&options)
+}
+
+#[test]
+fn livekits_refusals_get_the_advice_that_fits_its_words() {
+    let usual = Options::default;
+    let rooms_by_hand = Options {
+        auto_create: false,
+        ..usual()
+    };
+    let Some(server) = strict(rooms_by_hand) else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let is_told = |visit: &Visit, words: &[&str]| {
+        visit.is_kept_out(words);
+        let said = visit.said();
+        assert!(!said.contains("is this a LiveKit server"), "{said}");
+    };
+    let visit = Visit::to(&server.url, &server, tokens(&server));
+    is_told(
+        &visit,
+        &["requested room does not exist", "room.auto_create"],
+    );
+
+    let short_names = Options {
+        name_length: 8,
+        ..usual()
+    };
+    let server = strict(short_names).expect("it is there");
+    let visit = Visit::to(&server.url, &server, nothing);
+    is_told(
+        &visit,
+        &["room name length exceeds limits", "write a shorter --room"],
+    );
+    let visit = Visit::to(&server.url, &server, |command| {
+        command.args(["--room", "abc"]);
+    });
+    is_told(
+        &visit,
+        &[
+            "participant identity length exceeds limits: max length 8",
+            "write a shorter --identity-prefix",
+        ],
+    );
+
+    let small_rooms = Options {
+        seats: 2,
+        ..usual()
+    };
+    let server = strict(small_rooms).expect("it is there");
+    let visit = Visit::to(&server.url, &server, nothing);
+    let said = visit.said();
+    assert_eq!(visit.finished.code, Some(99), "{said}");
+    assert!(
+        said.contains("rooms take 2 participants each, and this run has 3 for a room")
+            && said.contains("as it does where room.max_participants is reached"),
+        "{said}"
+    );
+}
+
+#[test]
+fn tokens_that_do_not_let_in_are_told_by_what_is_wrong_with_them() {
+    let Some(livekit) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    for server in [livekit, Server::embedded()] {
+        let given = |keys: [&ApiKey; 3], secs: u64| {
+            let made = ["ann", "ben", "cleo"]
+                .into_iter()
+                .zip(keys)
+                .map(|(who, key)| {
+                    let lifetime = Duration::from_secs(secs);
+                    let token = key.join_token("hall", who, who, Permissions::BOTH, lifetime);
+                    token.unwrap().expose().to_owned()
+                });
+            let made: Vec<String> = made.collect();
+            move |command: &mut Command| {
+                command
+                    .env_remove("LIVEKIT_API_KEY")
+                    .env_remove("LIVEKIT_API_SECRET");
+                made.iter().for_each(|token| {
+                    command.args(["--token", token]);
+                });
+            }
+        };
+        let foreign = ApiKey::new("APIother", &server.secret);
+        let forger = ApiKey::new(&server.key, "another-secret-that-is-long-enough-too");
+        for (key, words) in [
+            (&foreign, "a key that this server does not have"),
+            (&forger, "with another secret than this server's"),
+        ] {
+            let visit = Visit::to(&server.url, &server, given([key; 3], 300));
+            visit.is_kept_out(&["the server refused the token (401: ", words]);
+            let said = visit.said();
+            assert!(!said.contains("API key and secret"), "{said}");
+        }
+    }
+}
+
+#[test]
+fn a_token_that_has_expired_is_told_before_the_load_with_its_place() {
+    let server = Server::embedded();
+    let _turn = beside_one_other();
+    let scratch = Scratch::new();
+    let file = scratch.path("tokens");
+    // Made with `exp` an hour after 1970, and with `nbf` in 2096.
+    let claims = |more: &str| {
+        let claims =
+            format!("{{\"sub\":\"ann\",\"video\":{{\"roomJoin\":true,\"room\":\"hall\"}},{more}}}");
+        format!("e30.{}.sig", base64_of(&claims))
+    };
+    for (token, words) in [
+        (claims("\"exp\":3600"), "line 2, expired "),
+        (claims("\"nbf\":4000000000"), "line 2, is valid in "),
+    ] {
+        fs::write(&file, format!("# of mine\n{token}\n")).unwrap();
+        let visit = Visit::to(&server.url, &server, |command| {
+            command
+                .env_remove("LIVEKIT_API_KEY")
+                .env_remove("LIVEKIT_API_SECRET")
+                .args(["--token", &format!("@{}", file.display())]);
+        });
+        assert_eq!(visit.finished.code, Some(2), "{}", visit.said());
+        assert!(visit.said().contains(words), "{}", visit.said());
+    }
+}
+
+fn base64_of(text: &str) -> String {
+    use base64::Engine as _;
+    base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text)
+}
+
+#[test]
+fn names_that_livekit_takes_are_taken_and_come_through_every_output() {
+    let Some(livekit) = Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    for server in [livekit, Server::embedded()] {
+        for (room, prefix) in [
+            (
+                "a b/../ü😀?x=y#z%20\"'".to_owned(),
+                "j d <b> ü😀".to_owned(),
+            ),
+            ("x".repeat(256), "y".repeat(233)),
+        ] {
+            let scratch = Scratch::new();
+            let (people, recorded) = (scratch.path("who.ndjson"), scratch.path("recorded"));
+            let visit = Visit::to(&server.url, &server, |command| {
+                command
+                    .args(["--room", &room, "--identity-prefix", &prefix])
+                    .arg("--participants")
+                    .arg(&people)
+                    .arg("--record")
+                    .arg(&recorded);
+            });
+            let report = visit.gets_in();
+            assert!(report.notes().contains("recorded "), "{}", report.notes());
+            assert!(!report.notes().contains("cannot"), "{}", report.notes());
+            assert_eq!(fs::read_dir(&recorded).unwrap().count(), 1);
+            let people = fs::read_to_string(people).unwrap();
+            for line in people.lines() {
+                let who: serde_json::Value = serde_json::from_str(line).unwrap();
+                let who = who.to_string();
+                let quoted = serde_json::Value::from(room.as_str()).to_string();
+                assert!(who.contains(&quoted), "{who}");
+            }
+            assert!(room_names(&server).is_empty(), "{}", visit.said());
+        }
+    }
+}
+
+#[test]
+fn what_is_no_livekit_behind_a_websocket_is_told_by_its_first_message() {
+    use futures_util::{SinkExt, StreamExt};
+    use tokio_tungstenite::tungstenite::Message;
+    let server = Server::embedded();
+    let _turn = beside_one_other();
+    for (message, words) in [
+        (
+            Message::Text("{\"hello\":1}".into()),
+            "the text '{\"hello\":1}'",
+        ),
+        (
+            Message::Binary(Vec::new().into()),
+            "its first message is empty",
+        ),
+        (
+            Message::Binary(vec![0xff; 7].into()),
+            "7 bytes that cannot be read",
+        ),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let url = format!("ws://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async move {
+                let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+                while let Ok((client, _)) = listener.accept().await {
+                    let message = message.clone();
+                    tokio::spawn(async move {
+                        let mut socket = tokio_tungstenite::accept_async(client).await.ok()?;
+                        socket.send(message).await.ok()?;
+                        while socket.next().await?.is_ok() {}
+                        Some(())
+                    });
+                }
+            });
+        });
+        let visit = Visit::to(&url, &server, |command| {
+            tokens(&server)(command);
+            command.args(["--connection", "dual"]);
+        });
+        let said = visit.said();
+        assert!(
+            said.contains("what answers there is no LiveKit server") && said.contains(words),
+            "{said}"
+        );
+        assert!(!said.contains("was silent for"), "{said}");
+    }
 }
 
 /// Certificates on disk, and the servers that use them.
@@ -470,6 +905,26 @@ impl Certificates {
         let path = self.0.path(name);
         fs::write(&path, made.pem() + &key.serialize_pem()).unwrap();
         path
+    }
+
+    /// Writes a certificate whose issuer is certified by a root, and that root's. Returns both
+    /// paths; the issuer's own certificate is nowhere.
+    fn write_without_issuer(&self, leaf: &CertificateParams) -> (PathBuf, PathBuf) {
+        let authority = |name: &str| {
+            let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params.distinguished_name.push(DnType::CommonName, name);
+            params
+        };
+        let key = || KeyPair::generate().unwrap();
+        let root = CertifiedIssuer::self_signed(authority("root"), key()).unwrap();
+        let middle = CertifiedIssuer::signed_by(authority("middle"), key(), &root).unwrap();
+        let leaf_key = key();
+        let leaf = leaf.signed_by(&leaf_key, &middle).unwrap();
+        let paths = (self.0.path("chain_leaf.pem"), self.0.path("chain_root.pem"));
+        fs::write(&paths.0, leaf.pem() + &leaf_key.serialize_pem()).unwrap();
+        fs::write(&paths.1, root.pem()).unwrap();
+        paths
     }
 
     /// Starts a server that speaks TLS with this certificate and stands before `server`. Returns
@@ -622,6 +1077,16 @@ fn each_fault_of_a_certificate_has_its_own_sentence() {
         });
         visit.is_kept_out(&["TLS with wss://localhost", words]);
     }
+    // The server sends its own certificate and not its issuer's, and the root above that is named.
+    let (pem, root) = made.write_without_issuer(&leaf);
+    let url = format!(
+        "wss://localhost:{}",
+        Certificates::serve(&pem, &server, false)
+    );
+    Visit::to(&url, &server, |command| {
+        command.arg("--ca-cert").arg(&root);
+    })
+    .is_kept_out(&["issued by 'middle', whose certificate the server does not send"]);
     let pem = made.write("g", &Certificates::usual());
     let url = format!(
         "wss://localhost:{}",
@@ -677,6 +1142,31 @@ fn secrets_from_files_and_with_a_newline_let_in() {
     .gets_in();
     Visit::to(&server.url, &server, |command| {
         command.env("LIVEKIT_API_SECRET", format!("{}\n", server.secret));
+    })
+    .gets_in();
+    // As an editor on Windows, or a line of a `.env` file, has them.
+    fs::write(&file, format!("\u{feff}\"{}\"\r\n", server.secret)).unwrap();
+    Visit::to(&server.url, &server, |command| {
+        command
+            .env("LIVEKIT_API_KEY", format!("'{}'", server.key))
+            .env_remove("LIVEKIT_API_SECRET")
+            .arg("--api-secret-file")
+            .arg(&file);
+    })
+    .gets_in();
+    let tokens = ["ann", "ben", "cleo"].map(|who| {
+        let key = server.api_key();
+        let lifetime = Duration::from_secs(300);
+        let token = key.join_token("hall", who, who, Permissions::BOTH, lifetime);
+        token.unwrap().expose().to_owned()
+    });
+    let [ann, ben, cleo] = tokens;
+    fs::write(&file, format!("\u{feff}{ann}\r\n\"{ben}\"\n'{cleo}'\n")).unwrap();
+    Visit::to(&server.url, &server, |command| {
+        command
+            .env_remove("LIVEKIT_API_KEY")
+            .env_remove("LIVEKIT_API_SECRET")
+            .args(["--token", &format!("@{}", file.display())]);
     })
     .gets_in();
 }

@@ -1,9 +1,14 @@
-//! A front before a server: a proxy or gateway whose answer to each request is up to the test.
+//! A front before a server: a proxy or gateway whose answer to each request is up to the test, or a
+//! real nginx.
 
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use crate::common::server::Server;
 
@@ -109,3 +114,117 @@ pub fn without(head: &str, header: &str) -> String {
 }
 
 pub const PAGE: &str = "Server: nginx\r\nContent-Type: text/html\r\n";
+
+/// Longest wait for nginx to listen.
+const NGINX_START_WAIT: Duration = Duration::from_secs(20);
+
+/// What nginx needs to pass requests and WebSockets on.
+const PASS: &str = "proxy_pass http://BACKEND; proxy_http_version 1.1; \
+    proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection $connection_upgrade;";
+
+/// A running nginx before a server; dropping it stops the process and removes its files.
+pub struct Nginx {
+    ports: Vec<u16>,
+    folder: PathBuf,
+    process: Child,
+}
+
+impl Nginx {
+    /// Starts nginx with a site for each of these texts, on a port of its own. In a text `PASS;`
+    /// passes everything on to the server, and `BACKEND` is the server's authority. Without `nginx`
+    /// it returns `None`, but panics under `CI`.
+    pub fn before(server: &Server, sites: &[&str]) -> Option<Nginx> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("throng-nginx-{}-{number}", std::process::id());
+        let folder = std::env::temp_dir().join(name);
+        fs::create_dir_all(&folder).expect("a temporary folder can be made");
+        let held: Vec<TcpListener> = (0..sites.len())
+            .map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port"))
+            .collect();
+        let ports = held.iter().map(|held| held.local_addr().unwrap().port());
+        let ports: Vec<u16> = ports.collect();
+        drop(held);
+        let backend = backend(server).to_string();
+        let sites = sites.iter().zip(&ports).map(|(site, port)| {
+            let site = site.replace("PASS;", PASS).replace("BACKEND", &backend);
+            format!("server {{ listen 127.0.0.1:{port}; {site} }}\n")
+        });
+        let folders = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
+            .map(|what| format!("{what}_temp_path {}/{what};\n", folder.display()));
+        let config = format!(
+            "daemon off; master_process off; worker_processes 1; pid {folder}/pid;\n\
+             events {{ worker_connections 256; }}\n\
+             http {{ access_log off;\n{}map $http_upgrade $connection_upgrade {{ default upgrade; '' close; }}\n\
+             limit_conn_zone $server_port zone=all:1m;\n{} }}\n",
+            folders.concat(),
+            sites.collect::<String>(),
+            folder = folder.display()
+        );
+        fs::write(folder.join("conf"), config).expect("a temporary file can be written");
+        let log = File::create(folder.join("log")).expect("a temporary file can be written");
+        let started = Command::new("nginx")
+            .arg("-c")
+            .arg(folder.join("conf"))
+            .arg("-e")
+            .arg(folder.join("error"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn();
+        let process = match started {
+            Ok(process) => process,
+            Err(error) => {
+                assert!(
+                    std::env::var_os("CI").is_none(),
+                    "no nginx under CI ({error}): apt-get install nginx-light"
+                );
+                eprintln!("SKIPPED: no nginx ({error}): apt-get install nginx-light");
+                return None;
+            }
+        };
+        let mut nginx = Nginx {
+            ports,
+            folder,
+            process,
+        };
+        nginx.wait_until_ready();
+        Some(nginx)
+    }
+
+    pub fn url(&self, site: usize) -> String {
+        format!("ws://127.0.0.1:{}", self.ports[site])
+    }
+
+    fn wait_until_ready(&mut self) {
+        let deadline = Instant::now() + NGINX_START_WAIT;
+        while Instant::now() < deadline {
+            if TcpStream::connect(("127.0.0.1", self.ports[0])).is_ok() {
+                return;
+            }
+            assert!(
+                matches!(self.process.try_wait(), Ok(None)),
+                "nginx ended: {}",
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("nginx is not ready: {}", self.log());
+    }
+
+    fn log(&self) -> String {
+        let read = |name| fs::read_to_string(self.folder.join(name)).unwrap_or_default();
+        read("log") + &read("error")
+    }
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        if std::thread::panicking() {
+            eprintln!("nginx's log: {}", self.log());
+        }
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}

@@ -15,6 +15,7 @@ use throng::sfu::server::{DEV_KEY, DEV_SECRET, ServerConfig, SfuServer, StartErr
 use throng::signal::client::{
     JoinOptions, SignalError, SignalEvent, SignalReceiver, SignalSender, connect,
 };
+use throng::signal::refused::{RefusedToken, TokenRefusal};
 use throng::signal::rooms::{RoomError, RoomService};
 use throng::signal::{ApiKey, Endpoint, Permissions, Secret};
 use throng::transport::sdp::{
@@ -186,8 +187,11 @@ fn a_bad_token_is_refused_with_the_words_that_livekit_has() {
         ] {
             match open(&server, &token, &JoinOptions::default()).await.err() {
                 Some(
-                    SignalError::Unauthorized { text: said }
-                    | SignalError::TokenUnseen { text: said },
+                    SignalError::Unauthorized(RefusedToken::ByServer(TokenRefusal {
+                        text: said,
+                        ..
+                    }))
+                    | SignalError::TokenUnseen { text: said, .. },
                 ) => assert_eq!(said, text),
                 other => panic!("{text}: {other:?}"),
             }

@@ -462,7 +462,11 @@ fn a_server_that_makes_no_rooms_says_that_there_is_none() {
             .err()
             .unwrap();
         assert!(matches!(error, SignalError::NotFound { .. }), "{error:?}");
-        assert!(error.to_string().contains("does the room exist"), "{error}");
+        let said = error.to_string();
+        assert!(
+            said.contains("requested room does not exist") && said.contains("room.auto_create"),
+            "{said}"
+        );
     });
 }
 
