@@ -80,7 +80,7 @@ fn advice_on(text: &str, is_known: bool) -> &'static str {
     let otherwise = if is_known {
         "see the server's log"
     } else {
-        "does that address lead to the server's room service (/twirp)?"
+        "is this a LiveKit server, and does the address lead to its room service (/twirp)?"
     };
     answer::advice_on(text).unwrap_or(otherwise)
 }
