@@ -4,11 +4,20 @@ use std::time::Duration;
 
 use crate::measure::presence::ThreadPresence;
 use crate::measure::second::Second;
-use crate::measure::stalls::{Cause, Stall, StillSpan, gathered, silences, union};
+use crate::measure::stalls::{
+    Cause, SILENCE_MIN, Stall, StillSpan, gathered, gathered_in_silence, silences, union,
+};
+use crate::plan::Spans;
 use crate::units::Time;
 
 /// Share of a stall that one cause must account for.
 const SHARE_MIN: f64 = 0.5;
+
+/// A silence is the server's only if it is longer than this many times the greatest lateness of this
+/// host's own threads in that second, and than [`SILENCE_TOLD_MIN`]. A server on the same host is as
+/// late as they are.
+const LATENESS_FACTOR: u32 = 3;
+const SILENCE_TOLD_MIN: Duration = Duration::from_millis(100);
 
 /// Observations of the run about itself and about the server.
 pub struct Observed<'a> {
@@ -20,6 +29,8 @@ pub struct Observed<'a> {
     pub engine_gaps: &'a [StillSpan],
     pub floor_gaps: &'a [StillSpan],
     pub seconds: &'a [Second],
+    /// When anything was to come from the server.
+    pub owed: &'a Spans,
     /// Time at which publishers stopped. Nothing is owed after it.
     pub until: Time,
 }
@@ -38,12 +49,13 @@ pub fn stalls(observed: &Observed<'_>) -> Vec<Stall> {
         Time::ZERO,
         observed.until,
     );
+    let silent = while_owed(&silent, observed.owed);
+    let silences = gathered_in_silence(&silent, observed.arrivals);
     // If no media came before the gap, none was owed: the silence is then a matter of joins.
-    let silent: Vec<StillSpan> = silent
-        .into_iter()
-        .filter(|gap| media_came_before(gap, observed.seconds))
-        .collect();
-    let theirs = gathered(&silent).into_iter().map(|pieces| {
+    let silences = silences.into_iter().filter(|pieces| {
+        media_came_before(&pieces[0], observed.seconds) && !is_explained(pieces, observed.seconds)
+    });
+    let theirs = silences.map(|pieces| {
         told(
             Cause::Silence,
             pieces,
@@ -53,6 +65,27 @@ pub fn stalls(observed: &Observed<'_>) -> Vec<Stall> {
     let mut stalls: Vec<Stall> = ours.chain(theirs).collect();
     stalls.sort_by(|a, b| a.at.total_cmp(&b.at));
     stalls
+}
+
+/// The parts of the silences in which something was owed.
+fn while_owed(silent: &[StillSpan], owed: &Spans) -> Vec<StillSpan> {
+    let parts = silent.iter().flat_map(|gap| {
+        owed.iter().map(|span| StillSpan {
+            from: gap.from.max(span.from),
+            to: gap.to.min(span.to),
+        })
+    });
+    parts
+        .filter(|part| part.from < part.to && part.length() >= SILENCE_MIN)
+        .collect()
+}
+
+/// Whether a silence is so short that this host's own lateness explains it.
+fn is_explained(pieces: &[StillSpan], seconds: &[Second]) -> bool {
+    let late =
+        touched(pieces, seconds).flat_map(|row| [row.tick_late_us_max, row.floor_late_us_max]);
+    let late = Duration::from_micros(late.flatten().max().unwrap_or(0));
+    length(pieces) < SILENCE_TOLD_MIN.max(late * LATENESS_FACTOR)
 }
 
 /// Whether media arrived in the row in which the gap began, or in the row before.
@@ -176,6 +209,7 @@ mod tests {
     use super::*;
     use crate::measure::presence::Marks;
     use crate::measure::stalls::Side;
+    use crate::plan::Span;
 
     const fn gap(from_ms: u64, to_ms: u64) -> StillSpan {
         StillSpan {
@@ -226,6 +260,7 @@ mod tests {
             engine_gaps: engine,
             floor_gaps: floor,
             seconds,
+            owed: &Spans::of([Span::since(Time::ZERO)]),
             until: Time::from_millis(20_000),
         })
         .iter()
@@ -289,6 +324,7 @@ mod tests {
                 engine_gaps: &[gap(7_100, 7_500)],
                 floor_gaps: &[],
                 seconds: &seconds,
+                owed: &Spans::of([Span::since(Time::ZERO)]),
                 until: Time::from_millis(20_000),
             });
             assert_eq!(
@@ -324,5 +360,88 @@ mod tests {
             .iter_mut()
             .for_each(|row| row.media_packets = 0);
         assert_eq!(found((0, 0), (7_000, 8_200), &[], &[], &nothing_owed), []);
+    }
+
+    fn silences_of(
+        pauses: (u64, u64),
+        engine: &[StillSpan],
+        seconds: &[Second],
+        owed: &Spans,
+    ) -> Vec<(u64, u64)> {
+        let stalls = stalls(&Observed {
+            sends: &every(3, (0, 0)),
+            arrivals: &every(3, pauses),
+            engine_gaps: engine,
+            floor_gaps: &[],
+            seconds,
+            owed,
+            until: Time::from_millis(20_000),
+        });
+        let silences = stalls.iter().filter(|stall| stall.side == Side::Server);
+        let ms = |seconds: f64| (seconds * 1e3).round() as u64;
+        silences
+            .map(|stall| (ms(stall.at), ms(stall.seconds)))
+            .collect()
+    }
+
+    #[test]
+    fn a_silence_is_counted_whole_on_a_busy_host_too() {
+        // No media comes in the rows of the silence, and the engine is late twelve times a second.
+        let mut seconds = rows(0, |_| {});
+        seconds[5..13]
+            .iter_mut()
+            .for_each(|row| row.media_packets = 0);
+        let busy: Vec<StillSpan> = (0..240)
+            .map(|number| gap(number * 80, number * 80 + 30))
+            .collect();
+        let always = Spans::of([Span::since(Time::ZERO)]);
+        let whole = silences_of((4_000, 13_000), &busy, &seconds, &always);
+        assert!(
+            matches!(whole[..], [(at, length)] if at.abs_diff(4_000) < 150 && length.abs_diff(9_000) < 200),
+            "{whole:?}"
+        );
+        // Two stalls of this host that are long lie in it. It is one silence all the same.
+        let two = [gap(6_000, 7_000), gap(9_000, 9_500)];
+        let whole = silences_of((4_000, 13_000), &two, &seconds, &always);
+        assert!(
+            matches!(whole[..], [(at, length)] if at.abs_diff(4_000) < 15 && length.abs_diff(7_400) < 50),
+            "{whole:?}"
+        );
+    }
+
+    #[test]
+    fn a_silence_is_the_servers_only_while_something_was_owed() {
+        let seconds = rows(0, |_| {});
+        let until = |ms| {
+            Spans::of([Span {
+                from: Time::ZERO,
+                to: Time::from_millis(ms),
+            }])
+        };
+        let of = |owed| silences_of((4_000, 13_000), &[], &seconds, &owed);
+        assert!(matches!(of(until(20_000))[..], [(_, length)] if length.abs_diff(9_000) < 15));
+        assert!(matches!(of(until(6_000))[..], [(_, length)] if length.abs_diff(2_000) < 15));
+        // The only one who was to hear something was sent away then.
+        assert_eq!(of(until(4_020)), []);
+    }
+
+    #[test]
+    fn a_short_silence_that_this_hosts_lateness_explains_is_not_the_servers() {
+        let always = Spans::of([Span::since(Time::ZERO)]);
+        let late = |us| {
+            rows(7, move |row| {
+                row.tick_late_us_max = Some(us);
+            })
+        };
+        assert_eq!(silences_of((7_000, 7_090), &[], &late(0), &always), []);
+        assert_eq!(silences_of((7_000, 7_300), &[], &late(0), &always).len(), 1);
+        assert_eq!(
+            silences_of((7_000, 7_300), &[], &late(110_000), &always),
+            []
+        );
+        assert_eq!(
+            silences_of((7_000, 8_000), &[], &late(110_000), &always).len(),
+            1
+        );
     }
 }

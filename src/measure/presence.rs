@@ -91,6 +91,12 @@ impl ThreadPresence {
         (step..end).find(|step| self.has(*step))
     }
 
+    /// Returns the last marked step before `step`.
+    pub fn last_before(&self, step: u64) -> Option<u64> {
+        let end = step.min(self.words.len() as u64 * 64);
+        (0..end).rev().find(|step| self.has(*step))
+    }
+
     pub fn is_empty(&self) -> bool {
         self.words.iter().all(|word| *word == 0)
     }
@@ -115,6 +121,9 @@ mod tests {
         assert_eq!(steps, expected);
         assert_eq!(all.next(1, 5_000), Some(expected[1]));
         assert_eq!(all.next(expected[3] + 1, 5_000), None);
+        assert_eq!(all.last_before(expected[2]), Some(expected[1]));
+        assert_eq!(all.last_before(u64::MAX), Some(expected[3]));
+        assert_eq!(all.last_before(0), None);
     }
 
     #[test]

@@ -65,6 +65,48 @@ pub fn gathered(gaps: &[StillSpan]) -> Vec<&[StillSpan]> {
         .collect()
 }
 
+/// Groups spans of silence between which nothing came into one stall each, however long the
+/// generator itself stood still between them.
+pub fn gathered_in_silence<'a>(
+    gaps: &'a [StillSpan],
+    arrivals: &ThreadPresence,
+) -> Vec<&'a [StillSpan]> {
+    gaps.chunk_by(|one, next| {
+        next.from.since(one.to) < JOIN || came_between(one, next, arrivals).is_none()
+    })
+    .collect()
+}
+
+/// Returns the first step after one span and before the next in which something came.
+fn came_between(one: &StillSpan, next: &StillSpan, arrivals: &ThreadPresence) -> Option<u64> {
+    arrivals.next(step_of(one.to), step_of(next.from))
+}
+
+/// Joins spans of silence between which nothing came and the generator was late only for moments.
+/// On a busy host that is the case many times a second.
+fn across_moments(
+    silences: Vec<StillSpan>,
+    arrivals: &ThreadPresence,
+    asleep: &[StillSpan],
+) -> Vec<StillSpan> {
+    let mut joined: Vec<StillSpan> = Vec::with_capacity(silences.len());
+    for silence in silences {
+        let before = joined.last_mut().filter(|before| {
+            let from = asleep.partition_point(|gap| gap.to <= before.to);
+            let between = asleep[from..]
+                .iter()
+                .take_while(|gap| gap.from < silence.from);
+            let is_brief = |gap: &StillSpan| gap.length() < JOIN;
+            came_between(before, &silence, arrivals).is_none() && between.into_iter().all(is_brief)
+        });
+        match before {
+            Some(before) => before.to = silence.to,
+            None => joined.push(silence),
+        }
+    }
+    joined
+}
+
 /// Returns the spans between `from` and `until` in which nothing came although we sent and were
 /// awake.
 ///
@@ -78,6 +120,7 @@ pub fn silences(
 ) -> Vec<StillSpan> {
     let end = step_of(until);
     let (mut usual, mut silences) = (VecDeque::with_capacity(ANSWERS_MAX), Vec::new());
+    let asleep_all = asleep;
     let mut asleep = asleep.iter().peekable();
     let mut step = step_of(from);
     while step < end {
@@ -111,7 +154,7 @@ pub fn silences(
         }
         step += 1;
     }
-    silences
+    across_moments(silences, arrivals, asleep_all)
 }
 
 /// Returns whether waiting for so many steps is unusually long.

@@ -29,6 +29,8 @@ pub struct ProgressSnapshot {
     pub failed: u32,
     /// Residual loss (0..=1) over both kinds of media. `None` means unknown.
     pub loss: Option<f64>,
+    /// Whether nothing came in the last second, though something was owed.
+    pub is_silent: bool,
     /// The last second.
     pub sample: RunSample,
 }
@@ -104,14 +106,18 @@ pub fn line(snapshot: &ProgressSnapshot) -> String {
         .as_ref()
         .map(|tier| format!("{tier}  "))
         .unwrap_or_default();
+    // A packet that never comes is not known to be lost, so the loss says nothing here.
+    let loss = match snapshot.loss {
+        _ if snapshot.is_silent => "nothing comes in".to_owned(),
+        loss => format!("loss {}", words::maybe(loss, words::percent)),
+    };
     format!(
-        "{}{total}  {tier}{}/{} joined{failed}  out {}/s  in {}/s  loss {}  latency {}",
+        "{}{total}  {tier}{}/{} joined{failed}  out {}/s  in {}/s  {loss}  latency {}",
         words::duration(Duration::from_secs(snapshot.elapsed.as_secs())),
         words::number(snapshot.joined.into()),
         words::number(snapshot.planned.into()),
         words::number(sample.packets_sent_per_second.round() as u64),
         words::number(sample.packets_received_per_second.round() as u64),
-        words::maybe(snapshot.loss, words::percent),
         words::maybe(sample.one_way_us_p50, |us| words::micros(us as f64)),
     )
 }
@@ -129,6 +135,7 @@ mod tests {
             planned: 1_100,
             failed: 0,
             loss: Some(0.0001),
+            is_silent: false,
             sample: RunSample {
                 packets_sent_per_second: 1_200.4,
                 packets_received_per_second: 9_800.0,
@@ -142,6 +149,18 @@ mod tests {
         let expected = "12s/45s  98/1,100 joined  out 1,200/s  in 9,800/s  loss 0.01%  latency n/a";
         assert!(expected.len() <= WIDTH, "it fits a terminal of 80 columns");
         assert_eq!(line(&at(12)), expected);
+    }
+
+    #[test]
+    fn an_outage_is_no_loss_of_zero() {
+        let snapshot = ProgressSnapshot {
+            loss: Some(0.0),
+            is_silent: true,
+            ..at(12)
+        };
+        let line = line(&snapshot);
+        assert!(line.contains("  nothing comes in  latency "), "{line}");
+        assert!(!line.contains("loss"), "{line}");
     }
 
     #[test]

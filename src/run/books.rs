@@ -171,6 +171,7 @@ impl Books {
             moderation @ (Notice::TrackLost { .. }
             | Notice::MutedByServer { .. }
             | Notice::Harmed { .. }
+            | Notice::Restored { .. }
             | Notice::Refused { .. }) => return self.take_moderation(moderation),
             Notice::SignalRtt(rtt) => session.rtt_signal.record(rtt),
             Notice::SpeakersChanged => session.speaker_updates += 1,
@@ -208,6 +209,9 @@ impl Books {
             Notice::Harmed { index, at, story } => {
                 self.presence.note_harmed(index, at, story);
                 return Some(index);
+            }
+            Notice::Restored { index, at, story } => {
+                self.presence.note_restored(index, at, story);
             }
             Notice::Refused { reason } => {
                 *self.sessions.refused.entry(reason).or_default() += 1;

@@ -1,7 +1,6 @@
 //! The participants' sessions: how they are started, and how they are asked to leave.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
@@ -22,6 +21,9 @@ use crate::signal::session::{
 use crate::signal::turn::TurnServer;
 use crate::signal::{Endpoint, JoinAccess};
 use crate::units::{Epoch, Time};
+
+/// Time between the end of a visit in the books and the next one, so that they do not touch.
+const REPLACE_DELAY: Duration = Duration::from_millis(5);
 
 pub(super) struct Crew {
     /// Set as long as anybody may still join. After that only the sessions share it.
@@ -97,6 +99,12 @@ impl Crew {
         }
     }
 
+    /// Returns the identity and the room that a participant's token names, where it was given.
+    pub fn seat(&self, position: u32) -> Option<(String, String)> {
+        let (identity, room) = self.context.as_ref()?.access.seat(position)?;
+        Some((identity.to_owned(), room.to_owned()))
+    }
+
     /// Asks every participant to leave, and starts no more sessions.
     pub fn dismiss_all(&mut self) {
         self.context = None;
@@ -135,18 +143,18 @@ impl Test<'_> {
         if wanted < before {
             self.dismiss(wanted, pace);
         } else {
-            self.invite(before..wanted, pace);
+            self.invite(&(before..wanted).collect::<Vec<_>>(), pace);
         }
     }
 
     /// Starts the sessions of joining participants, each at its moment.
-    fn invite(&mut self, joining: Range<u32>, pace: JoinPace) {
+    fn invite(&mut self, joining: &[u32], pace: JoinPace) {
         let Some(context) = self.crew.context.clone() else {
             return;
         };
         let joining = (0..).zip(joining);
         let joining: Vec<(u32, Time)> = joining
-            .map(|(place, position)| (position, pace.moment(place)))
+            .map(|(place, position)| (*position, pace.moment(place)))
             .collect();
         for (position, intended) in &joining {
             let participant = self.plan.participant(*position);
@@ -160,6 +168,32 @@ impl Test<'_> {
             .collect();
         let leave = self.crew.leave.subscribe();
         tokio::spawn(let_in(context, entrances, leave));
+    }
+
+    /// Lets those join again that have ended though they are due. So a participant that the server
+    /// sent away in one point of a search is not missing in all later ones.
+    pub(super) fn replace_gone(&mut self, spread: Option<Duration>) {
+        let now = self.epoch.now();
+        let ended = &self.books.sessions.ended;
+        let due = self.books.presence.due();
+        let gone: Vec<(u32, u32)> = self
+            .plan
+            .participants()
+            .filter(|one| due.contains(&one.index) && ended.contains_key(&one.index))
+            .map(|one| (one.position, one.index))
+            .collect();
+        for (position, index) in &gone {
+            self.books.presence.dismiss(*index, now);
+            // The session has ended. The shard has to be told that nothing is owed any more.
+            self.threads.home(*position).leave();
+        }
+        let interval = match spread {
+            Some(spread) => spread.as_secs_f64() / (gone.len().max(1) as f64),
+            None => 1.0 / self.plan.scenario.joins_per_second,
+        };
+        let first_at = self.stages.next_join_at.max(now) + REPLACE_DELAY;
+        let positions: Vec<u32> = gone.iter().map(|(position, _)| *position).collect();
+        self.invite(&positions, JoinPace { first_at, interval });
     }
 
     /// Notes the tracks that the joins at these positions should bring.

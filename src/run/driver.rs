@@ -105,7 +105,9 @@ impl Driver {
             );
             return Ok(());
         };
-        livekit.rooms = Some(Rooms::create(plan, &livekit.endpoint, api_key, interrupts).await?);
+        let rooms = Rooms::create(plan, &livekit.endpoint, api_key, interrupts).await?;
+        interrupts.set_left_behind(rooms.made());
+        livekit.rooms = Some(rooms);
         Ok(())
     }
 

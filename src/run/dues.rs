@@ -79,6 +79,41 @@ impl<'a> Dues<'a> {
         Dues::within(plan, book, window)
     }
 
+    /// Returns when anybody was to receive something. `kept_away` has the times in which the server
+    /// kept a participant from its part.
+    pub fn times(&self, kept_away: impl Fn(u32) -> Spans) -> Spans {
+        let rooms: Vec<Vec<(u32, Spans)>> = self
+            .sources
+            .iter()
+            .map(|room| {
+                let sources = room.iter().flatten();
+                sources
+                    .map(|source| {
+                        (
+                            source.index,
+                            source.sending.without(&kept_away(source.index)),
+                        )
+                    })
+                    .collect()
+            })
+            .collect();
+        let whole: Vec<Spans> = rooms
+            .iter()
+            .map(|sources| Spans::of(sources.iter().flat_map(|(_, sending)| sending.iter())))
+            .collect();
+        let receivers = self.plan.participants().filter(|one| one.subscribes);
+        let owed = receivers.flat_map(|one| {
+            let room = one.room as usize;
+            let hears_others = rooms[room].iter().any(|(source, _)| *source != one.index);
+            let schedule = self.book.schedule(one.index).filter(|_| hears_others);
+            let presence = schedule.map_or_else(Spans::default, |schedule| {
+                schedule.presence().without(&kept_away(one.index))
+            });
+            presence.common(&whole[room]).collect::<Vec<Span>>()
+        });
+        Spans::of(owed)
+    }
+
     /// Returns the tracks of one kind that `subscriber` is owed from `since` on.
     pub fn of(&self, subscriber: &ParticipantPlan, kind: Kind, since: Time) -> OwedTracks {
         let presence = match self.book.schedule(subscriber.index) {
@@ -207,6 +242,27 @@ mod tests {
         let dues = Dues::within(&plan, book, Span { from, to });
         dues.of(&plan.participant(2), Kind::Audio, at(since))
             .publishers
+    }
+
+    #[test]
+    fn something_is_owed_as_long_as_one_who_listens_and_one_who_speaks_are_there() {
+        let plan = plan_of_people(1, [1, 0, 2], false);
+        let book = book(&plan, at(10_000));
+        let dues = Dues::until(&plan, &book, at(20_000));
+        let away = |who: &'static [(u32, u64)]| {
+            let times = dues.times(move |index| {
+                let gone = who.iter().filter(|(gone, _)| *gone == index);
+                Spans::of(gone.map(|(_, since)| Span::since(at(*since))))
+            });
+            [9_000, 11_000, 13_000, 15_000].map(|ms| times.contains(at(ms)))
+        };
+        assert_eq!(away(&[]), [false, true, true, true]);
+        assert_eq!(away(&[(1, 12_000)]), [false, true, true, true]);
+        assert_eq!(
+            away(&[(1, 12_000), (2, 14_000)]),
+            [false, true, true, false]
+        );
+        assert_eq!(away(&[(0, 12_000)]), [false, true, false, false]);
     }
 
     #[test]

@@ -8,13 +8,14 @@ use super::account::{
 };
 use super::books::Books;
 use super::dues::Dues;
+use super::presence::NamedParticipant;
 use super::stages::TierHold;
 use super::{RunSpec, Test, lead, unix_now};
 use crate::engine::health;
 use crate::measure::second::HostDrops;
 use crate::measure::{JoinTimeline, Kind, Record};
 use crate::net;
-use crate::plan::ParticipantPlan;
+use crate::plan::{ParticipantPlan, Spans};
 use crate::report::worst::is_healthy;
 use crate::report::{
     EngineHealth, Outcome, ParticipantOutcome, Side, Stall, Step, TargetInfo, TargetKind,
@@ -33,8 +34,11 @@ impl Test<'_> {
         self.state_people(&participants, end);
         let mut steps: Vec<Step> = self.books.tiers.drain(..).map(|tier| tier.step).collect();
         let unmeasured = self.unmeasured(steps.len());
-        let outage = self.books.sessions.outages.complaint(end);
+        let observer = &self.observer;
+        let outages = &mut self.books.sessions.outages;
+        let outage = outages.complaint(end, |before| observer.last_arrival(before));
         let mut complaints: Vec<String> = self.stages.abandoned.take().into_iter().collect();
+        let has_outage = outage.is_some();
         complaints.extend(outage);
         if let Some(hold) = self.take_whole_hold() {
             let (step, more) = self.close_whole_hold(hold, end);
@@ -48,7 +52,9 @@ impl Test<'_> {
         }
         let engine = self.engine_health(end);
         let target = self.target();
-        let notes = self.notes(&engine.stalls, run);
+        let silence = final_silence(&engine.stalls, end).filter(|_| !has_outage);
+        let notes = self.notes(&engine.stalls, silence.is_some(), run);
+        complaints.extend(silence);
         let nobody_came = self.books.sessions.why_nobody_came();
         let Books {
             record,
@@ -85,12 +91,13 @@ impl Test<'_> {
     }
 
     /// Remarks for the report that are no reason to fail.
-    fn notes(&mut self, stalls: &[Stall], run: &RunSpec) -> Vec<String> {
+    fn notes(&mut self, stalls: &[Stall], is_end_told: bool, run: &RunSpec) -> Vec<String> {
         let mut notes = std::mem::take(&mut self.books.notes);
-        notes.extend(silence_note(stalls));
+        notes.extend(silence_note(stalls, is_end_told));
         notes.extend(self.books.sessions.notes(&self.books.record.session));
-        let identity = |index| self.plan.identity_at(index).unwrap_or_default();
-        notes.extend(self.books.presence.mute_notes(identity));
+        let presence = &self.books.presence;
+        notes.extend(presence.mute_notes(|index| self.named(index)));
+        notes.extend(presence.restored_notes(|index| self.named(index)));
         notes.extend(run.warnings.iter().cloned());
         notes
     }
@@ -163,7 +170,7 @@ impl Test<'_> {
     /// Returns the step of a hold that was the whole run, and the reasons for which it fails.
     fn close_whole_hold(&mut self, hold: TierHold, end: Time) -> (Step, Vec<String>) {
         let plan_end = end.max(hold.since + hold.planned);
-        let mut complaints = self.gone_sources(end, plan_end, "the plan");
+        let mut complaints = self.gone_people(end, plan_end, "the plan");
         complaints.extend(self.stages.broken.take());
         complaints.extend(hold.watch.complaints());
         let mut record = self.books.record.since(&hold.before);
@@ -181,10 +188,42 @@ impl Test<'_> {
         (step, complaints)
     }
 
-    /// Returns reasons to fail for publishers that are gone at the end of a stretch of the run.
-    pub(super) fn gone_sources(&self, until: Time, end: Time, what: &str) -> Vec<String> {
-        let identity = |index| self.plan.identity_at(index).unwrap_or_default();
-        self.books.presence.complaints(until, end, what, identity)
+    /// Returns reasons to fail for participants that are gone at the end of a stretch of the run.
+    pub(super) fn gone_people(&self, until: Time, end: Time, what: &str) -> Vec<String> {
+        let named = |index| self.named(index);
+        self.books.presence.complaints(until, end, what, named)
+    }
+
+    /// Returns the names of a participant. Given tokens decide them, not the plan.
+    fn named(&self, index: u32) -> NamedParticipant {
+        if let Some(ended) = self.books.sessions.ended.get(&index) {
+            return NamedParticipant {
+                identity: ended.identity.clone(),
+                room: ended.room.clone(),
+            };
+        }
+        // Tokens are given to a host that runs alone, where index and position are the same.
+        if let Some((identity, room)) = self.crew.seat(index) {
+            return NamedParticipant { identity, room };
+        }
+        let room = self.plan.everybody().nth(index as usize);
+        NamedParticipant {
+            identity: self.plan.identity_at(index).unwrap_or_default(),
+            room: room.map_or_else(String::new, |member| self.plan.room_name(member.room)),
+        }
+    }
+
+    /// Returns when anybody was to receive something.
+    fn owed_times(&self, end: Time) -> Spans {
+        let presence = &self.books.presence;
+        let ever = presence.ever_kept_away();
+        Dues::until(self.plan, &presence.book, end).times(|index| {
+            if ever.contains(&index) {
+                presence.kept_away(index)
+            } else {
+                Spans::default()
+            }
+        })
     }
 
     /// The busiest engine thread's share of its core, in a hold of this length that ended when
@@ -207,7 +246,8 @@ impl Test<'_> {
     }
 
     fn engine_health(&mut self, end: Time) -> EngineHealth {
-        let seen = self.observer.finish(end);
+        let owed = self.owed_times(end);
+        let seen = self.observer.finish(end, &owed);
         let socket_drops = self.books.record.session.host_drops;
         let reasons = health::reasons(&health::Evidence {
             record: &self.books.record,
@@ -343,13 +383,40 @@ fn total(record: Record, participants: u32, end: Time) -> Step {
     }
 }
 
+/// Silence up to the end of the run from which it is a reason to fail.
+const FINAL_SILENCE_MIN: f64 = 1.0;
+/// Distance between the end of a silence and the end of the run within which they are the same.
+const FINAL_GAP: f64 = 0.25;
+
+/// Whether a silence lasted until the end of the run, in seconds.
+fn is_final(stall: &Stall, end: f64) -> bool {
+    stall.side == Side::Server
+        && stall.until >= end - FINAL_GAP
+        && stall.until - stall.at >= FINAL_SILENCE_MIN
+}
+
+/// Returns why a run fails in which the server fell silent for good.
+fn final_silence(stalls: &[Stall], end: Time) -> Option<String> {
+    let end = end.as_micros() as f64 / 1e6;
+    let silence = stalls.iter().rev().find(|stall| is_final(stall, end))?;
+    Some(format!(
+        "the server fell silent {:.1} s into the run, and stayed so to the end, for {:.1} s: nothing came while the generator was awake and sent; look at the server, or at the way to it",
+        silence.at,
+        end - silence.at
+    ))
+}
+
 /// Returns for example `the server was silent for 1.20 s at second 7`. The generator was awake
-/// then, so latencies and losses of that time are the server's.
-fn silence_note(stalls: &[Stall]) -> Option<String> {
-    let silences: Vec<&Stall> = stalls
+/// then, so latencies and losses of that time are the server's. `is_end_told`: the silence at the
+/// end of the run is a reason of its own.
+fn silence_note(stalls: &[Stall], is_end_told: bool) -> Option<String> {
+    let mut silences: Vec<&Stall> = stalls
         .iter()
         .filter(|stall| stall.side == Side::Server)
         .collect();
+    if is_end_told {
+        silences.pop();
+    }
     let worst = silences
         .iter()
         .max_by(|a, b| a.seconds.total_cmp(&b.seconds))?;
@@ -362,4 +429,43 @@ fn silence_note(stalls: &[Stall]) -> Option<String> {
         "the server was silent for {:.2} s at second {}{others}: nothing came while the generator was awake and sent; look at the server, or at the way to it",
         worst.seconds, worst.at as u64
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Cause;
+
+    fn silence(at: f64, until: f64) -> Stall {
+        Stall {
+            side: Side::Server,
+            cause: Cause::Silence,
+            at,
+            until,
+            seconds: until - at,
+            evidence: String::new(),
+        }
+    }
+
+    #[test]
+    fn a_silence_that_lasts_to_the_end_is_a_reason_and_no_note() {
+        let end = Time::from_millis(14_000);
+        let stalls = [silence(2.0, 2.5), silence(3.9, 13.9)];
+        let told = final_silence(&stalls, end).unwrap();
+        assert!(
+            told.starts_with(
+                "the server fell silent 3.9 s into the run, and stayed so to the end, for 10.1 s"
+            ),
+            "{told}"
+        );
+        let note = silence_note(&stalls, true).unwrap();
+        assert!(
+            note.starts_with("the server was silent for 0.50 s at second 2: "),
+            "{note}"
+        );
+        assert_eq!(silence_note(&stalls[1..], true), None);
+        for passing in [silence(3.9, 9.0), silence(13.5, 14.0)] {
+            assert_eq!(final_silence(&[passing], end), None);
+        }
+    }
 }

@@ -132,6 +132,7 @@ pub async fn run_led(
     let endpoint = way_in.0.clone();
     let outcome = test(run, resources, clips, way_in, server, &mut around).await;
     let (notes, left_behind) = driver.tidy_up(&run.plan).await;
+    interrupts.set_left_behind(Vec::new());
     outcome.map(|mut outcome| {
         outcome.notes = [notes, outcome.notes, left_behind].concat();
         driver::tell_way(&endpoint, run, &mut outcome);

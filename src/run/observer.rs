@@ -10,11 +10,12 @@ use crate::engine::blame::{self, Observed};
 use crate::engine::health::{self, FloorThread};
 use crate::engine::worker::WorkerActivity;
 use crate::host::{HostSnapshot, Thread};
-use crate::measure::presence::ThreadPresence;
+use crate::measure::presence::{ThreadPresence, step_of, step_start};
 use crate::measure::second::{HostDrops, Second};
 use crate::measure::stalls::{Stall, StillSpan};
 use crate::measure::{Histogram, Record};
 use crate::net;
+use crate::plan::{Span, Spans};
 use crate::report::ThreadTime;
 use crate::sfu;
 use crate::units::{Epoch, Time};
@@ -187,12 +188,19 @@ impl Observer {
             server_is_here: self.server_is_here,
             seconds: &seconds,
             gaps: &gaps,
-            stalls: &self.stalls(until),
+            stalls: &self.stalls(until, &Spans::of([Span::since(Time::ZERO)])),
         })
     }
 
-    fn stalls(&self, until: Time) -> Vec<Stall> {
+    /// Returns the last moment before `at` at which anything arrived.
+    pub fn last_arrival(&self, at: Time) -> Option<Time> {
+        self.arrivals.last_before(step_of(at)).map(step_start)
+    }
+
+    /// `owed`: when anything was to come from the server.
+    fn stalls(&self, until: Time, owed: &Spans) -> Vec<Stall> {
         blame::stalls(&Observed {
+            owed,
             sends: &self.sends,
             arrivals: &self.arrivals,
             engine_gaps: &self.engine_gaps,
@@ -207,12 +215,12 @@ impl Observer {
         self.threads.extend(HostSnapshot::read().threads);
     }
 
-    /// Ends observing. Silence after `media_stopped_at` is not a stall.
-    pub fn finish(&mut self, media_stopped_at: Time) -> Observations {
+    /// Ends observing. Silence after `media_stopped_at`, or while nothing is `owed`, is not a stall.
+    pub fn finish(&mut self, media_stopped_at: Time, owed: &Spans) -> Observations {
         let end = HostSnapshot::read();
         self.floor_gaps.extend(self.floor.take().gaps);
         let floor = std::mem::replace(&mut self.floor, FloorThread::idle()).finish();
-        let stalls = self.stalls(media_stopped_at);
+        let stalls = self.stalls(media_stopped_at, owed);
         Observations {
             floor,
             seconds: std::mem::take(&mut self.seconds),

@@ -9,6 +9,9 @@ use crate::words;
 /// Losses within this time count as one outage. They are spread because each participant notices a
 /// silent server by its own time-outs.
 const TOGETHER: Duration = Duration::from_secs(5);
+/// Silence before the first loss from which the server counts as lost when the silence began. A
+/// participant gives a silent server up only many seconds later.
+const SILENT_BEFORE: Duration = Duration::from_secs(1);
 /// Most losses that are kept. Further ones are not noted.
 const LOSSES_MAX: usize = 400_000;
 
@@ -40,8 +43,13 @@ impl Outages {
     }
 
     /// Returns why the run fails if more than half of the participants present lost the server at
-    /// once. `end` is the time until which media was owed.
-    pub fn complaint(&mut self, end: Time) -> Option<String> {
+    /// once. `end` is the time until which media was owed, and `last_before` gives the last moment
+    /// before another one at which anything arrived.
+    pub fn complaint(
+        &mut self,
+        end: Time,
+        last_before: impl Fn(Time) -> Option<Time>,
+    ) -> Option<String> {
         self.losses.sort_by_key(|loss| loss.at);
         let before_end = self.losses.partition_point(|loss| loss.at < end);
         let losses = &self.losses[..before_end];
@@ -57,13 +65,34 @@ impl Outages {
         if count * 2 <= present {
             return None;
         }
-        let first = worst.first()?;
-        Some(format!(
-            "the server was lost {:.1} s into the run: {} of {} lost it, the last one {:.1} s later ({})",
-            first.at.since(Time::ZERO).as_secs_f64(),
+        let (first, last) = (worst.first()?, worst.last()?);
+        let who = format!(
+            "{} of {}",
             words::number(count.into()),
-            words::count(present.into(), "participant"),
-            worst.last()?.at.since(first.at).as_secs_f64(),
+            words::count(present.into(), "participant")
+        );
+        let silent_since = last_before(first.at);
+        let silent_since = silent_since.filter(|at| first.at.since(*at) >= SILENT_BEFORE);
+        let (at, fate) = match silent_since {
+            Some(at) => (
+                at,
+                format!(
+                    "nothing came from then on, and {who} gave it up, the first one {:.1} s later, the last one {:.1} s later",
+                    first.at.since(at).as_secs_f64(),
+                    last.at.since(at).as_secs_f64()
+                ),
+            ),
+            None => (
+                first.at,
+                format!(
+                    "{who} lost it, the last one {:.1} s later",
+                    last.at.since(first.at).as_secs_f64()
+                ),
+            ),
+        };
+        Some(format!(
+            "the server was lost {:.1} s into the run: {fate} ({})",
+            at.since(Time::ZERO).as_secs_f64(),
             commonest(worst)
         ))
     }
@@ -96,7 +125,25 @@ mod tests {
         for ((ms, why), here) in losses.iter().zip((0..=present).rev()) {
             outages.note(Time::from_millis(*ms), why, here);
         }
-        outages.complaint(Time::from_millis(30_000))
+        outages.complaint(Time::from_millis(30_000), |before| {
+            Some(before - SILENT_BEFORE / 2)
+        })
+    }
+
+    #[test]
+    fn a_server_that_fell_silent_was_lost_when_the_last_packet_came() {
+        let mut outages = Outages::default();
+        outages.note(Time::from_millis(41_800), "ICE: no answer", 2);
+        outages.note(Time::from_millis(41_900), "ICE: no answer", 1);
+        let last = |_| Some(Time::from_millis(3_200));
+        assert_eq!(
+            outages
+                .complaint(Time::from_millis(70_000), last)
+                .as_deref(),
+            Some(
+                "the server was lost 3.2 s into the run: nothing came from then on, and 2 of 2 participants gave it up, the first one 38.6 s later, the last one 38.7 s later (ICE: no answer)"
+            )
+        );
     }
 
     #[test]

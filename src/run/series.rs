@@ -25,6 +25,8 @@ pub(super) struct SecondBook {
     /// Sum of the reports since the last row.
     pub record: Record,
     pub last: RunSample,
+    /// Whether nothing came in the last row, though something was owed.
+    is_silent: bool,
 }
 
 impl SecondBook {
@@ -36,6 +38,7 @@ impl SecondBook {
             joined: 0,
             record: Record::default(),
             last: RunSample::default(),
+            is_silent: false,
         }
     }
 }
@@ -82,11 +85,14 @@ impl Test<'_> {
                 .close_second(self.books.second.at, now, counted),
             server: self.server.as_mut().map(PageWatch::rows),
         };
+        let owed = more(audio.frames_expected) + more(video.frames_expected);
+        let is_silent = owed > 0 && audio.packets_received + video.packets_received == 0;
         self.books.series.push(sample.clone());
         let second = &mut self.books.second;
         second.record.clear();
         (second.at, second.due) = (now, now.next_second() + REPORTS_TAKE);
         (second.cpu, second.joined, second.last) = (cpu, self.books.sessions.joined, sample);
+        second.is_silent = is_silent;
     }
 
     pub(super) fn present(&self) -> u32 {
@@ -125,6 +131,7 @@ impl Test<'_> {
             },
             failed: self.books.sessions.failed,
             loss: (expected > 0).then(|| lost as f64 / expected as f64),
+            is_silent: self.books.second.is_silent,
             sample: self.books.second.last.clone(),
         }
     }
@@ -133,8 +140,12 @@ impl Test<'_> {
 /// Packets lost since the row before. Zero if more packets that were counted as lost have arrived
 /// after all.
 fn lost_more(counted: &measure::Media) -> u64 {
-    // Sums of differences wrap: see `Record::merge`.
-    u64::try_from(counted.packets_lost as i64).unwrap_or(0)
+    more(counted.packets_lost)
+}
+
+/// Reads a sum of differences, which wraps where it is negative: see `Record::merge`.
+fn more(sum: u64) -> u64 {
+    u64::try_from(sum as i64).unwrap_or(0)
 }
 
 /// Mean of estimates in bit/s, from their sum in kbit/s and their number.

@@ -262,6 +262,9 @@ impl Test<'_> {
             Stay::begin(stayers, began_at, [start, end, now], held.seconds)
         });
         self.admit(plan.subscribers, plan.start, plan.spread);
+        if self.plan.scenario.search.is_some() {
+            self.replace_gone(plan.spread);
+        }
         self.stages.tier = Some(UnderWay {
             plan,
             began_at,
@@ -352,7 +355,7 @@ impl Test<'_> {
         let Some(hold) = tier.hold.take() else { return };
         let seconds = end.at.since(hold.since).as_secs_f64();
         // A participant that is gone is not healthy, whichever tier it was lost in.
-        let gone = self.books.presence.gone_sources(end.at);
+        let gone = self.books.presence.gone_people(end.at);
         tier.lost.extend(gone);
         let busiest = end.busiest.as_secs_f64() / seconds.max(0.001);
         self.stages.busiest = self.stages.busiest.max(busiest);
@@ -409,7 +412,7 @@ impl Test<'_> {
             ),
             complaints: [
                 self.stages.abandoned.iter().cloned().collect(),
-                self.gone_sources(end.at, end.at, "the tier"),
+                self.gone_people(end.at, end.at, "the tier"),
                 stay.map_or_else(Vec::new, |stay| {
                     stay.complaints(&tier.lost, &end.surveys[0], end.at)
                 }),

@@ -209,6 +209,12 @@ pub enum Notice {
         at: Time,
         story: String,
     },
+    /// The server gave back what it had taken. The story is that of the [`Notice::Harmed`] before.
+    Restored {
+        index: u32,
+        at: Time,
+        story: &'static str,
+    },
     /// The server refused something that does not end the participant.
     Refused {
         reason: String,
@@ -1707,7 +1713,7 @@ impl Session {
                     index,
                     at: lost.at,
                     server_reason: None,
-                    reason: format!("{}; {end}", lost.why),
+                    reason: format!("{}; {end}", lost.story()),
                 });
             }
             (Some(failure), _) => warn!(why = failure.reason, "is gone for good"),

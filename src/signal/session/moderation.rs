@@ -9,6 +9,8 @@ use crate::words;
 /// Request that the server answers; see `proto::RequestResponse`.
 use proto::request_response::{Reason, Request as Refused};
 
+const RIGHT_TAKEN: &str = "lost its right to subscribe: the server took it away";
+
 impl Session {
     pub(super) async fn handle_moderation(
         &mut self,
@@ -88,16 +90,23 @@ impl Session {
         }
     }
 
-    /// Reports that the server has taken away the right to subscribe, if the plan needs it. The
-    /// loss of the right to publish shows in the server's messages about each track.
+    /// Reports that the server has taken away the right to subscribe, if the plan needs it, or has
+    /// given it back. The loss of the right to publish shows in the server's messages about each
+    /// track.
     pub(super) fn handle_participant_update(&mut self, update: &[u8]) {
         let Some(permission) = client::permission_of(&self.sid, update) else {
             return;
         };
         let is_taken = self.plan.subscribes && !permission.can_subscribe;
-        if is_taken && !std::mem::replace(&mut self.may_not_subscribe, is_taken) {
-            let story = "lost its right to subscribe: the server took it away";
-            self.tell_harm(story.to_owned());
+        let was_taken = std::mem::replace(&mut self.may_not_subscribe, is_taken);
+        match (was_taken, is_taken) {
+            (false, true) => self.tell_harm(RIGHT_TAKEN.to_owned()),
+            (true, false) => self.notify(Notice::Restored {
+                index: self.plan.index,
+                at: self.context.epoch.now(),
+                story: RIGHT_TAKEN,
+            }),
+            (true, true) | (false, false) => {}
         }
     }
 

@@ -33,6 +33,8 @@ pub(super) struct Lost {
     pub(super) at: Time,
     /// The first cause.
     pub(super) why: String,
+    /// What came of the last attempt to come back.
+    pub(super) last: Option<String>,
     pub(super) tries: u32,
     /// Whether the session is gone, so that only joining anew helps.
     pub(super) is_gone: bool,
@@ -45,6 +47,7 @@ impl Lost {
         Lost {
             at,
             why: why.to_owned(),
+            last: None,
             tries: back
                 .filter(|(back, _)| at.since(*back) < RECONNECT_TIMEOUT)
                 .map_or(0, |(_, tries)| tries),
@@ -59,6 +62,11 @@ impl Lost {
         } else {
             format!("{}; then, on coming back: {last}", self.why)
         }
+    }
+
+    /// Returns the same, as far as it is known.
+    pub(super) fn story(&self) -> String {
+        self.chain(self.last.as_deref().unwrap_or(&self.why))
     }
 }
 
@@ -84,6 +92,9 @@ impl Session {
                 }
                 Err(again) if matches!(again.cure, Cure::Resume { .. }) => {
                     debug!(why = again.reason, "could not resume, and tries again");
+                    if let Some(lost) = &mut self.lost {
+                        lost.last = Some(again.reason.clone());
+                    }
                     failure = again;
                 }
                 Err(other) => return Err(other),
@@ -334,6 +345,17 @@ async fn resumption(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_came_of_trying_to_come_back_stays_in_the_story() {
+        let mut lost = Lost::at(Time::from_millis(1_000), None, "the server hung up");
+        assert_eq!(lost.story(), "the server hung up");
+        lost.last = Some("nginx answers 502".to_owned());
+        assert_eq!(
+            lost.story(),
+            "the server hung up; then, on coming back: nginx answers 502"
+        );
+    }
 
     #[test]
     fn who_is_thrown_out_as_soon_as_it_is_back_waits_ever_longer() {
