@@ -703,6 +703,13 @@ impl Plan {
         u32::try_from(self.scenario.total()).unwrap_or(u32::MAX)
     }
 
+    /// Whether nobody of this run publishes anything, so that it judges what others send.
+    pub fn is_audience(&self) -> bool {
+        [Kind::Audio, Kind::Video]
+            .iter()
+            .all(|kind| self.scenario.publishers_of(*kind) == 0)
+    }
+
     /// Identity of the participant with this global index, on whichever host. `None` if the plan
     /// has no such index.
     pub fn identity_at(&self, index: u32) -> Option<String> {

@@ -13,9 +13,9 @@ use crate::units::Time;
 /// Share of a stall that one cause must account for.
 const SHARE_MIN: f64 = 0.5;
 
-/// A silence is the server's only if it is longer than this many times the greatest lateness of this
-/// host's own threads in that second, and than [`SILENCE_TOLD_MIN`]. A server on the same host is as
-/// late as they are.
+/// A silence is the server's only if it is longer than this many times the greatest lateness of
+/// this host's own threads in that second, and than [`SILENCE_TOLD_MIN`]. A server on the same host
+/// is as late as they are.
 const LATENESS_FACTOR: u32 = 3;
 const SILENCE_TOLD_MIN: Duration = Duration::from_millis(100);
 

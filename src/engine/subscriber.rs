@@ -69,6 +69,8 @@ pub struct StreamOutcome {
     pub live: bool,
     /// The stream carries media that nobody of this run sends.
     pub foreign: bool,
+    /// When the last frame of a foreign stream came that is still subscribed to and wanted.
+    pub last_frame_at: Option<Time>,
     /// The simulcast layer that was decoded last.
     pub layer: Option<u8>,
     pub counts: ReceiveCounts,
@@ -101,6 +103,7 @@ impl StreamOutcome {
             origin: _,
             live,
             foreign,
+            last_frame_at,
             layer,
             counts,
             frames_expected,
@@ -117,6 +120,7 @@ impl StreamOutcome {
             latency_us_mean,
             latency_us_max,
         } = later;
+        self.last_frame_at = *last_frame_at;
         self.ssrc = *ssrc;
         self.live |= live;
         self.foreign |= foreign;
@@ -192,6 +196,7 @@ pub struct RecvStream {
 struct ForeignFrames {
     count: u64,
     first_at: Time,
+    last_at: Time,
 }
 
 /// Longest latency that a foreign frame's own time stamp is believed for.
@@ -690,6 +695,7 @@ impl RecvStream {
             self.foreign.first_at = at;
         }
         self.foreign.count += 1;
+        self.foreign.last_at = at;
         if self.foreign.count == FOREIGN_FRAMES_MIN && self.origin.is_none() {
             let since = self.foreign.first_at.since(context.intended_at);
             let media = context.record.media(self.kind());
@@ -1064,6 +1070,11 @@ impl RecvStream {
         }
     }
 
+    /// Whether nothing is to come now: the stream has ended, or is not wanted, or is paused.
+    fn is_at_rest(&self) -> bool {
+        self.ended || self.leaving || self.unwatched || self.paused_at.is_some()
+    }
+
     /// Whether what arrives was under way before the server heard that it is not wanted. Such a
     /// frame makes no track live.
     fn is_unwanted(&self) -> bool {
@@ -1358,6 +1369,8 @@ impl RecvStream {
             origin: self.origin,
             live: self.live,
             foreign: self.is_foreign(),
+            last_frame_at: (self.is_foreign() && !self.is_at_rest())
+                .then_some(self.foreign.last_at),
             layer: self.video.as_ref().and_then(|video| video.layer),
             counts: self.receive.counts(),
             frames_expected: self.frames_expected(roster),

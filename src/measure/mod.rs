@@ -265,7 +265,9 @@ pub fn is_measured(kind: Option<Kind>, counter: &str) -> bool {
 }
 
 /// The two kinds of media, as SDP's m-lines name them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
     Audio,

@@ -27,6 +27,8 @@ const GRACE: Duration = Duration::from_millis(50);
 /// Gaps with less than this between them are one stall, because a starved thread runs briefly now
 /// and then.
 const JOIN: Duration = Duration::from_millis(250);
+/// Silence that brief lateness of the generator does not explain, however often.
+const WHOLE_MIN: Duration = Duration::from_secs(1);
 
 /// Span of time in which the generator or the server stood still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,31 +84,6 @@ fn came_between(one: &StillSpan, next: &StillSpan, arrivals: &ThreadPresence) ->
     arrivals.next(step_of(one.to), step_of(next.from))
 }
 
-/// Joins spans of silence between which nothing came and the generator was late only for moments.
-/// On a busy host that is the case many times a second.
-fn across_moments(
-    silences: Vec<StillSpan>,
-    arrivals: &ThreadPresence,
-    asleep: &[StillSpan],
-) -> Vec<StillSpan> {
-    let mut joined: Vec<StillSpan> = Vec::with_capacity(silences.len());
-    for silence in silences {
-        let before = joined.last_mut().filter(|before| {
-            let from = asleep.partition_point(|gap| gap.to <= before.to);
-            let between = asleep[from..]
-                .iter()
-                .take_while(|gap| gap.from < silence.from);
-            let is_brief = |gap: &StillSpan| gap.length() < JOIN;
-            came_between(before, &silence, arrivals).is_none() && between.into_iter().all(is_brief)
-        });
-        match before {
-            Some(before) => before.to = silence.to,
-            None => joined.push(silence),
-        }
-    }
-    joined
-}
-
 /// Returns the spans between `from` and `until` in which nothing came although we sent and were
 /// awake.
 ///
@@ -118,9 +95,28 @@ pub fn silences(
     from: Time,
     until: Time,
 ) -> Vec<StillSpan> {
+    let within = |asleep: &[StillSpan]| silences_beside(sends, arrivals, asleep, (from, until));
+    // On a busy host the generator is late many times a second. That explains short silences, but
+    // none of a second.
+    let long: Vec<StillSpan> = asleep
+        .iter()
+        .filter(|gap| gap.length() >= JOIN)
+        .copied()
+        .collect();
+    let whole = within(&long);
+    let whole = whole.into_iter().filter(|gap| gap.length() >= WHOLE_MIN);
+    union(within(asleep).into_iter().chain(whole).collect())
+}
+
+/// The same, without the time in which the generator stood still or had just done so.
+fn silences_beside(
+    sends: &ThreadPresence,
+    arrivals: &ThreadPresence,
+    asleep: &[StillSpan],
+    (from, until): (Time, Time),
+) -> Vec<StillSpan> {
     let end = step_of(until);
     let (mut usual, mut silences) = (VecDeque::with_capacity(ANSWERS_MAX), Vec::new());
-    let asleep_all = asleep;
     let mut asleep = asleep.iter().peekable();
     let mut step = step_of(from);
     while step < end {
@@ -154,7 +150,7 @@ pub fn silences(
         }
         step += 1;
     }
-    across_moments(silences, arrivals, asleep_all)
+    silences
 }
 
 /// Returns whether waiting for so many steps is unusually long.

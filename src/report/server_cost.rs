@@ -180,7 +180,7 @@ pub(crate) fn block(account: &Account, ours: &Ours, style: Style) -> String {
     let nodes = count(account.nodes.len() as u64, "page");
     let Some(cost) = &stretch.cost else {
         return format!(
-            "{} {nodes}: not known in {}\n\n",
+            "{} {nodes}: no new figures in {} (a page moves every 5 s: run for longer)\n\n",
             style.bold("Server    "),
             stretch.name
         );
@@ -423,7 +423,7 @@ mod tests {
         lost.stretches[0].cost = None;
         assert_eq!(
             block(&lost, &ours(), Style::default()),
-            "Server     1 page: not known in hold\n\n"
+            "Server     1 page: no new figures in hold (a page moves every 5 s: run for longer)\n\n"
         );
     }
 

@@ -400,7 +400,7 @@ fn media_line(plan: &Plan) -> String {
         }
     }
     if parts.is_empty() {
-        "no media: nobody publishes".to_owned()
+        "nobody of this run publishes: what others send is judged".to_owned()
     } else {
         parts.join(", ")
     }

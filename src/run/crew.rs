@@ -16,7 +16,8 @@ use crate::path::Routes;
 use crate::plan::{ConnectionMode, ParticipantPlan, Plan, Span, Subscribers};
 use crate::preflight;
 use crate::signal::session::{
-    self, GroupContext, Media, Notice, Request, Sections, SessionContext, ShardPlace, TakingTurns,
+    self, GroupContext, Media, Notice, Request, Sections, SessionContext, ShardPlace, Strangers,
+    TakingTurns,
 };
 use crate::signal::turn::TurnServer;
 use crate::signal::{Endpoint, JoinAccess};
@@ -29,6 +30,8 @@ pub(super) struct Crew {
     /// Set as long as anybody may still join. After that only the sessions share it.
     context: Option<Arc<SessionContext>>,
     pub notices: mpsc::UnboundedReceiver<Notice>,
+    /// Publishers that are not of this run, where their media is judged.
+    pub strangers: Arc<Strangers>,
     leave: watch::Sender<bool>,
     requests: BTreeMap<u32, mpsc::UnboundedSender<Request>>,
 }
@@ -74,7 +77,13 @@ impl Crew {
     ) -> Crew {
         let (notice_sender, notices) = mpsc::unbounded_channel();
         let (leave, leaving) = watch::channel(false);
+        let strangers = Arc::new(if plan.is_audience() {
+            Strangers::in_rooms(plan.scenario.rooms.count)
+        } else {
+            Strangers::default()
+        });
         let context = SessionContext {
+            strangers: strangers.clone(),
             endpoint,
             access,
             epoch: shard.epoch,
@@ -94,6 +103,7 @@ impl Crew {
         Crew {
             context: Some(Arc::new(context)),
             notices,
+            strangers,
             leave,
             requests: BTreeMap::new(),
         }

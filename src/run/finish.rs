@@ -1,5 +1,6 @@
 //! Makes the final account of a run.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::account::{
@@ -22,39 +23,43 @@ use crate::report::{
     Unmeasured,
 };
 use crate::server_metrics::Account;
+use crate::signal::session::StrangerChange;
 use crate::units::Time;
+use crate::words;
+
+/// Number of changes and of tracks of others that are named. The others are only counted.
+const STRANGERS_NAMED_MAX: usize = 5;
+/// Time without a frame of a track of others from which it counts as dead. Pauses in speech (DTX)
+/// and still pictures bring a frame more often.
+const STRANGER_SILENCE: Duration = Duration::from_secs(3);
 
 impl Test<'_> {
     pub(super) fn finish(mut self, run: &RunSpec, server: Option<Account>) -> Outcome {
-        let media_stopped_at = self.stages.media_stopped_at;
-        let end = media_stopped_at.unwrap_or_else(|| self.epoch.now());
+        let stopped_at = self.stages.media_stopped_at;
+        let end = stopped_at.unwrap_or_else(|| self.epoch.now());
         self.books.sessions.join_visits();
+        let (silent_strangers, outage) = (self.silent_strangers(end), self.outage(end));
+        let has_outage = outage.is_some();
         self.books.join_former();
         let participants = self.participant_outcomes(end);
         self.state_people(&participants, end);
         let mut steps: Vec<Step> = self.books.tiers.drain(..).map(|tier| tier.step).collect();
         let unmeasured = self.unmeasured(steps.len());
-        let observer = &self.observer;
-        let outages = &mut self.books.sessions.outages;
-        let outage = outages.complaint(end, |before| observer.last_arrival(before));
-        let mut complaints: Vec<String> = self.stages.abandoned.take().into_iter().collect();
-        let has_outage = outage.is_some();
-        complaints.extend(outage);
+        let abandoned = self.stages.abandoned.take().into_iter();
+        let mut complaints: Vec<String> = abandoned.chain(outage).collect();
         if let Some(hold) = self.take_whole_hold() {
             let (step, more) = self.close_whole_hold(hold, end);
             steps.push(step);
             complaints.extend(more);
         }
-        expect_frames(&mut self.books.record);
-        self.expect_joins();
+        self.expect_frames_and_joins();
         if steps.is_empty() {
             self.stages.busiest = self.busiest_until(end.since(Time::ZERO));
         }
-        let engine = self.engine_health(end);
-        let target = self.target();
+        let (engine, target) = (self.engine_health(end), self.target());
         let silence = final_silence(&engine.stalls, end).filter(|_| !has_outage);
-        let notes = self.notes(&engine.stalls, silence.is_some(), run);
-        complaints.extend(silence);
+        let notes = self.notes(&engine.stalls, silence.is_some(), (end, run));
+        complaints.extend(silence.into_iter().chain(silent_strangers));
         let nobody_came = self.books.sessions.why_nobody_came();
         let Books {
             record,
@@ -91,15 +96,88 @@ impl Test<'_> {
     }
 
     /// Remarks for the report that are no reason to fail.
-    fn notes(&mut self, stalls: &[Stall], is_end_told: bool, run: &RunSpec) -> Vec<String> {
+    fn notes(
+        &mut self,
+        stalls: &[Stall],
+        is_end_told: bool,
+        (end, run): (Time, &RunSpec),
+    ) -> Vec<String> {
         let mut notes = std::mem::take(&mut self.books.notes);
         notes.extend(silence_note(stalls, is_end_told));
         notes.extend(self.books.sessions.notes(&self.books.record.session));
         let presence = &self.books.presence;
         notes.extend(presence.mute_notes(|index| self.named(index)));
         notes.extend(presence.restored_notes(|index| self.named(index)));
+        notes.extend(self.stranger_notes(end));
         notes.extend(run.warnings.iter().cloned());
         notes
+    }
+
+    /// Notes about what others did whose media is judged.
+    fn stranger_notes(&self, end: Time) -> Vec<String> {
+        let changes = self.crew.strangers.changes().into_iter();
+        let changes: Vec<_> = changes.filter(|change| change.at < end).collect();
+        let told = changes.iter().take(STRANGERS_NAMED_MAX);
+        let mut notes: Vec<String> = told.map(StrangerChange::note).collect();
+        let others = changes.len() - notes.len();
+        if others > 0 {
+            notes.push(format!(
+                "of others: {} more",
+                words::count(others as u64, "change")
+            ));
+        }
+        notes
+    }
+
+    /// Returns why a run fails that judges the media of others: tracks that are still published and
+    /// subscribed to, and of which nothing came any more. Called before former connections are
+    /// added to the outcomes.
+    fn silent_strangers(&self, end: Time) -> Vec<String> {
+        let strangers = &self.crew.strangers;
+        if !strangers.is_wanted() {
+            return Vec::new();
+        }
+        let rooms: BTreeMap<u32, u32> = self
+            .plan
+            .participants()
+            .map(|one| (one.index, one.room))
+            .collect();
+        let mut silent: BTreeMap<(String, Kind), (u64, Time)> = BTreeMap::new();
+        for outcome in &self.books.outcomes {
+            let room = rooms.get(&outcome.participant).copied().unwrap_or_default();
+            for stream in &outcome.streams {
+                let last = stream
+                    .last_frame_at
+                    .filter(|last| end.since(*last) >= STRANGER_SILENCE);
+                let track = strangers.track_of((room, outcome.participant), stream.ssrc);
+                if let (Some(last), Some(track)) = (last, track.filter(|track| !track.muted)) {
+                    let of_one = silent.entry((track.identity, track.kind));
+                    let (count, at) = of_one.or_insert((0, last));
+                    (*count, *at) = (*count + 1, last.min(*at));
+                }
+            }
+        }
+        let mut complaints: Vec<String> = silent
+            .into_iter()
+            .map(|((identity, kind), (count, at))| {
+                format!(
+                    "{} of {identity}, who is not of this run, stopped {:.1} s into the run and did not come again, {:.1} s before the end: the track is still published and not muted, and {} waited for it",
+                    kind.name(),
+                    at.since(Time::ZERO).as_secs_f64(),
+                    end.since(at).as_secs_f64(),
+                    words::count(count, "subscriber")
+                )
+            })
+            .collect();
+        let others = complaints.len().saturating_sub(STRANGERS_NAMED_MAX);
+        if others > 0 {
+            complaints.truncate(STRANGERS_NAMED_MAX);
+            complaints.push(format!(
+                "{} of others more stopped, too",
+                words::count(others as u64, "track")
+            ));
+        }
+        complaints
     }
 
     fn target(&self) -> TargetInfo {
@@ -213,6 +291,13 @@ impl Test<'_> {
         }
     }
 
+    /// Returns why the run fails if most participants lost the server at once.
+    fn outage(&mut self, end: Time) -> Option<String> {
+        let observer = &self.observer;
+        let outages = &mut self.books.sessions.outages;
+        outages.complaint(end, |before| observer.last_arrival(before))
+    }
+
     /// Returns when anybody was to receive something.
     fn owed_times(&self, end: Time) -> Spans {
         let presence = &self.books.presence;
@@ -232,9 +317,10 @@ impl Test<'_> {
         self.threads.busiest_of_hold().as_secs_f64() / hold.as_secs_f64().max(0.001)
     }
 
-    /// Sets the expected joins. Subscriptions that a layout had room for only later are expected,
+    /// Sets the expected frames and joins. Subscriptions that a layout had room for only later are expected,
     /// too.
-    fn expect_joins(&mut self) {
+    fn expect_frames_and_joins(&mut self) {
+        expect_frames(&mut self.books.record);
         let mut joins = self.books.joins_all;
         for (kind, media) in [&self.books.record.audio, &self.books.record.video]
             .into_iter()

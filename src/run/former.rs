@@ -66,6 +66,7 @@ mod tests {
         let stream = |number: u64| StreamOutcome {
             kind: Kind::Audio,
             foreign: false,
+            last_frame_at: None,
             layer: None,
             counts: ReceiveCounts::default(),
             losses: Default::default(),

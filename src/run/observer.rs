@@ -215,7 +215,8 @@ impl Observer {
         self.threads.extend(HostSnapshot::read().threads);
     }
 
-    /// Ends observing. Silence after `media_stopped_at`, or while nothing is `owed`, is not a stall.
+    /// Ends observing. Silence after `media_stopped_at`, or while nothing is `owed`, is not a
+    /// stall.
     pub fn finish(&mut self, media_stopped_at: Time, owed: &Spans) -> Observations {
         let end = HostSnapshot::read();
         self.floor_gaps.extend(self.floor.take().gaps);

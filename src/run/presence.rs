@@ -69,6 +69,8 @@ impl Presence {
     pub fn invite(&mut self, participant: &ParticipantPlan, at: Time) {
         let index = participant.index;
         self.due.insert(index);
+        // Whatever became of an earlier visit, this is another one.
+        self.note_back(index, at);
         self.book.intend(index, at, Intent::Join);
         for kind in KINDS
             .into_iter()
@@ -325,8 +327,8 @@ impl Presence {
     }
 
     /// Returns why a stretch of the run fails that was planned to last until `end`: participants
-    /// that were gone when it ended, at `until`. `what` names what would have ended it by plan: `the
-    /// plan` or `the tier`.
+    /// that were gone when it ended, at `until`. `what` names what would have ended it by plan:
+    /// `the plan` or `the tier`.
     pub fn complaints(
         &self,
         until: Time,

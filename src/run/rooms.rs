@@ -159,7 +159,7 @@ impl Rooms {
         for room in ours {
             // The number of participants in it is not known here, because the server's list of
             // rooms is some seconds behind.
-            self.note_foreign(&room.name);
+            self.note_foreign(plan, &room.name);
         }
         // Use the server's clock if it tells the time.
         let before = told_at.unwrap_or(asked_at);
@@ -264,7 +264,7 @@ impl Rooms {
                 sid: Some(room.sid).filter(|sid| !sid.is_empty()),
             });
         } else {
-            self.note_foreign(&name);
+            self.note_foreign(plan, &name);
         }
         Ok(())
     }
@@ -317,10 +317,14 @@ impl Rooms {
         }
     }
 
-    fn note_foreign(&mut self, name: &str) {
-        self.notes.push(format!(
-            "room '{name}' existed already and stays: whoever else is in it is not ours and not judged"
-        ));
+    fn note_foreign(&mut self, plan: &Plan, name: &str) {
+        let others = if plan.is_audience() {
+            "what others send in it is judged"
+        } else {
+            "whoever else is in it is not ours and not judged"
+        };
+        self.notes
+            .push(format!("room '{name}' existed already and stays: {others}"));
     }
 
     /// Deletes the rooms that we made, and returns a note for each that stays. A room that is gone

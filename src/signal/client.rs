@@ -853,6 +853,14 @@ impl OtherParticipants {
         self.count == 0
     }
 
+    /// Returns them decoded. What cannot be decoded is left out.
+    pub fn decoded(&self) -> impl Iterator<Item = proto::ParticipantInfo> + '_ {
+        let others = Fields(&self.join)
+            .map_while(Result::ok)
+            .filter(|field| field.number == JOIN_OTHER_PARTICIPANTS);
+        others.filter_map(|field| proto::ParticipantInfo::decode(field.bytes?).ok())
+    }
+
     /// Returns their identities, in the server's order. Identities that are not UTF-8 are left out.
     pub fn identities(&self) -> impl Iterator<Item = &str> {
         let others = Fields(&self.join)

@@ -15,6 +15,7 @@ mod pace;
 mod peers;
 mod reconnect;
 mod requests;
+mod strangers;
 mod tracks;
 mod viewer;
 
@@ -58,6 +59,7 @@ use pace::SignalPace;
 use peers::{DescriptionChange, PeerHalf, PeerRole, needs_data_channels, open_stream};
 use reconnect::{Lost, RESUME_TIMEOUT};
 use requests::RequestQueue;
+pub use strangers::{StrangerChange, Strangers};
 pub use tracks::{Media, TakingTurns};
 use tracks::{SessionTrack, add_track_request, stream_parameters};
 pub use viewer::Size;
@@ -110,6 +112,8 @@ pub struct SessionContext {
     pub join_retries: u32,
     pub shards: Vec<Sender<ShardCommand>>,
     pub notices: mpsc::UnboundedSender<Notice>,
+    /// Publishers that are not of this run.
+    pub strangers: Arc<Strangers>,
     /// Becomes true when everybody is to leave.
     pub leave: watch::Receiver<bool>,
 }
@@ -1068,6 +1072,9 @@ impl Session {
             embedded_sfu: join.embedded_sfu,
         });
         self.needs_data = needs_data_channels(&join.server_version);
+        let here = (self.plan.room, self.plan.index);
+        let strangers = &self.context.strangers;
+        strangers.take_join(here, join.others.decoded(), self.context.epoch.now());
         signal.set_ping(join.ping_interval, join.ping_timeout);
         self.take_relays(&join.ice_servers, join.force_relay)?;
         if !self.context.single_connection {
@@ -1296,6 +1303,9 @@ impl Session {
             if track.kind() == Kind::Video {
                 self.viewer.add(track);
             }
+            let here = (self.plan.room, self.plan.index);
+            let strangers = &self.context.strangers;
+            strangers.note_stream(here, track.ssrc, &track.track_id);
             streams.push(stream_parameters(track, announced_at));
         }
         if !streams.is_empty() {
@@ -1686,6 +1696,7 @@ impl Session {
 
     fn end(mut self, failure: Option<SessionFailure>) {
         let index = self.plan.index;
+        self.context.strangers.release((self.plan.room, index));
         if failure.is_some() || self.leaves_at.is_some() {
             self.remove_peers();
         }

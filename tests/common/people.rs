@@ -100,6 +100,7 @@ impl People {
             join_retries: 0,
             shards: vec![command_sender.clone()],
             notices: notice_sender,
+            strangers: Arc::default(),
             leave: leaving,
         });
         let worker = std::thread::spawn(move || worker::run(config));

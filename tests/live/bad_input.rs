@@ -638,7 +638,12 @@ fn a_room_that_is_deleted_ends_the_run_with_the_servers_reason(server: &Server) 
 
 fn a_signal_ends_the_run_early_and_everything_is_written_and_cleaned_up(server: &Server) {
     let _turn = beside_one_other();
-    for (signal, name) in [(Signal::INT, "SIGINT"), (Signal::TERM, "SIGTERM")] {
+    // A lost terminal is a SIGHUP.
+    for (signal, name) in [
+        (Signal::INT, "SIGINT"),
+        (Signal::TERM, "SIGTERM"),
+        (Signal::HUP, "SIGHUP"),
+    ] {
         let endless = Endless::in_room(server, name);
         endless.running.signal(signal);
         let (finished, report, scratch, took) = endless.finish(server);
@@ -716,6 +721,8 @@ fn a_second_signal_ends_the_program_at_once() {
         finished.stdout, "",
         "the report waits for packets that are under way: this was not waited for"
     );
+    let last_words = "again: ended at once, without a report; room 'twice' stays behind";
+    assert!(finished.stderr.contains(last_words), "{}", finished.stderr);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Publishers that the server takes out of a run before the plan ends them, on a real LiveKit
+//! Participants that the server takes out of a run before the plan ends them, on a real LiveKit
 //! server and on the embedded SFU. The run fails, and says who, when and why.
 
 use std::time::{Duration, Instant};
@@ -11,9 +11,12 @@ use crate::common::server::{Options, Server};
 use livekit_protocol as proto;
 use serde_json::{Value, json};
 use throng::signal::rooms::RoomService;
+use throng::signal::token::Permissions;
 
 on_both_servers!(
     a_publisher_that_is_removed_fails_the_run_and_is_named,
+    a_subscriber_that_is_removed_fails_the_run_whatever_the_loss,
+    a_viewer_of_somebody_elses_stream_that_is_removed_fails_the_run,
     publishers_that_are_removed_in_a_tier_fail_that_tier,
     a_room_that_somebody_deletes_fails_the_run,
 );
@@ -38,12 +41,22 @@ impl<'a> Disturbed<'a> {
         publishers: usize,
         participants: usize,
     ) -> Disturbed<'a> {
-        let scratch = Scratch::new();
         let mut command = throng();
         against(server, &mut command)
             .args(args.split(' '))
-            .args(["--room", room, "--json"])
-            .arg(scratch.path("run.json"));
+            .args(["--room", room]);
+        Disturbed::begin(server, room, command, [publishers, participants])
+    }
+
+    /// The same with a command of one's own.
+    fn begin(
+        server: &'a Server,
+        room: &'static str,
+        mut command: std::process::Command,
+        [publishers, participants]: [usize; 2],
+    ) -> Disturbed<'a> {
+        let scratch = Scratch::new();
+        command.arg("--json").arg(scratch.path("run.json"));
         let run = Disturbed {
             server,
             room,
@@ -81,6 +94,12 @@ impl<'a> Disturbed<'a> {
         let publish = |one: &proto::ParticipantInfo| !one.tracks.is_empty();
         let publishers = self.active().into_iter().filter(publish);
         publishers.map(|one| one.identity).collect()
+    }
+
+    /// Returns a participant that publishes nothing.
+    fn listener(&self) -> String {
+        let listens = |one: &proto::ParticipantInfo| one.tracks.is_empty();
+        self.active().into_iter().find(listens).unwrap().identity
     }
 
     fn ask(&self, method: &str, request: Value) {
@@ -163,6 +182,149 @@ fn a_publisher_that_is_removed_fails_the_run_and_is_named(server: &Server) {
     );
 }
 
+fn a_subscriber_that_is_removed_fails_the_run_whatever_the_loss(server: &Server) {
+    let _turn = beside_one_other();
+    for (room, pace) in [
+        ("listener", "--subscribers 9 --duration 6"),
+        ("listener-in-tiers", "--ramp 3,6 --duration 4"),
+    ] {
+        let args = format!(
+            "--publishers 1 --video-publishers 0 {pace} --num-per-second 50 --max-loss 100"
+        );
+        let run = Disturbed::start(server, room, &args, 1, 4);
+        std::thread::sleep(Duration::from_secs(2));
+        let victim = run.listener();
+        run.remove(&victim);
+        let (_, report) = run.fails();
+        let reasons = report.reasons();
+        let named = format!("subscriber {victim} was removed by the server (PARTICIPANT_REMOVED) ");
+        assert!(reasons.contains(&named), "{reasons}");
+        assert!(!reasons.contains("loss "), "{reasons}");
+    }
+}
+
+fn a_viewer_of_somebody_elses_stream_that_is_removed_fails_the_run(server: &Server) {
+    let _turn = beside_one_other();
+    let mut presenter = throng();
+    against(server, &mut presenter).args(
+        "--room viewed --publishers 1 --video-publishers 0 --subscribers 0 --duration 14"
+            .split(' '),
+    );
+    let presenter = Running::start(&mut presenter, &server.secret);
+    let args = "--publishers 0 --subscribers 3 --duration 7 --num-per-second 50";
+    let run = Disturbed::start(server, "viewed", args, 1, 4);
+    std::thread::sleep(Duration::from_secs(3));
+    let victim = run.listener();
+    run.remove(&victim);
+    let (finished, report) = run.fails();
+    let reasons = report.reasons();
+    let named = format!("subscriber {victim} was removed by the server (PARTICIPANT_REMOVED) ");
+    assert!(reasons.contains(&named), "{reasons}\n{}", finished.stdout);
+    presenter.finish();
+}
+
+/// Only for LiveKit, whose tokens decide identities as everywhere.
+#[test]
+fn who_is_removed_is_named_as_its_own_token_says() {
+    let Some(server) = &Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let mut command = throng();
+    command.env("LIVEKIT_URL", &server.url).args(
+        "--publishers 1 --video-publishers 0 --subscribers 1 --duration 6 --max-loss 100"
+            .split(' '),
+    );
+    for (who, permissions) in [
+        ("ann", Permissions::PUBLISHER),
+        ("ben", Permissions::SUBSCRIBER),
+    ] {
+        let token = server
+            .api_key()
+            .join_token("seats", who, who, permissions, Duration::from_secs(300))
+            .unwrap();
+        command.args(["--token", token.expose()]);
+    }
+    let run = Disturbed::begin(server, "seats", command, [1, 2]);
+    std::thread::sleep(Duration::from_secs(2));
+    run.remove("ben");
+    let (_, report) = run.fails();
+    let reasons = report.reasons();
+    assert!(
+        reasons.contains("subscriber ben was removed by the server"),
+        "{reasons}"
+    );
+}
+
+/// Only for LiveKit, because the embedded SFU's room service takes no rights away.
+#[test]
+fn a_right_that_is_taken_and_given_back_is_a_note_with_both_moments() {
+    let Some(server) = &Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let args = "--publishers 1 --video-publishers 0 --subscribers 2 --duration 9 --num-per-second 50 --max-loss 100";
+    let run = Disturbed::start(server, "lent", args, 1, 3);
+    std::thread::sleep(Duration::from_secs(2));
+    let victim = run.listener();
+    for can_subscribe in [false, true] {
+        let permission =
+            json!({ "canSubscribe": can_subscribe, "canPublish": true, "canPublishData": false });
+        run.ask(
+            "UpdateParticipant",
+            json!({ "identity": victim, "permission": permission }),
+        );
+        std::thread::sleep(Duration::from_secs(2));
+    }
+    let (_, report) = run.passes();
+    let notes = report.notes();
+    let told = format!("subscriber {victim} lost its right to subscribe: the server took it away ");
+    assert!(notes.contains(&told), "{notes}");
+    assert!(notes.contains(" into the run, and had it back "), "{notes}");
+}
+
+#[test]
+fn a_search_replaces_a_subscriber_that_is_removed() {
+    let Some(server) = &Server::livekit() else {
+        return;
+    };
+    let _turn = beside_one_other();
+    let args =
+        "--publishers 1 --video-publishers 0 --find-knee --max 2 --duration 3 --max-loss 100";
+    let run = Disturbed::start(server, "searched", args, 1, 2);
+    std::thread::sleep(Duration::from_secs(3));
+    let victim = run.listener();
+    run.remove(&victim);
+    let finished = run.running.finish();
+    let report = Report::read(&run.scratch.path("run.json"), &server.secret);
+    let steps = report.0["steps"].as_array().unwrap();
+    let named = format!("subscriber {victim} was removed by the server");
+    let has_it = |step: &&Value| step["reasons"].to_string().contains(&named);
+    assert_eq!(
+        steps.iter().filter(has_it).count(),
+        1,
+        "{}",
+        finished.stdout
+    );
+    assert!(has_it(&&steps[0]), "{}", finished.stdout);
+    // All that are counted on later are there.
+    for step in &steps[1..] {
+        let count = |name: &str| step["session"][name].as_u64().unwrap();
+        assert_eq!(
+            count("participants_total"),
+            count("participants_healthy"),
+            "{}",
+            finished.stdout
+        );
+    }
+    assert!(steps.len() > 1, "{}", finished.stdout);
+    assert!(
+        !report.notes().contains("the server was silent"),
+        "{}",
+        report.notes()
+    );
+}
+
 fn publishers_that_are_removed_in_a_tier_fail_that_tier(server: &Server) {
     let _turn = beside_one_other();
     let args = "--publishers 2 --video-publishers 0 --ramp 3,6 --duration 6 --num-per-second 50";
@@ -216,6 +378,11 @@ fn a_room_that_somebody_deletes_fails_the_run(server: &Server) {
     let (_, report) = run.fails();
     let reasons = report.reasons();
     assert!(reasons.contains("all participants were gone"), "{reasons}");
+    assert!(reasons.contains("room 'deleted' was deleted "), "{reasons}");
+    assert!(
+        reasons.contains("the server sent 3 participants of it away (ROOM_DELETED)"),
+        "{reasons}"
+    );
     assert!(
         reasons.contains("room_deleted (3 participants)"),
         "{reasons}"

@@ -374,3 +374,67 @@ fn twenty_servers_that_are_killed_are_named_with_their_seconds() {
     let mut chance = Seeded::new(9);
     (0..20).for_each(|_| a_killed_server_is_named(chance.below(8_000)));
 }
+
+/// Stops LiveKit for good while it is under load, as a hung machine is, and returns the report and
+/// the second of the run in which that was.
+fn a_stopped_server(duration: &str) -> Option<(Report, f64, String)> {
+    let server = Server::livekit()?;
+    let scratch = Scratch::new();
+    let mut command = throng();
+    against(&server, &mut command)
+        .args("--publishers 2 --video-publishers 0 --subscribers 3 --num-per-second 50".split(' '))
+        .args(["--duration", duration, "--json"])
+        .arg(scratch.path("run.json"));
+    let running = Running::start(&mut command, &server.secret);
+    std::thread::sleep(Duration::from_secs(5));
+    let stopped = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let pid = Pid::from_raw(server.pid() as i32).unwrap();
+    kill_process(pid, Signal::STOP).unwrap();
+    let finished = running.finish();
+    kill_process(pid, Signal::CONT).unwrap();
+    let report = Report::read(&scratch.path("run.json"), &server.secret);
+    let started = humantime::parse_rfc3339(report.0["started_at"].as_str().unwrap()).unwrap();
+    let started = started.duration_since(UNIX_EPOCH).unwrap();
+    let second = stopped.as_secs_f64() - started.as_secs_f64();
+    Some((report, second, finished.stdout + &finished.stderr))
+}
+
+/// Returns the number after `before` in a text.
+fn number_after(text: &str, before: &str) -> Option<f64> {
+    let rest = text.split(before).nth(1)?;
+    rest.split(' ').next()?.parse().ok()
+}
+
+#[test]
+fn a_server_that_falls_silent_to_the_end_is_a_reason_with_its_second() {
+    let _turn = beside_one_other();
+    let Some((report, second, said)) = a_stopped_server("14") else {
+        return;
+    };
+    let reasons = report.reasons();
+    assert_ne!(report.result(), "PASS", "{reasons}");
+    let told = number_after(&reasons, "the server fell silent ");
+    let told = told.unwrap_or_else(|| panic!("{reasons}\n{said}"));
+    assert!((told - second).abs() < 1.0, "{told} {second}: {reasons}");
+    assert!(
+        reasons.contains("and stayed so to the end, for "),
+        "{reasons}"
+    );
+    assert!(said.contains("  nothing comes in  "), "{said}");
+}
+
+#[test]
+fn a_silent_server_was_lost_when_the_last_packet_came_and_not_when_it_was_given_up() {
+    let _turn = beside_one_other();
+    let Some((report, second, said)) = a_stopped_server("32") else {
+        return;
+    };
+    let reasons = report.reasons();
+    let told = number_after(&reasons, "the server was lost ");
+    let told = told.unwrap_or_else(|| panic!("{reasons}\n{said}"));
+    assert!((told - second).abs() < 1.0, "{told} {second}: {reasons}");
+    assert!(
+        reasons.contains("nothing came from then on, and "),
+        "{reasons}"
+    );
+}

@@ -94,6 +94,8 @@ impl Session {
     /// given it back. The loss of the right to publish shows in the server's messages about each
     /// track.
     pub(super) fn handle_participant_update(&mut self, update: &[u8]) {
+        let (here, now) = ((self.plan.room, self.plan.index), self.context.epoch.now());
+        self.context.strangers.take_update(here, update, now);
         let Some(permission) = client::permission_of(&self.sid, update) else {
             return;
         };
