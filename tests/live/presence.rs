@@ -318,11 +318,6 @@ fn a_search_replaces_a_subscriber_that_is_removed() {
         );
     }
     assert!(steps.len() > 1, "{}", finished.stdout);
-    assert!(
-        !report.notes().contains("the server was silent"),
-        "{}",
-        report.notes()
-    );
 }
 
 fn publishers_that_are_removed_in_a_tier_fail_that_tier(server: &Server) {
