@@ -8,7 +8,7 @@ use livekit_protocol::leave_request::Action;
 use crate::seeded::scatter;
 use crate::signal::access::NoToken;
 use crate::signal::answer::AnswerFault;
-use crate::signal::client::{Leave, SignalError};
+use crate::signal::client::{Leave, ProtocolFault, SignalError};
 use crate::signal::link::{LinkFault, LinkStage};
 
 /// Pause between attempts: this times the square of their number, as in `livekit-client`, but at
@@ -145,7 +145,8 @@ fn is_in_the_way(error: &SignalError) -> bool {
         | SignalError::Unauthorized { .. }
         | SignalError::TokenUnseen { .. }
         | SignalError::NotFound { .. }
-        | SignalError::Http { .. } => true,
+        | SignalError::Http { .. }
+        | SignalError::Protocol(ProtocolFault::NotLiveKit(_)) => true,
         _ => false,
     }
 }
