@@ -23,8 +23,8 @@ use crate::plan::scenario::{
     MediaSpec, PhaseTimes, RoomPeople, RoomSet, SEED_MAX, Scenario, ScenarioError, spread_must_fit,
 };
 use crate::plan::{
-    AudioSpec, ConnectionMode, Pacing, Plan, ServerUrl, Target, TargetOrigin, TransportChoice,
-    TransportMix, VideoSpec, ViewLayout,
+    AudioSpec, ClientKind, ConnectionMode, Pacing, Plan, ServerUrl, Target, TargetOrigin,
+    TransportChoice, TransportMix, VideoSpec, ViewLayout,
 };
 pub use crate::prober::Membership;
 use crate::report::{Destinations, Judging, Threshold};
@@ -439,13 +439,18 @@ struct ShapeArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Media")]
 struct MediaArgs {
+    /// Clients whose defaults the run has: js, rust, swift, android (LiveKit's SDKs), agent (a
+    /// voice agent) or lk; a flag that is given wins. See docs/clients.md [default: lk]
+    #[arg(long, value_name = "WHO", value_parser = client)]
+    client: Option<ClientKind>,
     /// high (1280x720), medium (640x360), low (320x180) or WxH [default: high]
     #[arg(long, value_name = "SIZE", value_parser = resolution)]
     video_resolution: Option<Resolution>,
-    /// Bitrate of a video track, as 1.5M [default: 2M, 600k, 150k by resolution]
+    /// Bitrate of a video track, as 1.5M [default: 2M, 600k, 150k by resolution, or what --client
+    /// sends]
     #[arg(long, value_name = "RATE")]
     video_bitrate: Option<Bitrate>,
-    /// Frames per second [default: 30, 20, 15 by resolution]
+    /// Frames per second [default: 30, 20, 15 by resolution, or what --client sends]
     #[arg(long, value_name = "FPS", value_parser = whole_number)]
     video_fps: Option<u32>,
     #[arg(long, value_name = "CODEC", default_value = "vp8")]
@@ -453,10 +458,17 @@ struct MediaArgs {
     /// One layer a video track, not also smaller ones
     #[arg(long)]
     no_simulcast: bool,
+    /// Publishers rest the layers that nobody watches [default: on, or what --client does]
+    #[arg(long, value_name = "SWITCH")]
+    dynacast: Option<SwitchArg>,
+    /// Subscribers announce that they will say what they show, and start with the smallest layer;
+    /// with --layout
+    #[arg(long)]
+    adaptive_stream: bool,
     /// What subscribers see: speaker, 3x3, 4x4 or 5x5 [default: every track as large as it comes]
     #[arg(long, value_name = "LAYOUT", value_parser = layout)]
     layout: Option<ViewLayout>,
-    /// Bitrate of an audio track, as 24k or 48000 [default: 24k]
+    /// Bitrate of an audio track, as 24k or 48000 [default: 24k, or what --client sends]
     #[arg(long, value_name = "RATE")]
     audio_bitrate: Option<Bitrate>,
     /// Audio in one packet: 2.5ms, 5ms, 10ms .. 120ms [default: 20ms]
@@ -465,9 +477,15 @@ struct MediaArgs {
     /// Do not send the pauses of speech
     #[arg(long)]
     audio_dtx: bool,
+    /// Send the pauses of speech, whatever --client does
+    #[arg(long, conflicts_with = "audio_dtx")]
+    no_audio_dtx: bool,
     /// Repeat the last packet of audio in each (RED, payload type 63), as browsers do
     #[arg(long)]
     audio_red: bool,
+    /// Send each packet of audio once, whatever --client does
+    #[arg(long, conflicts_with = "audio_red")]
+    no_audio_red: bool,
     /// Audio publishers of a room take turns in speaking; the others are silent
     #[arg(long)]
     simulate_speakers: bool,
@@ -571,8 +589,9 @@ struct EngineArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Peer connections per participant: one (/rtc/v1), two (/rtc), or one where the server can
-    #[arg(long, value_name = "MODE", default_value = "auto")]
-    connection: ConnectionArg,
+    /// [default: auto, or what --client does]
+    #[arg(long, value_name = "MODE")]
+    connection: Option<ConnectionArg>,
     /// What carries media: udp, tcp (the server's TCP port for media), turn-udp, turn-tcp or
     /// turn-tls (a relay that is reached so), or auto: udp and, where that does not come up within
     /// a second, tcp, and then a relay, as clients do. A mix by percent: udp:75,turn-tls:25
@@ -611,6 +630,12 @@ enum SendArg {
 enum TokenInArg {
     Query,
     Header,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum SwitchArg {
+    On,
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -710,14 +735,12 @@ impl RunArgs {
             return Err("--transport tcp needs a server that takes media over TCP: the embedded SFU takes UDP alone (give --url)".into());
         }
         let is_tour = target.is_embedded() && !self.shape.is_given() && most.is_none();
-        let people = self.shape.resolve(
-            if is_tour {
-                tour_people(cpus)
-            } else {
-                DEFAULT_PEOPLE
-            },
-            most,
-        )?;
+        let unasked = if is_tour {
+            tour_people(cpus)
+        } else {
+            DEFAULT_PEOPLE
+        };
+        let people = self.shape.resolve(self.media.usual(unasked), most)?;
         self.output.must_have_subscribers(&people)?;
         let server_metrics = self.output.server_metrics(&target)?;
         let (gateway, trust) = (self.target.gateway()?, self.target.trust());
@@ -758,7 +781,7 @@ impl RunArgs {
         let times = self.pace.times(is_tour);
         let scenario = Scenario {
             seed: self.engine.seed.unwrap_or(fresh_seed),
-            connection: self.engine.connection.into(),
+            connection: self.connection(),
             identity_prefix: self.shape.identity_prefix.clone(),
             joins_per_second: self.joins_per_second(&people, is_tour)?,
             join_retries: self.pace.join_retries,
@@ -790,6 +813,7 @@ impl RunArgs {
             "rooms.count" => "--room-count",
             "media.audio.bitrate" => "--audio-bitrate",
             "media.audio.frame" => "--audio-frame",
+            "media.adaptive_stream" => "--adaptive-stream",
             "media.video.size" => "--video-resolution",
             "media.video.frames_per_second" => "--video-fps",
             "media.video.bitrate" => "--video-bitrate",
@@ -802,6 +826,11 @@ impl RunArgs {
             _ if field.ends_with(".subscribers") => "--ramp",
             _ => field,
         }
+    }
+
+    fn connection(&self) -> ConnectionMode {
+        let of_client = self.media.client().defaults().connection;
+        self.engine.connection.map_or(of_client, Into::into)
     }
 
     fn joins_per_second(&self, people: &RoomPeople, is_tour: bool) -> Result<f64, RefusedFlag> {
@@ -881,6 +910,8 @@ impl RunArgs {
             useless("--video-bitrate", media.video_bitrate.is_some(), why);
             useless("--video-fps", media.video_fps.is_some(), why);
             useless("--no-simulcast", media.no_simulcast, why);
+            useless("--dynacast", media.dynacast.is_some(), why);
+            useless("--adaptive-stream", media.adaptive_stream, why);
             useless("--layout", media.layout.is_some(), why);
             useless("--obey-bwe", media.obey_bwe, why);
         }
@@ -889,7 +920,9 @@ impl RunArgs {
             useless("--audio-bitrate", media.audio_bitrate.is_some(), why);
             useless("--audio-frame", media.audio_frame.is_some(), why);
             useless("--audio-dtx", media.audio_dtx, why);
+            useless("--no-audio-dtx", media.no_audio_dtx, why);
             useless("--audio-red", media.audio_red, why);
+            useless("--no-audio-red", media.no_audio_red, why);
             useless("--simulate-speakers", media.simulate_speakers, why);
         }
         warnings
@@ -1280,30 +1313,60 @@ impl ShapeArgs {
 }
 
 impl MediaArgs {
+    fn client(&self) -> ClientKind {
+        self.client.unwrap_or_default()
+    }
+
+    /// Returns the people of a room if no flag says how many, without publishers of video if the
+    /// client publishes none.
+    fn usual(&self, (audio, video, subscribers): (u32, u32, u32)) -> (u32, u32, u32) {
+        if self.client().defaults().publishes_video {
+            (audio, video, subscribers)
+        } else {
+            (audio, 0, subscribers)
+        }
+    }
+
     fn spec(&self) -> MediaSpec {
+        let defaults = self.client().defaults();
+        let video = self.video();
+        let dynacast = self.dynacast.map(|switch| switch == SwitchArg::On);
         MediaSpec {
+            client: self.client(),
             simulcast: !self.no_simulcast,
             pacing: self.pacing.into(),
             obey_bandwidth: self.obey_bwe,
+            dynacast: dynacast.unwrap_or(defaults.dynacast),
             layout: self.layout,
+            adaptive_stream: self.adaptive_stream || defaults.adaptive_stream,
             audio: self.audio(),
-            video: self.video(),
+            video,
+            lower_layers: defaults.lower_layers(video),
         }
     }
 
     fn audio(&self) -> AudioSpec {
-        let standard = AudioSpec::default();
+        let standard = self.client().defaults().audio;
+        let redundancy = standard.redundancy.max(u8::from(self.audio_red));
         AudioSpec {
             bitrate: self.audio_bitrate.unwrap_or(standard.bitrate),
             frame: self.audio_frame.unwrap_or(standard.frame),
-            dtx: self.audio_dtx,
-            redundancy: u8::from(self.audio_red),
+            dtx: (standard.dtx || self.audio_dtx) && !self.no_audio_dtx,
+            redundancy: redundancy * u8::from(!self.no_audio_red),
         }
     }
 
     fn video(&self) -> VideoSpec {
         let VideoCodec::Vp8 = self.video_codec;
         let standard = self.video_resolution.unwrap_or(Resolution::High).spec();
+        let defaults = self.client().defaults();
+        if let Some(top) = defaults.top_layer(standard.width, standard.height) {
+            return VideoSpec {
+                frames_per_second: self.video_fps.unwrap_or(top.frames_per_second),
+                bitrate: self.video_bitrate.unwrap_or(top.bitrate),
+                ..top
+            };
+        }
         let frames_per_second = self.video_fps.unwrap_or(standard.frames_per_second);
         // The bitrate is proportional to the frame rate.
         let scaled = standard.bitrate.bps() * u64::from(frames_per_second)
@@ -1553,6 +1616,13 @@ fn resolution(text: &str) -> Result<Resolution, RefusedFlag> {
         .split_once('x')
         .and_then(|(width, height)| Some(Resolution::Size(side(width)?, side(height)?)));
     sides.ok_or_else(|| "write high, medium, low or WIDTHxHEIGHT with sides of 16 to 4096".into())
+}
+
+fn client(text: &str) -> Result<ClientKind, RefusedFlag> {
+    let known = ClientKind::ALL
+        .into_iter()
+        .find(|client| client.name() == text);
+    known.ok_or_else(|| "write js, rust, swift, android, agent or lk".into())
 }
 
 fn layout(text: &str) -> Result<ViewLayout, RefusedFlag> {

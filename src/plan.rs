@@ -6,6 +6,7 @@
 //! [`Plan::total_participants`] and similar functions are for all rooms. If several hosts run the
 //! plan, the [`Scenario`] covers all of them together, and sums cover this host's [`Part`].
 
+mod client;
 mod part;
 pub mod scenario;
 mod schedule;
@@ -30,6 +31,7 @@ use crate::units::{Bitrate, Time, duration_text};
 /// version for one of LiveKit's.
 pub const EMBEDDED_NODE_ID: &str = "throng";
 
+pub use client::{ClientDefaults, ClientIdentity, ClientKind};
 pub use part::{HostRole, Part, Placement, UndealtPlan, VANTAGES_MAX, VantagePlan, WEIGHT_MAX};
 use scenario::{MediaSpec, ParticipantGroup, Scenario};
 pub use schedule::{Intent, Schedule, ScheduleBook, Span, Spans};
@@ -528,17 +530,17 @@ impl VideoSpec {
         let (top_bps, _) = LADDER[count - 1];
         let layer = |index: usize| {
             let below = count - 1 - index;
-            let even = |side: u16| {
+            let halved = |side: u16| {
                 if below == 0 {
                     side
                 } else {
-                    (side >> below) & !1
+                    even(side >> below)
                 }
             };
             let (bps, frames_per_second) = LADDER[index];
             VideoSpec {
-                width: even(self.width),
-                height: even(self.height),
+                width: halved(self.width),
+                height: halved(self.height),
                 frames_per_second: if below == 0 {
                     self.frames_per_second
                 } else {
@@ -561,14 +563,21 @@ impl VideoSpec {
     }
 }
 
+/// Encoders take even sides.
+const fn even(side: u16) -> u16 {
+    side & !1
+}
+
 /// Layer for a picture of `size` pixels: the lowest that has at least 9/10 of its height, or the
-/// highest of all. LiveKit chooses in the same way.
+/// highest of all. Of several layers with that height it is the highest. LiveKit chooses in the
+/// same way.
 pub fn layer_for(layers: &[VideoSpec], size: (u32, u32)) -> usize {
-    let high_enough = |layer: &VideoSpec| u32::from(layer.height) * 10 >= size.1 * 9;
-    layers
-        .iter()
-        .position(high_enough)
-        .unwrap_or(layers.len().saturating_sub(1))
+    let high_enough = |layer: &&VideoSpec| u32::from(layer.height) * 10 >= size.1 * 9;
+    let Some(chosen) = layers.iter().find(high_enough).or(layers.last()) else {
+        return 0;
+    };
+    let same_height = |layer: &VideoSpec| layer.height == chosen.height;
+    layers.iter().rposition(same_height).unwrap_or(0)
 }
 
 impl Plan {
@@ -916,13 +925,16 @@ impl Plan {
         first.map_or(&self.scenario.media, |group| self.scenario.media_of(group))
     }
 
-    /// The layout in which the first subscribers watch.
-    pub fn layout(&self) -> Option<ViewLayout> {
+    /// The media, and the view, of the first group that subscribes, or of the run.
+    pub fn viewers(&self) -> &MediaSpec {
         let mut groups = self.scenario.groups.iter();
         let first = groups.find(|group| group.subscribes);
-        first
-            .map_or(&self.scenario.media, |group| self.scenario.media_of(group))
-            .layout
+        first.map_or(&self.scenario.media, |group| self.scenario.media_of(group))
+    }
+
+    /// The layout in which the first subscribers watch.
+    pub fn layout(&self) -> Option<ViewLayout> {
+        self.viewers().layout
     }
 
     /// Packets and wire bits per second of all tracks of a room that are received whole, in their
@@ -935,6 +947,18 @@ impl Plan {
             let count = f64::from(group.count);
             (sum.0 + count * rates.0, sum.1 + count * rates.1)
         })
+    }
+
+    /// Remarks on what of the clients is not imitated.
+    pub fn client_notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        for group in &self.scenario.groups {
+            let client = self.scenario.media_of(group).client;
+            notes.extend(client.shortfalls(self.scenario.publishers_of(Kind::Video) > 0));
+        }
+        notes.sort();
+        notes.dedup();
+        notes
     }
 
     /// Packets and wire bits per second of one track that is received whole, in its highest layer.
@@ -1454,6 +1478,24 @@ pub(crate) mod tests {
                 "{height}"
             );
         }
+    }
+
+    #[test]
+    fn of_layers_with_one_height_the_highest_is_chosen() {
+        let layer = |height, bps| VideoSpec {
+            width: height * 16 / 9,
+            height,
+            bitrate: Bitrate::from_bps(bps),
+            ..HIGH
+        };
+        let layers = [
+            layer(360, 450_000),
+            layer(360, 800_000),
+            layer(720, 2_000_000),
+        ];
+        let chosen = [180, 360, 720].map(|height| layer_for(&layers, (height * 16 / 9, height)));
+        assert_eq!(chosen, [1, 1, 2]);
+        assert_eq!(layer_for(&[], (640, 360)), 0);
     }
 
     #[test]

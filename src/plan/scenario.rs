@@ -15,7 +15,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    AudioSpec, ConnectionMode, PARTICIPANTS_MAX, Pacing, TransportMix, VideoSpec, ViewLayout,
+    AudioSpec, ClientKind, ConnectionMode, PARTICIPANTS_MAX, Pacing, TransportMix, VideoSpec,
+    ViewLayout,
 };
 use crate::codec::red;
 use crate::measure::Kind;
@@ -48,6 +49,8 @@ const AUDIO_FRAMES_US: [u64; 9] = [
 const AUDIO_BPS: std::ops::RangeInclusive<u64> = 6_000..=510_000;
 const VIDEO_BPS: std::ops::RangeInclusive<u64> = 10_000..=100_000_000;
 const VIDEO_SIDES: std::ops::RangeInclusive<u16> = 16..=4096;
+/// Most layers below the top one: LiveKit knows three qualities.
+const LOWER_LAYERS_MAX: usize = 2;
 const JOINS_PER_SECOND: std::ops::RangeInclusive<f64> = 0.001..=1e6;
 
 /// A complete description of a run, without the server, the secrets and the run's tag.
@@ -95,16 +98,35 @@ pub struct RoomSet {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MediaSpec {
+    /// Client that participants say they are. What it sends is in the other fields.
+    #[serde(skip_serializing_if = "ClientKind::is_lk")]
+    pub client: ClientKind,
     /// Whether video is also sent in smaller sizes if it is large enough.
     pub simulcast: bool,
     pub pacing: Pacing,
     /// Whether publishers limit their layers to what their path carries.
     pub obey_bandwidth: bool,
+    /// Whether publishers rest the layers that nobody watches.
+    #[serde(skip_serializing_if = "is_on")]
+    pub dynacast: bool,
     /// Layout in which subscribers view a room. `None`: each track as large as it comes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layout: Option<ViewLayout>,
+    /// Whether subscribers announce that they will say which sizes they show, so that the server
+    /// starts with the smallest.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub adaptive_stream: bool,
     pub audio: AudioSpec,
     pub video: VideoSpec,
+    /// Layers below [`MediaSpec::video`], the lowest first. `None`: they follow from it
+    /// ([`VideoSpec::layers`]).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lower_layers: Option<Vec<VideoSpec>>,
+}
+
+/// Whether a setting that is usually on is on. It is not written then.
+fn is_on(on: &bool) -> bool {
+    *on
 }
 
 /// Participants of a room that do the same.
@@ -226,12 +248,16 @@ impl Default for RoomSet {
 impl Default for MediaSpec {
     fn default() -> MediaSpec {
         MediaSpec {
+            client: ClientKind::Lk,
             simulcast: true,
             pacing: Pacing::Paced,
             obey_bandwidth: false,
+            dynacast: true,
             layout: None,
+            adaptive_stream: false,
             audio: AudioSpec::default(),
             video: VideoSpec::default(),
+            lower_layers: None,
         }
     }
 }
@@ -623,6 +649,12 @@ pub enum ScenarioFault {
     EmptyTier,
     #[error("{found} is more than the groups have: they have {most} who only subscribe")]
     TooManySubscribers { found: u32, most: u32 },
+    #[error("are too many with {found}: at most {LOWER_LAYERS_MAX} below the top one")]
+    TooManyLayers { found: usize },
+    #[error("{found} is larger than the layer above it: sort them by size, the smallest first")]
+    LayerOrder { found: String },
+    #[error("needs a layout, which says what sizes are shown: add --layout, or leave it out")]
+    NothingShown,
     #[error("leaves the group nothing to do: have it publish audio or video, or subscribe")]
     IdleGroup,
     #[error(
@@ -835,12 +867,42 @@ impl MediaSpec {
         let audio = self.audio.validate();
         audio.map_err(|misfit| misfit.within(&format!("{part}.audio")))?;
         let video = self.video.validate();
-        video.map_err(|misfit| misfit.within(&format!("{part}.video")))
+        video.map_err(|misfit| misfit.within(&format!("{part}.video")))?;
+        self.validate_layers(part)?;
+        if self.adaptive_stream && self.layout.is_none() {
+            let misfit = FieldFault::new("adaptive_stream", ScenarioFault::NothingShown);
+            return Err(misfit.within(part));
+        }
+        Ok(())
+    }
+
+    fn validate_layers(&self, part: &str) -> Result<(), ScenarioError> {
+        let lower = self.lower_layers.as_deref().unwrap_or_default();
+        if lower.len() > LOWER_LAYERS_MAX {
+            let found = lower.len();
+            let misfit = FieldFault::new("lower_layers", ScenarioFault::TooManyLayers { found });
+            return Err(misfit.within(part));
+        }
+        let above = lower.iter().skip(1).chain([&self.video]);
+        for (at, (layer, above)) in lower.iter().zip(above).enumerate() {
+            let in_layer =
+                |misfit: FieldFault| misfit.within(&format!("{part}.lower_layers[{at}]"));
+            layer.validate().map_err(in_layer)?;
+            if layer.width > above.width || layer.height > above.height {
+                let found = format!("{}x{}", layer.width, layer.height);
+                let misfit = FieldFault::new("size", ScenarioFault::LayerOrder { found });
+                return Err(in_layer(misfit));
+            }
+        }
+        Ok(())
     }
 
     /// The layers of a video track, the lowest first.
     pub fn video_layers(&self) -> Vec<VideoSpec> {
-        self.video.layers(self.simulcast)
+        match &self.lower_layers {
+            Some(lower) if self.simulcast => lower.iter().copied().chain([self.video]).collect(),
+            _ => self.video.layers(self.simulcast),
+        }
     }
 }
 
@@ -1006,7 +1068,17 @@ pub(crate) mod tests {
             hold: Duration::from_secs(15),
             ..PhaseTimes::default()
         };
+        let mut as_js = base().single(plain);
+        let defaults = ClientKind::Js.defaults();
+        as_js.media.client = ClientKind::Js;
+        as_js.media.video = defaults.top_layer(1280, 720).unwrap();
+        as_js.media.lower_layers = defaults.lower_layers(as_js.media.video);
+        as_js.media.audio = defaults.audio;
+        as_js.media.dynacast = defaults.dynacast;
+        as_js.media.layout = Some(ViewLayout::Grid3x3);
+        as_js.media.adaptive_stream = true;
         BTreeMap::from([
+            ("js", as_js),
             ("plain", base().single(plain)),
             ("ramp", base().ramp(&[2, 25, 10], TIMES)),
             ("knee", base().capacity_search(TIMES)),
@@ -1174,7 +1246,7 @@ pub(crate) mod tests {
     #[test]
     fn every_bound_is_refused_with_its_field_and_what_to_write() {
         type Break = fn(&mut Scenario);
-        let broken: [(Break, &str); 27] = [
+        let broken: [(Break, &str); 31] = [
             (|of| of.seed = u64::MAX, "seed 18446744073709551615 is out"),
             (|of| of.identity_prefix.clear(), "identity_prefix is empty"),
             (|of| of.joins_per_second = f64::NAN, "joins_per_second NaN"),
@@ -1222,6 +1294,34 @@ pub(crate) mod tests {
             (
                 |of| of.media.video.bitrate = Bitrate::from_bps(1),
                 "10k to 100M",
+            ),
+            (
+                |of| of.media.lower_layers = Some(vec![VideoSpec::default(); 3]),
+                "media.lower_layers are too many with 3",
+            ),
+            (
+                |of| {
+                    let odd = VideoSpec {
+                        frames_per_second: 0,
+                        ..VideoSpec::default()
+                    };
+                    of.media.lower_layers = Some(vec![odd]);
+                },
+                "media.lower_layers[0].frames_per_second 0",
+            ),
+            (
+                |of| {
+                    let large = VideoSpec {
+                        height: 1080,
+                        ..VideoSpec::default()
+                    };
+                    of.media.lower_layers = Some(vec![VideoSpec::default(), large]);
+                },
+                "media.lower_layers[1].size 1280x1080 is larger than the layer above",
+            ),
+            (
+                |of| of.media.adaptive_stream = true,
+                "media.adaptive_stream needs a layout",
             ),
         ];
         for (break_it, says) in broken {

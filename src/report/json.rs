@@ -190,6 +190,7 @@ impl Serialize for PublishedPlan<'_> {
         map.serialize_entry("participants", &plan.total_participants())?;
         map.serialize_entry("identity_prefix", &scenario.identity_prefix)?;
         map.serialize_entry("run_tag", &format!("{:08x}", plan.run_tag))?;
+        map.serialize_entry("client", &scenario.media.client)?;
         map.serialize_entry("joins_per_second", &scenario.joins_per_second)?;
         map.serialize_entry("duration_seconds", &times.hold.as_secs_f64())?;
         // Subscribers per room, tier by tier. `null` without tiers.

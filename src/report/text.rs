@@ -48,10 +48,18 @@ pub fn first_line(plan: &Plan) -> String {
     let target = &plan.target;
     let (shape, pace) = (shape_line(plan), pace_line(plan));
     format!(
-        "throng {VERSION}: {target} ({}), {}; {shape}, {pace}\n",
+        "throng {VERSION}: {target} ({}), {}{}; {shape}, {pace}\n",
         target.origin,
-        connection(plan)
+        connection(plan),
+        client(plan).map_or_else(String::new, |client| format!(", {client}")),
     )
+}
+
+/// Formats the client that participants behave like, for example `as js (livekit-client 2.21.0)`.
+/// `None` for the one that nobody need ask for.
+fn client(plan: &Plan) -> Option<String> {
+    let client = plan.scenario.media.client;
+    (!client.is_lk()).then(|| format!("as {}", client.full_name()))
 }
 
 fn connection(plan: &Plan) -> String {
@@ -88,6 +96,9 @@ fn shape_rows(plan: &Plan) -> String {
     };
     let mut text = dry_row("Rooms", rooms);
     let mut row = |label: &str, value: String| text.push_str(&dry_row(label, value));
+    if let Some(client) = client(plan) {
+        row("Clients", client);
+    }
     row("Media", media_line(plan));
     let layers = plan.media_of(Kind::Video).video_layers();
     if plan.scenario.publishers_of(Kind::Video) > 0 && layers.len() > 1 {
@@ -228,8 +239,9 @@ fn head(outcome: &Outcome, style: Style) -> String {
     } else {
         pace_line(plan)
     };
+    let client = client(plan).map_or_else(String::new, |client| format!("  {client}\n"));
     format!(
-        "{}\n  {}\n  {}\n{habits}  {pace}\n\n",
+        "{}\n  {}\n{client}  {}\n{habits}  {pace}\n\n",
         style.bold(&title),
         shape_line(plan),
         media_line(plan),
@@ -436,9 +448,16 @@ fn habits(plan: &Plan) -> Vec<String> {
         (plan.scenario.rooms.simulate_speakers && audio).then(|| "one speaks at a time".to_owned());
     let dtx = (plan.media_of(Kind::Audio).audio.dtx && audio)
         .then(|| "pauses are not sent (DTX)".to_owned());
+    let restless = (!plan.media_of(Kind::Video).dynacast && video)
+        .then(|| "all layers are sent, watched or not".to_owned());
+    let adapts = (plan.viewers().adaptive_stream && video)
+        .then(|| "subscribers say what they show".to_owned());
     let obeys = (plan.media_of(Kind::Video).obey_bandwidth && video)
         .then(|| "publishers obey their bandwidth".to_owned());
-    [layout, turns, dtx, obeys].into_iter().flatten().collect()
+    [layout, adapts, turns, dtx, restless, obeys]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 fn judging_line(judging: &Judging) -> String {

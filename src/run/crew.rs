@@ -308,11 +308,13 @@ fn groups(plan: &Plan, clips: &Clips) -> Vec<GroupContext> {
     groups
         .map(|group| {
             let spec = plan.scenario.media_of(group);
+            let identity = &spec.client.defaults().identity;
             let silence = clips.silence(&spec.audio);
             GroupContext {
                 media: Media {
                     audio: clips.speech(&spec.audio),
                     audio_redundancy: spec.audio.redundancy,
+                    states_no_dtx: identity.states_dtx && !spec.audio.dtx,
                     video: clips.video(spec),
                     taking_turns: silence.map(|silence| TakingTurns {
                         seed: plan.scenario.seed,
@@ -321,7 +323,10 @@ fn groups(plan: &Plan, clips: &Clips) -> Vec<GroupContext> {
                     }),
                     pacing: spec.pacing,
                 },
+                client: identity,
+                dynacast: spec.dynacast,
                 layout: spec.layout,
+                adaptive_stream: spec.adaptive_stream,
                 obey_bandwidth: spec.obey_bandwidth,
             }
         })

@@ -103,6 +103,7 @@ impl Test<'_> {
         (end, run): (Time, &RunSpec),
     ) -> Vec<String> {
         let mut notes = std::mem::take(&mut self.books.notes);
+        notes.extend(self.plan.client_notes());
         notes.extend(silence_note(stalls, is_end_told));
         notes.extend(self.books.sessions.notes(&self.books.record.session));
         let presence = &self.books.presence;

@@ -41,6 +41,7 @@ use super::refused::{RefusedToken, TokenRefusal, unix_now};
 use super::route::ProxyFault;
 use super::trust::UnusableTrust;
 use super::{Endpoint, Secret};
+use crate::plan::ClientIdentity;
 use crate::transport::sdp::SECTIONS_MAX;
 use crate::words;
 
@@ -111,6 +112,9 @@ pub struct JoinOptions {
     /// back until its first packet, and pads muted tracks.
     pub sdk: proto::client_info::Sdk,
     pub version: String,
+    /// Operating system and browser of the client; empty where it tells none.
+    pub os: String,
+    pub browser: String,
     /// Without this the server strips the packet trailer (`LKTS`) from tracks that declare one.
     pub packet_trailer: bool,
     /// The participant's sid, to resume its session instead of joining.
@@ -131,6 +135,8 @@ impl Default for JoinOptions {
             protocol: 16,
             sdk: proto::client_info::Sdk::Rust,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            os: String::new(),
+            browser: String::new(),
             packet_trailer: true,
             resume: None,
             token_from: TokenOrigin::Signed,
@@ -141,6 +147,19 @@ impl Default for JoinOptions {
 }
 
 impl JoinOptions {
+    /// Returns options with what a client tells of itself.
+    pub fn of_client(client: &ClientIdentity) -> JoinOptions {
+        let standard = JoinOptions::default();
+        JoinOptions {
+            protocol: client.protocol,
+            sdk: proto::client_info::Sdk::from_str_name(client.sdk).unwrap_or(standard.sdk),
+            version: client.version.map_or(standard.version, str::to_owned),
+            os: client.os.to_owned(),
+            browser: client.browser.to_owned(),
+            ..standard
+        }
+    }
+
     /// Returns the path and query of the join, without the token, which travels in a header.
     pub fn path(&self) -> String {
         match &self.connection {
@@ -166,6 +185,11 @@ impl JoinOptions {
         query.append_pair("protocol", &self.protocol.to_string());
         query.append_pair("sdk", &self.sdk.as_str_name().to_ascii_lowercase());
         query.append_pair("version", &self.version);
+        for (name, value) in [("os", &self.os), ("browser", &self.browser)] {
+            if !value.is_empty() {
+                query.append_pair(name, value);
+            }
+        }
         query.append_pair("auto_subscribe", flag(self.auto_subscribe));
         query.append_pair("adaptive_stream", flag(self.adaptive_stream));
         if self.packet_trailer {
@@ -194,6 +218,8 @@ impl JoinOptions {
             sdk: self.sdk.into(),
             version: self.version.clone(),
             protocol: self.protocol,
+            os: self.os.clone(),
+            browser: self.browser.clone(),
             capabilities,
             ..Default::default()
         };
@@ -1436,6 +1462,7 @@ impl AsyncWrite for FrameReads {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::ClientKind;
     use tokio::net::TcpStream;
 
     type ServerSide = WebSocketStream<TcpStream>;
@@ -1811,6 +1838,22 @@ mod tests {
         };
         let expected = "/rtc?protocol=16&sdk=rust&version=1+2&auto_subscribe=0&adaptive_stream=0&capabilities=CAP_PACKET_TRAILER&reconnect=1&sid=PA_1%26x";
         assert_eq!(options.path(), expected);
+        let options = JoinOptions {
+            adaptive_stream: true,
+            ..JoinOptions::of_client(&ClientKind::Js.defaults().identity)
+        };
+        let expected = "/rtc?protocol=17&sdk=js&version=2.21.0&os=Linux&browser=Chrome&auto_subscribe=1&adaptive_stream=1&capabilities=CAP_PACKET_TRAILER";
+        assert_eq!(options.path(), expected);
+        for client in ClientKind::ALL {
+            let identity = &client.defaults().identity;
+            let options = JoinOptions::of_client(identity);
+            let info = options.join_request(&[], None).client_info.unwrap();
+            assert_eq!(info.sdk().as_str_name(), identity.sdk);
+            let told = (info.protocol, info.os.as_str(), info.browser.as_str());
+            assert_eq!(told, (identity.protocol, identity.os, identity.browser));
+            let own = env!("CARGO_PKG_VERSION");
+            assert_eq!(info.version, identity.version.unwrap_or(own));
+        }
 
         let publisher_offer = Some(("v=0".to_owned(), 1));
         let path = joining_with(publisher_offer).path();

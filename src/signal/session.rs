@@ -46,7 +46,7 @@ use crate::engine::{
 };
 use crate::measure::{JoinTimeline, Kind};
 use crate::path::{Routes, Via};
-use crate::plan::{MediaTransport, ParticipantPlan, VideoSpec, ViewLayout};
+use crate::plan::{ClientIdentity, MediaTransport, ParticipantPlan, VideoSpec, ViewLayout};
 use crate::secrets::Secret;
 use crate::transport::data::DataRole;
 use crate::transport::peer::PeerFailure;
@@ -121,8 +121,14 @@ pub struct SessionContext {
 /// What all participants of a group share.
 pub struct GroupContext {
     pub media: Media,
+    /// Client that they say they are.
+    pub client: &'static ClientIdentity,
+    /// Whether they rest the layers that nobody watches.
+    pub dynacast: bool,
     /// Layout that they watch.
     pub layout: Option<ViewLayout>,
+    /// Whether they announce that they will say which sizes they show.
+    pub adaptive_stream: bool,
     /// Whether they send no more than their path carries.
     pub obey_bandwidth: bool,
 }
@@ -901,6 +907,11 @@ impl Session {
         began.unwrap_or(self.timeline.intended) + JOIN_TIMEOUT
     }
 
+    /// What the participant's group shares.
+    fn group(&self) -> &GroupContext {
+        &self.context.groups[self.plan.group]
+    }
+
     async fn open_signal(&mut self, resume: bool) -> Result<Signal, SessionFailure> {
         let permissions = Permissions {
             publish: !self.tracks.is_empty(),
@@ -911,10 +922,11 @@ impl Session {
         let timeout = if resume { RESUME_TIMEOUT } else { JOIN_TIMEOUT };
         let mut options = JoinOptions {
             auto_subscribe: self.plan.subscribes,
+            adaptive_stream: self.plan.subscribes && self.group().adaptive_stream,
             resume: resume.then(|| self.sid.clone()),
             token_from: self.context.access.origin(),
             timeout,
-            ..JoinOptions::default()
+            ..JoinOptions::of_client(self.group().client)
         };
         let context = self.context.clone();
         let deadline = DialDeadline::after(timeout);
@@ -1358,8 +1370,12 @@ impl Session {
         })
     }
 
-    /// Tells the shard which layers are watched; the others rest (dynacast).
+    /// Tells the shard which layers are watched; the others rest (dynacast). A client without
+    /// dynacast sends them all the same.
     fn handle_subscribed_quality(&self, update: &proto::SubscribedQualityUpdate) {
+        if !self.group().dynacast {
+            return;
+        }
         let track = self
             .tracks
             .iter()
@@ -1657,7 +1673,7 @@ impl Session {
                     room: self.plan.room,
                     parameters,
                     rtcp_ssrc: Ssrc(self.plan.seed as u32 | 1),
-                    obeys_bandwidth: self.context.groups[self.plan.group].obey_bandwidth,
+                    obeys_bandwidth: self.group().obey_bandwidth,
                     data: self.data_role(role),
                     cname: self.plan.identity.clone(),
                     // Media is expected from when the participant should have joined, or was lost.

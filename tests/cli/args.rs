@@ -7,7 +7,9 @@ use std::time::Duration;
 use throng::cli::{CliCommand, RunSpec, UsageError, parse, parse_with};
 use throng::measure::Kind;
 use throng::plan::scenario::{Scenario, ScenarioError};
-use throng::plan::{ConnectionMode, HostRole, Pacing, TargetOrigin, TransportMix, ViewLayout};
+use throng::plan::{
+    ClientKind, ConnectionMode, HostRole, Pacing, TargetOrigin, TransportMix, ViewLayout,
+};
 use throng::sfu::SendMode;
 use throng::signal::TokenPlace;
 
@@ -1111,6 +1113,113 @@ fn layers_layouts_and_speakers_are_as_asked() {
             "--audio-dtx has no effect: nobody publishes audio (--publishers)"
         ]
     );
+}
+
+#[test]
+fn a_client_replaces_defaults_and_a_flag_wins() {
+    let people = ["--publishers=1", "--video-publishers=1"];
+    let with = |more: &[&str]| local(&[&people[..], more].concat()).plan.scenario;
+    let usual = with(&[]);
+    assert_eq!(with(&["--client=lk"]), usual);
+    assert!(usual.media.client.is_lk() && usual.media.dynacast && !usual.media.adaptive_stream);
+    for client in ClientKind::ALL.into_iter().filter(|client| !client.is_lk()) {
+        let flag = format!("--client={}", client.name());
+        let (of, defaults) = (with(&[&flag]), client.defaults());
+        assert_eq!(
+            (of.media.client, of.connection),
+            (client, defaults.connection)
+        );
+        let media = &of.media;
+        assert_eq!((media.audio, media.dynacast), (defaults.audio, false));
+        let top = defaults.top_layer(1280, 720).unwrap();
+        assert_eq!(
+            (media.video, &media.lower_layers),
+            (top, &defaults.lower_layers(top))
+        );
+        // Every part by its own flag.
+        let flags = [
+            "--audio-bitrate=24k",
+            "--audio-frame=40ms",
+            "--no-audio-dtx",
+            "--no-audio-red",
+            "--video-bitrate=1M",
+            "--video-fps=10",
+            "--dynacast=on",
+            "--layout=3x3",
+            "--adaptive-stream",
+        ];
+        for connection in ["auto", "single", "dual"] {
+            let connection = format!("--connection={connection}");
+            let of = with(&[&[&flag, &connection as &str], &flags[..]].concat());
+            assert_eq!(of.connection.name(), connection.split_once('=').unwrap().1);
+            let (audio, video) = (of.media.audio, of.media.video);
+            assert_eq!(
+                (audio.bitrate.bps(), audio.dtx, audio.redundancy),
+                (24_000, false, 0)
+            );
+            assert_eq!(audio.frame, Duration::from_millis(40));
+            assert_eq!(
+                (video.bitrate.bps(), video.frames_per_second),
+                (1_000_000, 10)
+            );
+            assert!(of.media.dynacast && of.media.adaptive_stream);
+            let lower = of.media.lower_layers.unwrap();
+            assert!(lower.iter().all(|layer| layer.frames_per_second == 10));
+        }
+        let plan = local(&[&people[..], &[&flag as &str, "--no-simulcast"]].concat()).plan;
+        assert_eq!(plan.scenario.media.video_layers(), [top]);
+    }
+    assert!(
+        local_refusal(&["--client=go"]).contains("write js, rust, swift, android, agent or lk")
+    );
+    assert!(
+        local_refusal(&["--adaptive-stream", "--client=js"])
+            .contains("--adaptive-stream needs a layout")
+    );
+    for (one, other) in [
+        ("--audio-dtx", "--no-audio-dtx"),
+        ("--audio-red", "--no-audio-red"),
+    ] {
+        assert!(local_refusal(&[one, other]).contains("cannot be used with"));
+    }
+}
+
+#[test]
+fn an_agent_publishes_no_video_that_nobody_asked_for() {
+    let people = |args: &[&str]| local(args).plan.scenario.people();
+    assert_eq!(people(&["--client=agent"]).video_publishers, 0);
+    assert_eq!(people(&["--client=js"]).video_publishers, 1);
+    assert_eq!(
+        people(&["--client=agent", "--video-publishers=2"]).video_publishers,
+        2
+    );
+    let tour = run(&["--client=agent"], &[]).plan;
+    assert!(tour.target.is_embedded());
+    assert_eq!(tour.total_published_tracks(Kind::Video), 0);
+    assert!(tour.total_published_tracks(Kind::Audio) > 0);
+}
+
+#[test]
+fn the_first_line_and_the_notes_name_the_client() {
+    let plan = local(&["--client=swift", "--publishers=1"]).plan;
+    let line = throng::report::text::first_line(&plan);
+    assert!(
+        line.contains("dual connection, as swift (client-sdk-swift 2.16.0); "),
+        "{line}"
+    );
+    assert_eq!(
+        plan.client_notes(),
+        ["as swift, but no data channels: docs/clients.md"]
+    );
+    let plan = local(&["--client=swift"]).plan;
+    let note = plan.client_notes().join("; ");
+    assert!(
+        note.contains("VP8 where the device would choose H264"),
+        "{note}"
+    );
+    let plan = local(&[]).plan;
+    assert!(!throng::report::text::first_line(&plan).contains(", as "));
+    assert!(plan.client_notes().is_empty());
 }
 
 #[test]

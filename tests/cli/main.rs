@@ -3,6 +3,7 @@
 
 mod architecture;
 mod args;
+mod clients_doc;
 mod deploy;
 mod metrics_doc;
 mod report;

@@ -11,7 +11,7 @@ use throng::engine::worker::{self, ShardWorkerConfig, WorkerReport};
 use throng::engine::{PeerKey, PeerOutcome, Roster, ShardCommand, ShardConfig, VIDEO_TRACK};
 use throng::measure::Record;
 use throng::media::identity::Origin;
-use throng::plan::{ParticipantPlan, VideoSpec};
+use throng::plan::{ClientKind, ParticipantPlan, VideoSpec};
 use throng::signal::session::{
     self, GroupContext, Media, Notice, Request, Sections, SessionContext, ShardPlace,
 };
@@ -46,6 +46,16 @@ impl People {
     /// Joins a publisher and this many subscribers. Returns once all of them are in and receive the
     /// video.
     pub fn join(server: &Server, subscribers: u32, single_connection: bool) -> People {
+        People::join_as(server, subscribers, single_connection, true)
+    }
+
+    /// The same with a publisher that rests layers that nobody watches (dynacast), or does not.
+    pub fn join_as(
+        server: &Server,
+        subscribers: u32,
+        single_connection: bool,
+        dynacast: bool,
+    ) -> People {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -86,11 +96,15 @@ impl People {
                 media: Media {
                     audio: Some(audio()),
                     audio_redundancy: 0,
+                    states_no_dtx: false,
                     video: layers.to_vec(),
                     taking_turns: None,
                     pacing: Pacing::Paced,
                 },
+                client: &ClientKind::Lk.defaults().identity,
+                dynacast,
                 layout: None,
+                adaptive_stream: false,
                 obey_bandwidth: false,
             }],
             turn: Vec::new(),

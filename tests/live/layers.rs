@@ -15,6 +15,7 @@ use throng::signal::session::Request;
 on_both_servers!(
     subscribers_get_the_layer_that_they_ask_for_within_a_second,
     layers_that_nobody_watches_rest_until_somebody_does,
+    without_dynacast_layers_that_nobody_watches_are_sent_all_the_same,
     a_muted_track_is_silent_and_comes_back_with_a_key_frame,
     the_large_picture_follows_the_speakers,
 );
@@ -123,6 +124,24 @@ fn layers_that_nobody_watches_rest_until_somebody_does(server: &Server) {
         "a layer at rest misses no slots"
     );
     every_expected_frame_came(&record, 4);
+}
+
+fn without_dynacast_layers_that_nobody_watches_are_sent_all_the_same(server: &Server) {
+    let _alone = alone();
+    let mut people = People::join_as(server, 1, true, false);
+    people.ask(1, Request::Show(SIZES[0]));
+    // The server reports unwatched layers five seconds after the subscriber has switched down. The
+    // lowest layer has 15 frames a second.
+    let start = people.frames();
+    people.wait_for_frames("eight seconds", |frames| frames[0] >= start[0] + 8 * 15);
+    let later = people.frames();
+    people.wait_for_frames("another second", |frames| frames[0] >= later[0] + 15);
+    let now = people.frames();
+    assert!(
+        now[1] > later[1] && now[2] > later[2],
+        "{later:?}, then {now:?}"
+    );
+    people.finish();
 }
 
 fn a_muted_track_is_silent_and_comes_back_with_a_key_frame(server: &Server) {

@@ -6,6 +6,7 @@ mod common;
 
 mod bad_input;
 mod calibrate;
+mod clients;
 mod door;
 mod foreign;
 mod front;

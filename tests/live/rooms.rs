@@ -28,14 +28,14 @@ on_both_servers!(
 const FLUSH: Duration = Duration::from_secs(8);
 
 /// A run in progress, with the JSON report that it will write.
-struct Run {
-    running: Running,
+pub struct Run {
+    pub running: Running,
     scratch: Scratch,
     secret: String,
 }
 
 impl Run {
-    fn start(server: &Server, args: &[&str]) -> Run {
+    pub fn start(server: &Server, args: &[&str]) -> Run {
         let scratch = Scratch::new();
         let mut command = throng();
         against(server, &mut command)
@@ -49,7 +49,7 @@ impl Run {
         }
     }
 
-    fn finish(self) -> (Finished, Report) {
+    pub fn finish(self) -> (Finished, Report) {
         let finished = self.running.finish();
         let report = Report::read(&self.scratch.path("run.json"), &self.secret);
         (finished, report)
@@ -80,7 +80,7 @@ fn run(server: &Server, args: &[&str]) -> Report {
 
 /// Asserts that everybody got in and stayed, that every track is live, and that every frame that a
 /// publisher sent came once to each participant it was for.
-fn everything_arrived(report: &Report, joins: u64, audio: Tracks, video: Tracks) {
+pub fn everything_arrived(report: &Report, joins: u64, audio: Tracks, video: Tracks) {
     let session = |name| report.counter("session", name);
     assert_eq!(
         (
@@ -144,12 +144,12 @@ fn everything_arrived(report: &Report, joins: u64, audio: Tracks, video: Tracks)
 }
 
 #[derive(Clone, Copy)]
-struct Tracks {
+pub struct Tracks {
     published: u64,
     subscribed: u64,
 }
 
-const fn tracks(published: u64, subscribed: u64) -> Tracks {
+pub const fn tracks(published: u64, subscribed: u64) -> Tracks {
     Tracks {
         published,
         subscribed,
@@ -379,7 +379,7 @@ fn the_server_sees_everybody_with_their_tracks_and_afterwards_no_room(server: &S
 }
 
 /// Returns the number of active participants, and of the audio and video tracks that they publish.
-fn active_with_tracks(participants: &[proto::ParticipantInfo]) -> (usize, usize, usize) {
+pub fn active_with_tracks(participants: &[proto::ParticipantInfo]) -> (usize, usize, usize) {
     let active: Vec<_> = participants
         .iter()
         .filter(|participant| {

@@ -25,6 +25,8 @@ pub struct Media {
     pub audio: Option<MediaSource>,
     /// Number of earlier packets that each audio packet repeats (RED), if the server accepts that.
     pub audio_redundancy: u8,
+    /// Whether AddTrack says that the pauses of audio are sent (no DTX).
+    pub states_no_dtx: bool,
     /// Layers of video tracks, the lowest first.
     pub video: Vec<MediaSource>,
     /// Set if publishers take turns in speaking.
@@ -64,6 +66,7 @@ pub(super) struct SessionTrack {
     layers: Vec<Layer>,
     /// Number of earlier packets that each packet is to repeat.
     redundancy: u8,
+    states_no_dtx: bool,
     talk: Option<Talk>,
     pacing: Pacing,
 }
@@ -92,6 +95,7 @@ impl SessionTrack {
                 };
                 SessionTrack {
                     redundancy: media.audio_redundancy,
+                    states_no_dtx: media.states_no_dtx,
                     talk,
                     ..SessionTrack::new(plan, codec, std::slice::from_ref(source), media.pacing)
                 }
@@ -150,6 +154,7 @@ impl SessionTrack {
             negotiated: None,
             layers,
             redundancy: 0,
+            states_no_dtx: false,
             talk: None,
             pacing,
         }
@@ -307,6 +312,8 @@ fn first_slot(offset: Duration, interval: Duration, ready: Time) -> Time {
     Time::from_nanos(slots * interval_nanos) + offset
 }
 
+// LiveKit calls `disable_dtx` deprecated, but still reads it, and clients still fill it.
+#[allow(deprecated)]
 pub(super) fn add_track_request(track: &SessionTrack) -> proto::AddTrackRequest {
     let mut request = proto::AddTrackRequest {
         cid: track.local.cid.clone(),
@@ -318,6 +325,11 @@ pub(super) fn add_track_request(track: &SessionTrack) -> proto::AddTrackRequest 
             request.r#type = proto::TrackType::Audio.into();
             request.source = proto::TrackSource::Microphone.into();
             request.disable_red = track.local.codec != Codec::Red;
+            request.disable_dtx = track.states_no_dtx;
+            let features = track
+                .states_no_dtx
+                .then_some(proto::AudioTrackFeature::TfNoDtx);
+            request.audio_features = features.into_iter().map(Into::into).collect();
         }
         Kind::Video => {
             request.r#type = proto::TrackType::Video.into();
