@@ -7,7 +7,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::common::network::{DEVICE, Namespace, Network, SERVER};
-use crate::common::program::{Finished, Report, Running, Scratch, against, alone, run, throng};
+use crate::common::program::{
+    Finished, Report, Running, Scratch, against, alone, beside_one_other, run, throng,
+};
 use crate::common::server::{Options, Server, Site};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -161,7 +163,7 @@ fn signalling_through_a_forwarded_port_and_media_by_the_servers_own_address() {
     let Some(network) = Network::for_test(module_path!(), name, 1) else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     for embedded in [false, true] {
         let server = if embedded {
             Some(network.server.run(|| Server::embedded_at(SITE)))
@@ -241,7 +243,7 @@ fn where_only_short_datagrams_pass_dtls_is_named() {
     let Some(server) = network.server.run(|| Server::livekit_with(&options)) else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     network.clients.run(|| {
         wall(&[
             "add table ip mtu",

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::common::network::{Network, SERVER};
 use crate::common::path::Conditions;
-use crate::common::program::{Report, Running, Scratch, against, alone, throng};
+use crate::common::program::{Report, Running, Scratch, against, alone, beside_one_other, throng};
 use crate::common::server::{Options, Server};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -186,7 +186,7 @@ fn falls_back_to_tcp(network: &Network, server: &Server) {
 fn run_with_udp_cut(name: &str, transport: &str) -> Option<(String, Report)> {
     let network = Network::for_test(module_path!(), name, 1)?;
     let server = livekit_in(&network.server)?;
-    let _turn = alone();
+    let _turn = beside_one_other();
     let scratch = Scratch::new();
     let json = scratch.path("run.json");
     let mut command = throng();

@@ -9,7 +9,9 @@ use std::time::Duration;
 use crate::common::coturn::{Coturn, PASSWORD, USER};
 use crate::common::network::{Network, SERVER};
 use crate::common::path::Conditions;
-use crate::common::program::{Finished, Report, Running, Scratch, against, alone, throng};
+use crate::common::program::{
+    Finished, Report, Running, Scratch, against, alone, beside_one_other, throng,
+};
 use crate::common::server::{Options, Server};
 
 use super::paths::{address_of, joins_and_flows, livekit_in, run_through, unwrapped};
@@ -185,7 +187,7 @@ fn where_a_firewall_lets_out_to_the_relay_alone_media_gets_through() {
     let Some((server, relay)) = livekit_and_coturn_in(&network) else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     network.clients.run(|| {
         wall(&[
             "add table inet wall",
@@ -223,7 +225,7 @@ fn where_nothing_goes_straight_auto_takes_the_relay_and_says_so() {
     let Some((server, relay)) = livekit_and_coturn_in(&network) else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     network.clients.run(|| {
         // UDP is lost on the way, and TCP reaches signalling and the relay alone.
         network.set_both(Conditions {
@@ -360,7 +362,7 @@ fn a_relay_that_says_nothing_is_given_up_in_time_and_told_by_where_it_stopped() 
     let Some(server) = Server::livekit() else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     let (_listener, mute) = mute_server();
     for (transport, url, said) in [
         (
@@ -394,7 +396,7 @@ fn what_is_on_the_way_to_a_relay_is_told() {
     let Some((server, relay)) = livekit_and_coturn_in(&network) else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     let port = relay.port;
     let (udp, tcp) = (format!("udp dport {port}"), format!("tcp dport {port}"));
     for (at_server, transport, rule, said) in [
@@ -485,7 +487,7 @@ fn an_allocation_that_is_given_for_seconds_is_renewed() {
     ) else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     for transport in ["turn-udp", "turn-tcp"] {
         let longer = ["--duration", "12"];
         let (finished, report) =
@@ -520,7 +522,7 @@ fn a_relay_that_dies_in_a_run_is_named_and_is_not_the_generators_fault() {
     let Some(server) = Server::livekit() else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     for (transport, said) in [
         (
             "turn-udp",

@@ -33,7 +33,7 @@ fn a_server_that_moves_a_client_to_tcp_is_obeyed_on_the_same_connection() {
     let Some(server) = Server::livekit() else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     let front = wishing_front(
         address_of(&server),
         switch_to(proto::CandidateProtocol::Tcp),
@@ -62,7 +62,7 @@ fn a_server_that_moves_a_client_to_a_relay_is_obeyed_on_the_same_connections() {
     ) else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     let turn = relay.url_for("turn-udp");
     for connection in ["single", "dual"] {
         // It says so when a client comes back.
