@@ -12,7 +12,7 @@ use prost::Message;
 use proto::simulate_scenario::Scenario;
 
 use crate::common::coturn::{Coturn, PASSWORD, USER};
-use crate::common::program::alone;
+use crate::common::program::beside_one_other;
 use crate::common::server::Server;
 
 use super::paths::{address_of, run_through, unwrapped};
