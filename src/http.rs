@@ -151,19 +151,19 @@ async fn connection(
 struct Hall {
     places: Arc<Semaphore>,
     strangers_of_one_max: usize,
-    strangers: Mutex<Strangers>,
+    strangers: Mutex<Unclaimed>,
     refused: Arc<AtomicU64>,
 }
 
-/// Strangers in the order of their arrival.
+/// Connections of strangers, in the order of their arrival.
 #[derive(Default)]
-struct Strangers {
+struct Unclaimed {
     came: u64,
     all: BTreeMap<u64, (IpAddr, Arc<Notify>)>,
     by_address: HashMap<IpAddr, BTreeSet<u64>>,
 }
 
-impl Strangers {
+impl Unclaimed {
     fn insert(&mut self, number: u64, address: IpAddr, leave: Arc<Notify>) {
         self.all.insert(number, (address, leave));
         self.by_address.entry(address).or_default().insert(number);
@@ -246,7 +246,7 @@ impl Hall {
         Some(guest)
     }
 
-    fn strangers(&self) -> std::sync::MutexGuard<'_, Strangers> {
+    fn strangers(&self) -> std::sync::MutexGuard<'_, Unclaimed> {
         // The data behind the lock is consistent after each line.
         self.strangers
             .lock()

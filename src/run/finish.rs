@@ -318,8 +318,8 @@ impl Test<'_> {
         self.threads.busiest_of_hold().as_secs_f64() / hold.as_secs_f64().max(0.001)
     }
 
-    /// Sets the expected frames and joins. Subscriptions that a layout had room for only later are expected,
-    /// too.
+    /// Sets the expected frames and joins. Subscriptions that a layout had room for only later are
+    /// expected, too.
     fn expect_frames_and_joins(&mut self) {
         expect_frames(&mut self.books.record);
         let mut joins = self.books.joins_all;
