@@ -11,7 +11,7 @@ use throng::plan::{ClientKind, VideoSpec};
 use throng::signal::rooms::RoomService;
 
 use crate::common::on_both_servers;
-use crate::common::program::{Finished, PATIENCE, Report, alone};
+use crate::common::program::{Finished, PATIENCE, Report, beside_one_other};
 use crate::common::server::{Options, Server};
 use crate::rooms::{Run, active_with_tracks, everything_arrived, tracks};
 
@@ -102,7 +102,7 @@ fn livekit_says_of_each_client_what_its_sdk_would_have_said() {
         ..Options::default()
     };
     for client in ClientKind::ALL.into_iter().filter(|client| !client.is_lk()) {
-        let _alone = alone();
+        let _alone = beside_one_other();
         let Some(server) = Server::livekit_with(&options) else {
             return;
         };
@@ -187,7 +187,7 @@ fn a_flag_wins_over_the_client_s_default_at_the_server_too() {
     let Some(server) = Server::livekit() else {
         return;
     };
-    let _alone = alone();
+    let _alone = beside_one_other();
     let seen = seen(
         &server,
         "--client js --no-audio-dtx --no-audio-red --audio-bitrate 24k --video-resolution medium \
@@ -212,7 +212,7 @@ fn a_flag_wins_over_the_client_s_default_at_the_server_too() {
 }
 
 fn every_client_gets_in_and_every_frame_arrives(server: &Server) {
-    let _alone = alone();
+    let _alone = beside_one_other();
     for client in ClientKind::ALL {
         let name = client.name();
         // Rust sends a picture of this size twice in that size.
@@ -232,7 +232,7 @@ fn every_client_gets_in_and_every_frame_arrives(server: &Server) {
 }
 
 fn subscribers_with_adaptive_streams_get_what_they_show(server: &Server) {
-    let _alone = alone();
+    let _alone = beside_one_other();
     let args = "--client js --publishers 1 --video-publishers 1 --subscribers 3 --layout 3x3 --adaptive-stream --duration 3";
     let (finished, report) =
         Run::start(server, &args.split_whitespace().collect::<Vec<_>>()).finish();

@@ -139,7 +139,7 @@ fn signalling_by_ipv6_and_media_by_ipv4() {
     let Some(server) = Server::livekit_with(&options) else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     for connection in ["single", "dual"] {
         let (finished, report) = run_through(&server.url, &server, connection, &[]);
         joins_and_flows(connection, &finished, &report);
@@ -150,7 +150,7 @@ fn signalling_by_ipv6_and_media_by_ipv4() {
 fn signalling_by_ipv4_and_media_by_ipv6() {
     let server = Server::embedded_on(V6);
     let front = forward(V4, address_of(&server));
-    let _turn = alone();
+    let _turn = beside_one_other();
     for connection in ["single", "dual"] {
         let (finished, report) = run_through(&format!("ws://{front}"), &server, connection, &[]);
         joins_and_flows(connection, &finished, &report);
@@ -265,7 +265,7 @@ fn a_server_that_is_killed_is_not_the_generators_fault() {
     let Some(server) = Server::livekit() else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     let scratch = Scratch::new();
     let json = scratch.path("run.json");
     let mut command = throng();

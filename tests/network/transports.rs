@@ -119,7 +119,7 @@ fn what_the_server_does_not_offer_is_named_at_once() {
     let Some(over_tcp) = server_over_tcp() else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     let (finished, report) =
         run_through(&over_tcp.url, &over_tcp, "single", &["--transport", "udp"]);
     assert_eq!(report.counter("session", "joins_failed"), 3);
@@ -239,7 +239,7 @@ fn a_server_that_is_killed_ends_its_connections_and_is_not_the_generators_fault(
     let Some(server) = server_over_tcp() else {
         return;
     };
-    let _turn = alone();
+    let _turn = beside_one_other();
     let scratch = Scratch::new();
     let json = scratch.path("run.json");
     let mut command = throng();
