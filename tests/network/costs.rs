@@ -9,7 +9,7 @@ use crate::common::program::{Report, Running, Scratch, against, alone, throng};
 use crate::common::server::{Options, Server};
 
 /// Rounds over all transports. Each figure is the median, because the host is shared.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 3;
 /// From the start of a run until everybody is in.
 const WARM: Duration = Duration::from_secs(4);
 /// During which CPU time is counted.
@@ -99,7 +99,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 /// Prints the README's table. In a release build, on a host that does nothing else.
 #[test]
-#[ignore = "a measurement of ten minutes, on a host with nothing else to do"]
+#[ignore = "a measurement of six minutes, on a host with nothing else to do"]
 fn what_each_transport_costs() {
     let with_relay = Options {
         turn: true,
