@@ -8,7 +8,7 @@ use throng::transport::rtp::Ssrc;
 use crate::common::coturn::{PASSWORD, USER};
 use crate::common::network::{Direction, Network};
 use crate::common::path::{Conditions, Loss};
-use crate::common::program::{Report, Running, Scratch, against, beside_one_other, throng};
+use crate::common::program::{Report, Running, Scratch, against, alone, throng};
 use crate::common::server::Server;
 
 use super::paths::{SITE, livekit_in};
@@ -133,7 +133,7 @@ fn check(name: &str, beyond: Beyond, bad: Bad, error_max: f64) {
     let Some(network) = Network::for_test(module_path!(), name, 1) else {
         return;
     };
-    let _alone = beside_one_other();
+    let _alone = alone();
     let (server, relay) = match beyond {
         Beyond::LiveKit => (livekit_in(&network.server), None),
         Beyond::OurSfu => {
