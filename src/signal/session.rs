@@ -619,17 +619,20 @@ impl Session {
         }
     }
 
-    /// Completes when it is time to leave; never, if nobody has asked for that.
-    fn time_to_leave(&self) -> impl Future<Output = ()> + use<> {
-        let at = self
-            .leaves_at
-            .map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
+    /// Completes at this time; never, if there is none.
+    fn reached(&self, at: Option<Time>) -> impl Future<Output = ()> + use<> {
+        let at = at.map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
         async move {
             match at {
                 Some(at) => tokio::time::sleep_until(at).await,
                 None => std::future::pending().await,
             }
         }
+    }
+
+    /// Completes when it is time to leave; never, if nobody has asked for that.
+    fn time_to_leave(&self) -> impl Future<Output = ()> + use<> {
+        self.reached(self.leaves_at)
     }
 
     /// Completes when it is certain that no candidate of the server can be used.
@@ -639,38 +642,19 @@ impl Session {
             .iter()
             .filter_map(|half| half.without_path_at())
             .min();
-        let at = at.map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
-        async move {
-            match at {
-                Some(at) => tokio::time::sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        }
+        self.reached(at)
     }
 
     /// Completes when media ought to be back after a resume.
     fn time_without_media(&self) -> impl Future<Output = ()> + use<> {
-        let at = self.media_back_by;
-        let at = at.map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
-        async move {
-            match at {
-                Some(at) => tokio::time::sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        }
+        self.reached(self.media_back_by)
     }
 
     /// Completes when TCP connections are to be opened.
     fn time_of_streams(&self) -> impl Future<Output = ()> + use<> {
         let halves = [&self.publisher, &self.subscriber];
         let at = halves.iter().filter_map(|half| half.streams_due_at()).min();
-        let at = at.map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
-        async move {
-            match at {
-                Some(at) => tokio::time::sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        }
+        self.reached(at)
     }
 
     /// Starts opening the TCP connections that are due.
@@ -729,13 +713,7 @@ impl Session {
     fn time_of_relays(&self) -> impl Future<Output = ()> + use<> {
         let halves = [&self.publisher, &self.subscriber];
         let at = halves.iter().filter_map(|half| half.relay_due_at()).min();
-        let at = at.map(|at| tokio::time::Instant::from_std(self.context.epoch.instant(at)));
-        async move {
-            match at {
-                Some(at) => tokio::time::sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        }
+        self.reached(at)
     }
 
     /// Starts the allocations that are due.
